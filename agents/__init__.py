@@ -1,0 +1,1 @@
+"""TorchRL learners for TextGen-v0: `python -m agents --help`."""

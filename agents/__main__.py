@@ -1,0 +1,152 @@
+"""`python -m agents train | evaluate | generate | reward-model`: the only place that turns words into objects."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from agents import report, run
+from agents.algorithms import find_algorithm
+from agents.checkpoint import load_config
+from agents.config import TrainConfig
+from agents.evaluation import find_gold, split_prompts
+from textenv.generation import generate
+from textenv.loading import load_model
+from textenv.prompts import tokenise
+from textenv.reward_training import DEFAULT, RewardConfig, train_reward_model
+from textenv.rewards import Episodes
+from textenv.sampling import Sampling
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line and does what it says."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        commands = {
+            "train": train_command(arguments),
+            "evaluate": evaluate_command,
+            "generate": generate_command,
+            "reward-model": reward_model_command,
+        }
+        tyro.extras.subcommand_cli_from_dict(
+            commands,
+            args=arguments,
+            prog="python -m agents",
+            description="Train a text policy by reinforcement learning, measure it, and try it.",
+        )
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def train_command(arguments: Sequence[str]) -> Callable[..., None]:
+    """The `train` command, with the flags of the algorithm that the command line names."""
+    settings, _ = find_algorithm(_algorithm(arguments))
+
+    def train(config: TrainConfig, algorithm: Any) -> None:
+        """Train a policy; results go to the run's folder."""
+        run.train(config, algorithm)
+
+    train.__annotations__ = {
+        "config": tyro.conf.OmitArgPrefixes[tyro.conf.UseAppendAction[TrainConfig]],
+        "algorithm": tyro.conf.OmitArgPrefixes[settings],
+        "return": None,
+    }
+    return train
+
+
+def evaluate_command(run_folder: Annotated[Path, tyro.conf.arg(name="run")], output: Path | None = None) -> None:
+    """Measure a trained policy again, on the held-out prompts of its run.
+
+    Args:
+        run_folder: The folder that training wrote.
+        output: A JSON file for the numbers, besides the terminal.
+    """
+    config, _ = load_config(run_folder)
+    task = run.make_task(config)
+    _, held_out = split_prompts(task, config)
+    actor = _load_actor(run_folder, task.device)
+    gold = find_gold(task, config)
+    numbers = run.measure(task, actor, held_out, gold, config).summary()
+    for name, value in numbers.items():
+        print(f"{name:18} {value:.4f}")
+    if output is not None:
+        report.write_json(output, numbers)
+
+
+def generate_command(
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")],
+    prompt: str,
+    samples: int = 3,
+    temperature: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Let a trained policy answer a prompt of your own.
+
+    Args:
+        run_folder: The folder that training wrote.
+        prompt: The text to go on from.
+        samples: How many responses.
+        temperature: Of the sampling; default the run's own.
+        top_k: Sample among the k likeliest tokens; 0 is all, 1 is greedy.
+        top_p: Sample among the likeliest tokens that together reach this probability.
+        seed: Of the sampling.
+    """
+    config, _ = load_config(run_folder)
+    task = run.make_task(config)
+    sampling = Sampling(
+        temperature=task.config.temperature if temperature is None else temperature, top_k=top_k, top_p=top_p
+    )
+    prompts = tokenise([prompt] * samples, task.tokenizer, task.config.max_prompt_tokens).to(task.device)
+    generator = torch.Generator(task.device).manual_seed(seed)
+    state = generate(task, _load_actor(run_folder, task.device), prompts, sampling, generator).state
+    last = state.response_ids.gather(1, state.length[:, None] - 1)[:, 0]
+    stopped = torch.isin(last, torch.tensor(task.stop_token_ids, device=task.device))
+    episodes = Episodes(list(prompts.texts), state, stopped, task.tokenizer)
+    for score, response in zip(task.reward(episodes).tolist(), episodes.responses, strict=True):
+        print(f"[score {score:+.2f}] {prompt}{response}")
+
+
+def reward_model_command(
+    base: str, data: Path, output: Path, config: tyro.conf.OmitArgPrefixes[RewardConfig] = DEFAULT
+) -> None:
+    """Train a reward model from preference pairs or labelled texts.
+
+    Args:
+        base: Folder or hub name of a causal language model or a sequence-classification model.
+        data: JSONL of {prompt?, chosen, rejected} or of {prompt?, text, label}, label 0 or 1.
+        output: Folder for the reward model.
+        config: How to train.
+    """
+    try:
+        train_reward_model(base, data, output, config)
+    except ImportError as error:
+        raise ValueError(f"{error} Install it with: pip install 'textenv[reward-model]'") from error
+
+
+def _load_actor(folder: Path, device: torch.device) -> PreTrainedModel:
+    actor = folder / "actor"
+    if not actor.is_dir():
+        raise ValueError(f"no actor in {str(folder)!r}: the run has not ended yet; go on with it by train --resume.")
+    return load_model(AutoModelForCausalLM, str(actor), device, torch.float32).eval()
+
+
+def _algorithm(arguments: Sequence[str]) -> str:
+    """The value of --algorithm, read ahead of the rest, since it decides which flags there are."""
+    for index, argument in enumerate(arguments):
+        if argument == "--algorithm" and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith("--algorithm="):
+            return argument.partition("=")[2]
+    return TrainConfig.algorithm
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Measuring a policy on held-out prompts: score, gold score, KL to the reference, length, diversity, samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from agents.config import TrainConfig
+from textenv import reviews
+from textenv.generation import generate, judge, response_log_probs
+from textenv.loading import load_function
+from textenv.prompts import Prompts, read_prompts, tokenise
+from textenv.sampling import Sampling
+from textenv.state import STOP
+from textenv.task import Task
+
+Gold = Callable[[list[str], list[str]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One response to each prompt, and what was measured of it."""
+
+    prompts: list[str]
+    responses: list[str]
+    score: list[float]
+    gold: list[float] | None  # None where nothing true is known
+    kl: list[float]  # log π − log π_ref summed over each response, nats
+    length: list[int]  # tokens
+    stopped: list[bool]
+
+    def summary(self) -> dict[str, float]:
+        """Means over the prompts."""
+        numbers = {
+            "score": mean(self.score),
+            "score_std": float(torch.tensor(self.score).std(correction=0)),
+            "kl_per_response": mean(self.kl),
+            "length": mean(self.length),
+            "stopped": mean(self.stopped),
+            "distinct_bigrams": distinct_bigrams(self.responses),
+        }
+        return numbers if self.gold is None else numbers | {"gold": mean(self.gold)}
+
+
+def evaluate(
+    task: Task, model: PreTrainedModel, prompts: Prompts, gold: Gold | None, seed: int, rows_per_pass: int = 128
+) -> Evaluation:
+    """Samples one response a prompt at the task's temperature and measures it. Same seed, same responses."""
+    generator = torch.Generator(task.device).manual_seed(seed)
+    chunks = torch.arange(len(prompts)).split(rows_per_pass)
+    parts = [_evaluate(task, model, prompts.select(rows.tolist()), gold, generator) for rows in chunks]
+    gathered: dict[str, Any] = {
+        field.name: [value for part in parts for value in getattr(part, field.name) or []]
+        for field in dataclasses.fields(Evaluation)
+    }
+    if gold is None:
+        gathered["gold"] = None
+    return Evaluation(**gathered)
+
+
+def _evaluate(
+    task: Task, model: PreTrainedModel, prompts: Prompts, gold: Gold | None, generator: torch.Generator
+) -> Evaluation:
+    generation = generate(task, model, prompts, Sampling(temperature=task.config.temperature), generator)
+    judgement = judge(task, generation.state, prompts.texts)
+    reference_log_prob = response_log_probs(task.load_reference().model, generation.state, task.config.temperature)
+    return Evaluation(
+        prompts=list(prompts.texts),
+        responses=judgement.responses,
+        score=judgement.score.tolist(),
+        gold=None if gold is None else [float(g) for g in gold(list(prompts.texts), judgement.responses)],
+        kl=(generation.log_prob - reference_log_prob).sum(1).tolist(),
+        length=generation.state.length.tolist(),
+        stopped=(judgement.finish_code == STOP).tolist(),
+    )
+
+
+def split_prompts(task: Task, config: TrainConfig) -> tuple[Prompts, Prompts]:
+    """Prompts to train on and prompts to measure on, with none in common.
+
+    The measured ones come from `held_out`, else from the embedded task where its prompts are used, else they
+    are a random part (a fifth at most) of the environment's own prompts.
+    """
+    own = task.config.prompts is None
+    if config.held_out is not None or own:
+        source = reviews.held_out_prompts if config.held_out is None else config.held_out
+        texts = read_prompts(source)[: config.evaluation_prompts]
+        held_out = tokenise(texts, task.tokenizer, task.config.max_prompt_tokens).to(task.device)
+        seen = set(held_out.texts)
+        kept = [index for index, text in enumerate(task.prompts.texts) if text not in seen]
+        if not kept:
+            raise ValueError("every prompt of the environment is in held_out; give it some of its own.")
+        return task.prompts.select(kept), held_out
+    size = len(task.prompts)
+    if size < 2:
+        raise ValueError(
+            f"the environment has {size} prompt, too few to hold any out; give more, or --held-out a source."
+        )
+    count = max(1, min(config.evaluation_prompts, size // 5))
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return task.prompts.select(sorted(order[count:])), task.prompts.select(sorted(order[:count]))
+
+
+def find_gold(task: Task, config: TrainConfig) -> Gold | None:
+    """The true quality that is measured and never optimised, where there is one."""
+    if config.gold is not None:
+        return load_function(config.gold)
+    embedded = task.config.prompts is None and task.config.reference is None
+    return reviews.gold if embedded else None
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean."""
+    return float(sum(values) / len(values))
+
+
+def distinct_bigrams(texts: Sequence[str]) -> float:
+    """Different pairs of neighbouring words, as a share of all (distinct-2, Li et al. 2016)."""
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+    return len(set(pairs)) / max(len(pairs), 1)

@@ -1,0 +1,121 @@
+"""Actor and critic as TensorDictModules, each with its own weights.
+
+The actor starts from the reference. The critic's backbone starts from the reward model where that reads the
+same tokens, else from the reference. Both read whole texts in one forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+)
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from textenv.language_model import response_logits
+from textenv.reward_model import RewardModel, reads_every_position
+from textenv.state import position_ids
+from textenv.task import Task
+
+INPUTS: list[Any] = ["input_ids", "attention_mask", "mask"]
+
+
+class TextActor(nn.Module):
+    """A causal language model's logits for all response tokens, at the sampling temperature."""
+
+    def __init__(self, model: PreTrainedModel, temperature: float) -> None:
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+        """input_ids, attention_mask: [B, L]; mask: bool [B, R]. Returns float32 [B, R, V].
+
+        Outside the response the actor is certain of id 0, the action stored there: log-probability, entropy and
+        gradient of padding are exactly zero, whatever stands in it.
+        """
+        width = input_ids.shape[1] - mask.shape[1]  # P
+        logits = response_logits(self.model, input_ids, attention_mask, width).float() / self.temperature
+        certain = torch.zeros(logits.shape[-1], device=logits.device)
+        certain[0] = 1e4  # exp(-1e4) is 0 in float32, so log_softmax is exactly 0 at id 0
+        return torch.where(mask[..., None], logits, certain)
+
+
+class TextCritic(nn.Module):
+    """A backbone and a linear head that gives every state s_0..s_T its value."""
+
+    def __init__(self, backbone: PreTrainedModel, head: nn.Linear) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+        """Values of the states before each response token. Returns float32 [B, R, 1]."""
+        return self.all_states(input_ids, attention_mask, mask)[:, :-1]
+
+    def all_states(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+        """Values of s_0..s_R, the state after the last token too. Returns float32 [B, R + 1, 1]."""
+        hidden = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask.long(),
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+        ).last_hidden_state[:, -mask.shape[1] - 1 :]  # [B, R + 1, H]: s_t is read at token t - 1
+        return self.head(hidden).float()
+
+
+def make_actor(task: Task) -> ProbabilisticTensorDictSequential:
+    """An actor that starts as the reference, in train mode and without dropout."""
+    model = _trainable_copy(task.load_reference().model)
+    modules: Any = (
+        TensorDictModule(TextActor(model, task.config.temperature), INPUTS, ["logits"]),
+        ProbabilisticTensorDictModule(
+            in_keys=["logits"],
+            out_keys=["action"],
+            distribution_class=torch.distributions.Categorical,
+            distribution_kwargs={"validate_args": False},
+            return_log_prob=True,
+        ),
+    )
+    return ProbabilisticTensorDictSequential(*modules)
+
+
+def language_model_of(actor: ProbabilisticTensorDictSequential) -> PreTrainedModel:
+    """The Hugging Face model inside an actor."""
+    module: Any = actor[0].module
+    return module.model
+
+
+def make_critic(task: Task) -> TensorDictModule:
+    """A critic that starts from the reward model, head included, or from the reference with a zero head."""
+    reward = task.reward
+    if isinstance(reward, RewardModel) and reward.tokenizer is None and reads_every_position(reward.model):
+        backbone, head = _trainable_copy(reward.model.base_model), _head(reward.model)
+    else:
+        backbone = _trainable_copy(task.load_reference().model.base_model)
+        head = nn.Linear(backbone.config.get_text_config().hidden_size, 1, device=task.device)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    return TensorDictModule(TextCritic(backbone, head), INPUTS, ["state_value"])
+
+
+def _head(model: PreTrainedModel) -> nn.Linear:
+    """The reward model's own head as a value head, with a bias; the first output where it has several."""
+    score: Any = model.score
+    head = nn.Linear(score.in_features, 1, device=score.weight.device)
+    with torch.no_grad():
+        head.weight.copy_(score.weight[:1])
+        head.bias.zero_() if score.bias is None else head.bias.copy_(score.bias[:1])
+    return head
+
+
+def _trainable_copy(model: Any) -> Any:
+    duplicate = copy.deepcopy(model).float().requires_grad_(True).train()
+    for module in duplicate.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # a live model that a user shared may have it; ratios must start at 1
+    return duplicate

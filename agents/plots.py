@@ -1,0 +1,88 @@
+"""Pictures of a run: learning curves, and where in one response the credit went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+GREY, BLUE, ORANGE, RED, GREEN = "#888888", "#1f6fb4", "#e08a1e", "#c23b3b", "#2e8b57"
+
+# Each panel: title, unit of the vertical axis, and (metric, label, colour) lines.
+PANELS = (
+    (
+        "What is optimised, and what is true",
+        "score",
+        (("score", "score", BLUE), ("gold", "gold score", ORANGE)),
+    ),
+    ("Distance from the reference", "nats a response", (("kl_per_response", "KL", RED),)),
+    ("Entropy", "nats a token", (("entropy", "entropy", GREEN),)),
+    ("Length", "tokens a response", (("length", "length", GREY),)),
+    ("Losses", "loss", (("policy_loss", "policy", BLUE), ("value_loss", "value", ORANGE))),
+    ("What the critic knows", "explained variance", (("explained_variance", "before its update", GREEN),)),
+)
+
+
+@dataclass(frozen=True)
+class Credit:
+    """One response, token by token."""
+
+    prompt: str
+    tokens: Sequence[str]
+    penalty: Sequence[float]
+    value: Sequence[float]
+    td_error: Sequence[float]
+    advantage: Sequence[float]
+    score: float
+
+
+def draw_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Every metric of PANELS over the iterations."""
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    iterations = [row["iteration"] for row in rows]
+    for axis, (name, unit, lines) in zip(axes.flat, PANELS, strict=True):
+        shown = [line for line in lines if line[0] in rows[0]]
+        for metric, label, colour in shown:
+            axis.plot(iterations, [row[metric] for row in rows], color=colour, label=label)
+        axis.set_title(name, fontsize=11)
+        axis.set_ylabel(unit)
+        axis.grid(alpha=0.25)
+        if not shown:
+            axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+        if len(shown) > 1:
+            axis.legend(frameon=False)
+    for axis in axes[1]:
+        axis.set_xlabel("iteration")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_credit(path: Path, credit: Credit) -> None:
+    """Penalty, value, TD error and advantage at every token of one response."""
+    panels = (
+        ("penalty β·log(π/π_ref)", credit.penalty, RED),
+        ("value V(s)", credit.value, BLUE),
+        ("TD error δ", credit.td_error, ORANGE),
+        ("advantage A", credit.advantage, GREEN),
+    )
+    places = range(len(credit.tokens))
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(max(7.0, 0.36 * len(credit.tokens)), 8), sharex=True, layout="constrained"
+    )
+    for axis, (name, values, colour) in zip(axes, panels, strict=True):
+        axis.bar(places, values, color=colour)
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.set_ylabel(name, fontsize=9)
+        axis.grid(axis="y", alpha=0.25)
+    axes[-1].set_xticks(list(places), list(credit.tokens), rotation=70, ha="right", fontsize=8)
+    prompt = " ".join(credit.prompt.split())
+    figure.suptitle(f"{prompt[-90:]}  →  score {credit.score:+.2f}", fontsize=11)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,129 @@
+"""What a run leaves behind while it goes: a progress bar, scalars, tables of samples, a summary."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from agents.evaluation import Evaluation, mean
+
+PACKAGES = ("torch", "torchrl", "tensordict", "gymnasium", "transformers")
+
+
+class Scalars:
+    """Numbers of every iteration, in metrics.jsonl and for TensorBoard."""
+
+    def __init__(self, folder: Path, resume_at: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.rows = [row for row in self._read() if row["iteration"] <= resume_at]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
+
+    def write(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Adds one iteration's numbers."""
+        row = {"iteration": iteration} | metrics
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        """Flushes everything to disk."""
+        self.writer.close()
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+class Bar:
+    """A progress bar in a terminal; one line an iteration elsewhere."""
+
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        self.console, self.total = console, total
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        ]
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.progress.add_task("training", total=total, completed=done, numbers="")
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def show(self, iteration: int, metrics: dict[str, float]) -> None:
+        """One iteration more."""
+        gold = f"  gold {metrics['gold']:+.2f}" if "gold" in metrics else ""
+        kl = f"  KL {metrics['kl_per_response']:.1f}" if "kl_per_response" in metrics else ""
+        numbers = f"score {metrics['score']:+.2f}{gold}{kl}  {metrics['tokens_per_second']:.0f} tokens/s"
+        self.progress.update(self.task, completed=iteration, numbers=numbers)
+        if not self.console.is_terminal:
+            self.console.print(f"iteration {iteration}/{self.total}  {numbers}", highlight=False)
+
+
+def write_samples(path: Path, before: Evaluation, after: Evaluation, count: int = 20) -> None:
+    """The same held-out prompts before and after, as a page to read."""
+    lines = ["# The same held-out prompts, before and after training", ""]
+    for row, prompt in enumerate(before.prompts[:count]):
+        lines += [f"## {_line(prompt)}", ""]
+        for name, evaluation in (("before", before), ("after", after)):
+            numbers = f"score {evaluation.score[row]:+.2f}"
+            if evaluation.gold is not None:
+                numbers += f", gold {evaluation.gold[row]:+.2f}"
+            numbers += f", KL {evaluation.kl[row]:.1f}"
+            lines += [f"**{name}** ({numbers})", "", f"> {_line(evaluation.responses[row])}", ""]
+    path.write_text("\n".join(lines))
+
+
+def make_summary(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """What held-out prompts say of the run: scores, gold scores, KL, lengths, each before and after."""
+    first, last = before.summary(), after.summary()
+    summary = {
+        "score_before": first["score"],
+        "score_after": last["score"],
+        "score_std_before": first["score_std"],
+        "score_std_after": last["score_std"],
+    }
+    if before.gold is not None and after.gold is not None:
+        summary |= {"gold_before": mean(before.gold), "gold_after": mean(after.gold)}
+    summary["kl_per_response"] = last["kl_per_response"]
+    for name in ("length", "stopped", "distinct_bigrams"):
+        summary |= {f"{name}_before": first[name], f"{name}_after": last[name]}
+    return summary | {"evaluation_prompts": len(before.prompts)}
+
+
+def machine() -> dict[str, Any]:
+    """What the run ran on."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()) or "(empty)"

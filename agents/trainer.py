@@ -1,0 +1,157 @@
+"""The one training loop: roll out, prepare, update. A generator of metrics that does no input or output."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+
+from agents.advantages import masked_mean
+from agents.algorithms import find_algorithm
+from agents.config import TrainConfig
+from agents.networks import language_model_of, make_actor, make_critic
+from agents.rollout import Rollout, collect, trim
+from textenv.prompts import Prompts, PromptSampler
+from textenv.task import Task
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one pass of the loop gives: numbers to plot and responses to read."""
+
+    number: int  # from 1
+    metrics: dict[str, float]
+    rollout: Rollout
+
+
+class Trainer:
+    """Actor, critic, optimiser and everything random, and the loop over them."""
+
+    def __init__(self, config: TrainConfig, algorithm_config: Any, task: Task, prompts: Prompts) -> None:
+        self.config, self.task, self.prompts = config, task, prompts
+        self.actor, self.critic = make_actor(task), make_critic(task)
+        _, algorithm = find_algorithm(config.algorithm)
+        self.algorithm = algorithm(algorithm_config, self.actor, self.critic)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": list(self.actor.parameters()), "initial_lr": config.learning_rate},
+                {"params": list(self.critic.parameters()), "initial_lr": config.critic_learning_rate},
+            ],
+            lr=config.learning_rate,
+            weight_decay=0.0,
+        )
+        self.sampler = PromptSampler(len(prompts), config.seed)
+        self.sampling_generator = torch.Generator(task.device).manual_seed(config.seed)
+        self.shuffling_generator = torch.Generator().manual_seed(config.seed)
+        self.iteration = 0  # passes of the loop so far
+        self.tokens = 0  # response tokens sampled so far
+        self.seconds = 0.0  # spent in the loop so far
+
+    def iterate(self) -> Iterator[Iteration]:
+        """Goes on from `self.iteration` to the configured number of iterations."""
+        while self.iteration < self.config.iterations:
+            yield self._iterate()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is not a weight and is needed to go on as if never stopped."""
+        return {
+            "iteration": self.iteration,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "sampler": self.sampler.state_dict(),
+            "sampling_generator": self.sampling_generator.get_state(),
+            "shuffling_generator": self.shuffling_generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self.iteration, self.tokens = int(state["iteration"]), int(state["tokens"])
+        self.seconds = float(state["seconds"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.sampling_generator.set_state(state["sampling_generator"].cpu())
+        self.shuffling_generator.set_state(state["shuffling_generator"].cpu())
+
+    def _iterate(self) -> Iteration:
+        started = time.perf_counter()
+        prompts = self.prompts.select(self.sampler.draw(self.config.rollout))
+        model = language_model_of(self.actor)
+        rollout = collect(self.task, model, prompts, self.sampling_generator, self.config.micro_batch)
+        sampled = time.perf_counter()
+        metrics = rollout_metrics(rollout.data)
+        if self.task.reference is not None:
+            metrics |= kl_metrics(rollout.data)
+        metrics |= self.algorithm.prepare(rollout.data, self.config.micro_batch)
+        metrics |= self._update(rollout.data)
+        tokens = int(rollout.data["mask"].sum())
+        seconds = time.perf_counter() - started
+        self.iteration += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        metrics |= {
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "rollout_seconds": sampled - started,
+            "tokens": float(self.tokens),
+        }
+        return Iteration(self.iteration, metrics, rollout)
+
+    def _update(self, rollout: TensorDict) -> dict[str, float]:
+        remaining = 1 - self.iteration / self.config.iterations
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * remaining
+        totals: dict[str, list[float]] = defaultdict(list)
+        for _ in range(self.algorithm.config.epochs):
+            order = torch.randperm(len(rollout), generator=self.shuffling_generator).to(rollout.device)
+            for rows in order.split(self.config.minibatch):
+                for name, value in self._step(rollout[rows]).items():
+                    totals[name].append(value)
+        return {name: sum(values) / len(values) for name, values in totals.items()}
+
+    def _step(self, minibatch: TensorDict) -> dict[str, float]:
+        """One optimiser step on the mean over all valid tokens, however they are split."""
+        length = minibatch["mask"].sum(1)  # [B]
+        valid = length.sum()
+        metrics: dict[str, float] = defaultdict(float)
+        # Rows of like length share a micro-batch: less padding to compute.
+        for rows in length.argsort().split(self.config.micro_batch):
+            terms, diagnostics = self.algorithm.loss(trim(minibatch[rows]))
+            share = length[rows].sum() / valid
+            (torch.stack(list(terms.values())).sum() * share).backward()
+            for name, value in (terms | diagnostics).items():
+                metrics[name] += float(value.detach() * share)
+        for name, network in (("actor", self.actor), ("critic", self.critic)):
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), self.config.max_grad_norm)
+            metrics[f"{name}_grad_norm"] = float(norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.algorithm.after_step()
+        return dict(metrics)
+
+
+def rollout_metrics(data: TensorDict) -> dict[str, float]:
+    """What the sampled responses show of the policy, before it is updated.
+
+    Entropy is the mean of −log π over the sampled tokens, in nats a token.
+    """
+    mask = data["mask"]
+    return {
+        "score": float(data["score"].mean()),
+        "score_std": float(data["score"].std(correction=0)),
+        "shaped_return": float(data["shaped_reward"].sum(1).mean()),
+        "entropy": float(-masked_mean(data["action_log_prob"], mask)),
+        "length": float(mask.sum(1).float().mean()),
+    }
+
+
+def kl_metrics(data: TensorDict) -> dict[str, float]:
+    """KL of the policy to the reference by the k1 estimator, in nats."""
+    log_ratio = (data["action_log_prob"] - data["reference_log_prob"]).where(data["mask"], 0.0)  # [B, R]
+    return {
+        "kl_per_response": float(log_ratio.sum(1).mean()),
+        "kl_per_token": float(log_ratio.sum() / data["mask"].sum()),
+    }

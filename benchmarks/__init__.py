@@ -1,0 +1,1 @@
+"""What is measured and not tested: learning over seeds, speed and memory. Each writes JSON rows."""

@@ -1,0 +1,78 @@
+"""The main job over seeds: score, gold score, KL, time and memory. `python -m benchmarks.main_job`
+
+Each seed is a process of its own, as a user would start it, so that time and peak memory are the job's own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import psutil
+import tyro
+
+from benchmarks import rows
+
+KEYS = (
+    "score_before",
+    "score_after",
+    "score_std_before",
+    "gold_before",
+    "gold_after",
+    "kl_per_response",
+    "length_before",
+    "length_after",
+    "tokens",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to run."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)  # one run each
+
+
+def run_seed(seed: int, folder: Path) -> dict:
+    """One whole run; its summary, wall time in seconds and peak memory in GB."""
+    command = [sys.executable, "-m", "agents", "train", "--seed", str(seed), "--run", str(folder)]
+    started = time.perf_counter()
+    process = subprocess.Popen(command)
+    watched, peak = psutil.Process(process.pid), 0
+    while process.poll() is None:
+        try:
+            peak = max(peak, watched.memory_info().rss)
+        except psutil.NoSuchProcess:
+            break
+        time.sleep(0.2)
+    if process.wait():
+        raise SystemExit(f"seed {seed} failed with exit code {process.returncode}.")
+    wall = time.perf_counter() - started
+    summary = json.loads((folder / "summary.json").read_text())
+    row = {"seed": seed} | {key: summary[key] for key in KEYS}
+    row["gain_in_deviations"] = (row["score_after"] - row["score_before"]) / row["score_std_before"]
+    return row | {"wall_seconds": round(wall, 1), "peak_gb": round(peak / 1e9, 2)}
+
+
+def main(settings: Settings) -> None:
+    """Runs every seed and prints the table."""
+    results = []
+    with tempfile.TemporaryDirectory() as work:
+        for seed in settings.seeds:
+            results.append(run_seed(seed, Path(work) / f"seed{seed}"))
+    path = rows.write("main_job", results, {"seeds": settings.seeds})
+    for key in (*KEYS, "gain_in_deviations", "wall_seconds", "peak_gb"):
+        values = [row[key] for row in results]
+        spread = stdev(values) if len(values) > 1 else 0.0
+        print(f"{key:20} {mean(values):10.2f} ± {spread:.2f}")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,25 @@
+"""PPO on a reward of your own: reviews that say "because", on the embedded language model.
+
+`python examples/own_reward.py` (about a minute on two cores)
+"""
+
+from agents.algorithms.ppo import PPOConfig
+from agents.config import TrainConfig
+from agents.trainer import Trainer
+from textenv import TextGenConfig, build_task
+
+
+def says_because(prompts: list[str], responses: list[str]) -> list[float]:
+    """1 for a response with the word in it."""
+    return [float("because" in response) for response in responses]
+
+
+task = build_task(TextGenConfig(reward=says_because, kl_coef=0.02, max_new_tokens=32))
+config = TrainConfig(iterations=15, rollout=64)
+trainer = Trainer(config, PPOConfig(), task, task.prompts)
+for iteration in trainer.iterate():
+    numbers = iteration.metrics
+    print(
+        f"{iteration.number:3}  said it {numbers['score']:4.0%}  KL {numbers['kl_per_response']:5.2f}  "
+        f"{iteration.rollout.judgement.responses[0][:80]!r}"
+    )

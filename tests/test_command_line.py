@@ -1,0 +1,152 @@
+"""The command line as people use it: real subprocesses on the embedded task, shrunk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SHRUNK = [
+    "--iterations",
+    "3",
+    "--rollout",
+    "16",
+    "--minibatch",
+    "8",
+    "--micro-batch",
+    "8",
+    "--evaluation-prompts",
+    "12",
+    "--checkpoint-every",
+    "1",
+    "--env-arg",
+    "max_new_tokens=20",
+    "--env-arg",
+    "kl_coef=0.05",
+    "--env-arg",
+    "device=cpu",
+    "--epochs",
+    "2",
+    "--seed",
+    "5",
+]
+ROOT = Path(__file__).parent.parent
+
+
+def agents(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    """Runs `python -m agents` in a folder of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "agents", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder in which the main job, shrunk, has left `runs/whole`."""
+    folder = tmp_path_factory.mktemp("work")
+    result = agents("train", "--run", "runs/whole", *SHRUNK, folder=folder)
+    assert result.returncode == 0, result.stderr
+    assert "score" in result.stdout and "KL" in result.stdout and "tokens/s" in result.stdout
+    return folder
+
+
+def test_the_main_job_leaves_its_results(trained):
+    """Training leaves an actor, scalars, pictures, samples and a summary, all of them readable."""
+    run = trained / "runs/whole"
+    summary = json.loads((run / "summary.json").read_text())
+    expected = {"score_before", "score_after", "score_std_before", "gold_before", "gold_after"}
+    assert expected | {"kl_per_response", "seconds", "tokens"} <= set(summary)
+    assert summary["evaluation_prompts"] == 12 and summary["tokens"] > 0
+    for picture in ("curves.png", "credit.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    assert {"score", "gold", "kl_per_response", "entropy", "policy_loss", "value_loss"} <= set(rows[0])
+    assert list((run / "tensorboard").iterdir())
+    samples = (run / "samples.md").read_text()
+    assert samples.count("**before**") == samples.count("**after**") == 12
+
+
+def test_the_actor_loads_with_transformers(trained):
+    """The actor's folder is a stock Transformers one, tokenizer beside it, and differs from the reference."""
+    from textenv import reviews
+
+    folder = trained / "runs/whole/actor"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = AutoTokenizer.from_pretrained(folder)("Review", return_tensors="pt")
+    assert torch.isfinite(model(**tokens).logits).all()
+    before = load_file(reviews.SUPERVISED / "model.safetensors")
+    after = load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_evaluate_repeats_the_measurement(trained):
+    """`evaluate` finds the numbers that training wrote."""
+    result = agents("evaluate", "--run", "runs/whole", "--output", "again.json", folder=trained)
+    assert result.returncode == 0, result.stderr
+    again = json.loads((trained / "again.json").read_text())
+    summary = json.loads((trained / "runs/whole/summary.json").read_text())
+    assert again["score"] == pytest.approx(summary["score_after"], abs=1e-6)
+    assert again["gold"] == pytest.approx(summary["gold_after"], abs=1e-6)
+    assert again["kl_per_response"] == pytest.approx(summary["kl_per_response"], abs=1e-5)
+
+
+def test_generate_answers_a_prompt(trained):
+    """`generate` prints as many responses as asked for, each with its score after the prompt."""
+    prompt = "Review of the kettle"
+    result = agents("generate", "--run", "runs/whole", "--prompt", prompt, "--samples", "2", folder=trained)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"] {prompt}") == 2 and result.stdout.count("[score ") == 2
+
+
+def test_killed_and_resumed_equals_uninterrupted(trained):
+    """A run killed after its first checkpoint and resumed ends with the same actor, to the bit."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "agents", "train", "--run", "runs/killed", *SHRUNK]
+    process = subprocess.Popen(command, cwd=trained, env=environment, stdout=subprocess.DEVNULL)
+    while not (trained / "runs/killed/checkpoint").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = agents("train", "--resume", "--run", "runs/killed", *SHRUNK, folder=trained)
+    assert result.returncode == 0, result.stderr
+    whole, resumed = (load_file(trained / f"runs/{name}/actor/model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    rows = (trained / "runs/killed/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["iteration"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train", "--run", "runs/whole"],
+            "exists already; choose another --run, or go on with it by --resume",
+        ),
+        (["train", "--resume", "--run", "runs/whole", "--seed", "6"], "another configuration"),
+        (["train", "--resume", "--run", "runs/none"], "no run in 'runs/none'"),
+        (["train", "--algorithm", "sarsa"], "no algorithm 'sarsa'; known are ppo"),
+        (["train", "--env", "CartPole-v1"], "use TextGen-v0"),
+        (["train", "--env-arg", "kl_coef=-1"], "kl_coef must be 0 or more"),
+        (["train", "--env-arg", "prompts=none.jsonl"], "no prompts file at 'none.jsonl'"),
+        (["evaluate", "--run", "runs/none"], "no run in 'runs/none'"),
+        (["generate", "--run", "runs/whole", "--prompt", " "], "prompt number 0 is empty"),
+    ],
+)
+def test_mistakes_get_a_sentence(trained, arguments, message):
+    """A mistake ends in one sentence that says the remedy, without a traceback and without work lost."""
+    before = sorted(trained.glob("runs/*"))
+    result = agents(*arguments, folder=trained)
+    assert result.returncode != 0
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert sorted(trained.glob("runs/*")) == before

@@ -1,0 +1,223 @@
+"""PPO on text: losses, first ratios, gradients, and who shares weights with whom."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from agents.networks import language_model_of, make_critic
+from agents.rollout import trim
+from agents.trainer import kl_metrics
+from tests.learning import make_rollout, make_trainer, same, weights
+from textenv import TextGenConfig, build_task
+from textenv.generation import response_log_probs
+from textenv.reward_model import last_token_scores
+
+
+def perturb(module: torch.nn.Module, scale: float = 0.02) -> None:
+    """Moves the weights, so that ratios and values differ from the recorded ones."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def gradients(module: torch.nn.Module) -> torch.Tensor:
+    found = [parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None]
+    return torch.cat(found)
+
+
+def test_first_ratios_are_one(settings):
+    """Before the first optimiser step every ratio is 1 and KL(actor, reference) is 0, in train mode, at τ = 0.7."""
+    trainer = make_trainer(settings)
+    assert trainer.actor.training and settings["temperature"] == 0.7
+    data = make_rollout(trainer).data
+    fresh = trainer.actor.get_dist(data).log_prob(data["action"])
+    mask = data["mask"]
+    assert mask.sum() > mask.shape[0]  # not only one token a row
+    # Cached decoding and one full forward differ by rounding alone.
+    torch.testing.assert_close(fresh[mask], data["action_log_prob"][mask], atol=1e-5, rtol=1e-5)
+    assert abs(kl_metrics(data)["kl_per_response"]) < 1e-4  # twelve tokens of 1e-5 each
+
+
+def test_the_actor_is_certain_of_padding(settings):
+    """Outside the response log-probability and entropy are exactly 0, so metrics of TorchRL count no padding."""
+    trainer = make_trainer(settings)
+    data = make_rollout(trainer).data
+    distribution = trainer.actor.get_dist(data)
+    outside = ~data["mask"]
+    assert outside.any()
+    assert torch.equal(distribution.log_prob(data["action"])[outside], torch.zeros(int(outside.sum())))
+    assert torch.equal(distribution.entropy()[outside], torch.zeros(int(outside.sum())))
+
+
+def test_losses_equal_the_loop(settings):
+    """Policy and value loss are the clipped means of DESIGN §5 over valid tokens, by a plain-Python loop."""
+    trainer = make_trainer(settings, ppo=dict(clip=0.1, value_clip=0.05))
+    data = make_rollout(trainer).data
+    perturb(trainer.actor)
+    perturb(trainer.critic)
+    terms, diagnostics = trainer.algorithm.loss(data)
+    new = trainer.actor.get_dist(data).log_prob(data["action"]).detach()
+    value = trainer.critic.module(data["input_ids"], data["attention_mask"], data["mask"]).detach()[..., 0]
+    policy, worth, clipped, count = 0.0, 0.0, 0, 0
+    for row in range(data.shape[0]):
+        for t in range(int(data["mask"][row].sum())):
+            advantage = float(data["advantage"][row, t, 0])
+            ratio = float((new[row, t] - data["action_log_prob"][row, t]).exp())
+            policy += max(-advantage * ratio, -advantage * min(max(ratio, 0.9), 1.1))
+            old, target = float(data["state_value"][row, t, 0]), float(data["value_target"][row, t, 0])
+            near = old + min(max(float(value[row, t]) - old, -0.05), 0.05)
+            worth += 0.5 * max((float(value[row, t]) - target) ** 2, (near - target) ** 2)
+            clipped += abs(ratio - 1) > 0.1
+            count += 1
+    assert clipped > 0  # the clip is at work, or this test would not see it
+    assert terms["policy_loss"].item() == pytest.approx(policy / count, rel=1e-4, abs=1e-5)
+    assert terms["value_loss"].item() == pytest.approx(worth / count, rel=1e-4)
+    assert float(diagnostics["clip_fraction"]) == pytest.approx(clipped / count, abs=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_gradients_do_not_depend_on_micro_batches(settings, micro_batch):
+    """One optimiser step is a mean over all its valid tokens, however ragged rows are split."""
+    found = {}
+    for size in (8, micro_batch):
+        trainer = make_trainer(settings, minibatch=8, micro_batch=size, max_grad_norm=1e9)
+        data = make_rollout(trainer).data
+        assert len(set(data["mask"].sum(1).tolist())) > 1
+        perturb(trainer.actor)
+        perturb(trainer.critic)
+        trainer.optimizer.zero_grad = lambda: None  # keeps the gradients for this test to read
+        trainer._step(data)
+        found[size] = torch.cat([gradients(trainer.actor), gradients(trainer.critic)])
+    scale = found[8].abs().max()
+    # float32 sums in another order: a few roundings of the largest entry
+    torch.testing.assert_close(found[micro_batch] / scale, found[8] / scale, atol=1e-5, rtol=0)
+
+
+def test_padding_changes_no_loss_and_no_gradient(settings):
+    """Ids, old values, advantages and log-probabilities of 1e9 in padding change nothing, to the bit."""
+    trainer = make_trainer(settings)
+    data = make_rollout(trainer).data
+    outside = ~data["mask"]
+    results = []
+    for spoil in (False, True):
+        batch = data.clone()
+        if spoil:
+            for key in ("state_value", "advantage", "value_target"):
+                batch[key][outside] = 1e9
+            batch["input_ids"][~batch["attention_mask"]] = 7
+        trainer.optimizer.zero_grad()
+        terms, _ = trainer.algorithm.loss(batch)
+        sum(terms.values()).backward()
+        both = torch.cat([gradients(trainer.actor), gradients(trainer.critic)])
+        results.append([*terms.values(), both])
+    assert same(*results)
+
+
+def test_trimming_changes_no_loss(settings):
+    """Columns that are padding in every row can be left out."""
+    trainer = make_trainer(settings)
+    data = make_rollout(trainer).data
+    short = data[data["mask"].sum(1) < data["mask"].shape[1]]
+    trimmed = trim(short)
+    assert trimmed["input_ids"].shape[1] < short["input_ids"].shape[1]
+    for name, value in trainer.algorithm.loss(trimmed)[0].items():
+        torch.testing.assert_close(value, trainer.algorithm.loss(short)[0][name], atol=1e-5, rtol=1e-5)
+
+
+def test_training_leaves_the_frozen_models_alone(settings):
+    """Reward model and reference are bit-identical after training; actor and critic are not."""
+    trainer = make_trainer(settings)
+    reference, reward = trainer.task.reference.model, trainer.task.reward.model
+    frozen = weights(reference), weights(reward)
+    trained = weights(trainer.actor), weights(trainer.critic)
+    list(trainer.iterate())
+    assert same(frozen[0], weights(reference)) and same(frozen[1], weights(reward))
+    assert not same(trained[0], weights(trainer.actor)) and not same(trained[1], weights(trainer.critic))
+
+
+def test_no_weight_is_shared(settings):
+    """Actor, critic, reference and reward model have no parameter in common."""
+    trainer = make_trainer(settings)
+    modules = [trainer.actor, trainer.critic, trainer.task.reference.model, trainer.task.reward.model]
+    places = [{parameter.data_ptr() for parameter in module.parameters()} for module in modules]
+    for index, first in enumerate(places):
+        for second in places[index + 1 :]:
+            assert not first & second
+
+
+def test_where_actor_and_critic_start(settings):
+    """The actor starts as the reference, the critic from the reward model, backbone and head."""
+    trainer = make_trainer(settings)
+    task, critic = trainer.task, trainer.critic.module
+    assert same(weights(language_model_of(trainer.actor)), weights(task.reference.model))
+    assert same(weights(critic.backbone), weights(task.reward.model.base_model))
+    data = make_rollout(trainer).data
+    values = critic.all_states(data["input_ids"], data["attention_mask"], data["mask"])[..., 0]
+    scores = last_token_scores(task.reward.model, data["input_ids"], data["attention_mask"])[:, 0]
+    last = data["mask"].sum(1, keepdim=True)
+    torch.testing.assert_close(values.gather(1, last)[:, 0], scores, atol=1e-5, rtol=1e-5)
+
+
+def test_critic_of_a_reward_function_starts_from_the_reference(settings):
+    """Where the reward is a function, the critic's backbone is the reference's and its values start at 0."""
+    task = build_task(TextGenConfig(**(settings | dict(reward=lambda prompts, responses: [1.0] * len(prompts)))))
+    critic = make_critic(task).module
+    assert same(weights(critic.backbone), weights(task.reference.model.base_model))
+    assert not critic.head.weight.any() and not critic.head.bias.any()
+
+
+def test_a_value_depends_on_earlier_tokens_only(settings):
+    """V_t changes with token t − 1 and does not change with token t or any later one."""
+    trainer = make_trainer(settings)
+    data = make_rollout(trainer).data
+    row = int(data["mask"].sum(1).argmax())
+    data = data[row : row + 1]
+    length, width = int(data["mask"].sum()), data["input_ids"].shape[1] - data["mask"].shape[1]
+    assert length >= 3
+    critic = trainer.critic.module
+
+    def values(ids):
+        return critic(ids, data["attention_mask"], data["mask"])[0, :length, 0].detach()
+
+    before = values(data["input_ids"])
+    for t in range(length - 1):
+        changed = data["input_ids"].clone()
+        changed[0, width + t] = (changed[0, width + t] + 1) % 256
+        after = values(changed)
+        torch.testing.assert_close(after[: t + 1], before[: t + 1], atol=1e-6, rtol=1e-6)
+        assert not torch.allclose(after[t + 1], before[t + 1], atol=1e-4)
+
+
+def test_temperature_reaches_every_log_probability(settings):
+    """Actor, recorded and reference log-probabilities are all of the tempered distribution."""
+    trainer = make_trainer(settings)
+    rollout = make_rollout(trainer)
+    data, model = rollout.data, copy.deepcopy(trainer.task.reference.model)
+    with torch.no_grad():
+        width = data["input_ids"].shape[1] - data["mask"].shape[1]
+        logits = model(
+            input_ids=data["input_ids"],
+            attention_mask=data["attention_mask"].long(),
+            position_ids=(data["attention_mask"].long().cumsum(1) - 1).clamp_min(0),
+        ).logits[:, width - 1 : -1]
+    expected = (logits / 0.7).log_softmax(-1).gather(-1, data["action"][..., None])[..., 0]
+    mask = data["mask"]
+    for key in ("action_log_prob", "reference_log_prob"):
+        torch.testing.assert_close(data[key][mask], expected[mask], atol=1e-5, rtol=1e-5)
+
+
+def test_response_log_probs_is_zero_outside(settings):
+    """The evaluation's KL sums over response tokens only."""
+    trainer = make_trainer(settings)
+    from textenv.state import TextState
+
+    data = make_rollout(trainer).data
+    width = data["input_ids"].shape[1] - data["mask"].shape[1]
+    state = TextState(data["input_ids"], data["attention_mask"], data["mask"].sum(1), width)
+    found = response_log_probs(trainer.task.reference.model, state, 0.7, rows_per_pass=3)
+    torch.testing.assert_close(found, data["reference_log_prob"], atol=1e-5, rtol=1e-5)
+    assert not found[~data["mask"]].any()

@@ -1,0 +1,149 @@
+"""The loop: how many steps it takes, that it learns, and that it goes on exactly where it stopped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from agents.checkpoint import check_same, load_checkpoint, save_checkpoint, save_config
+from agents.config import TrainConfig
+from agents.evaluation import split_prompts
+from agents.networks import language_model_of
+from tests.learning import make_trainer, same, weights
+from textenv import TextGenConfig, build_task
+
+
+@pytest.mark.parametrize(("minibatch", "micro_batch"), [(8, 8), (4, 4), (4, 3), (2, 1)])
+def test_optimiser_steps(settings, minibatch, micro_batch):
+    """Steps are epochs × minibatches for every micro-batch size."""
+    trainer = make_trainer(settings, ppo=dict(epochs=3), iterations=1, minibatch=minibatch, micro_batch=micro_batch)
+    steps = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (steps.append(1), step())
+    list(trainer.iterate())
+    assert len(steps) == 3 * (8 // minibatch)
+
+
+def test_resumed_equals_uninterrupted(settings, tmp_path):
+    """A run stopped after one iteration and resumed gives the same weights, to the bit, as one never stopped."""
+    whole = make_trainer(settings)
+    expected = [iteration.metrics["score"] for iteration in whole.iterate()]
+    stopped = make_trainer(settings)
+    first = next(stopped.iterate())
+    save_checkpoint(tmp_path, stopped)
+    resumed = make_trainer(settings)
+    load_checkpoint(tmp_path, resumed)
+    scores = [first.metrics["score"]] + [iteration.metrics["score"] for iteration in resumed.iterate()]
+    assert scores == expected
+    assert same(weights(whole.actor), weights(resumed.actor))
+    assert same(weights(whole.critic), weights(resumed.critic))
+
+
+def test_same_seed_same_run_other_seed_another(settings):
+    """The seed decides the run, and nothing else does."""
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(found))  # global randomness must not matter
+        trainer = make_trainer(settings, seed=seed, iterations=1)
+        list(trainer.iterate())
+        found.append(weights(language_model_of(trainer.actor)))
+    assert same(found[0], found[1]) and not same(found[0], found[2])
+
+
+def test_it_learns_a_known_answer(folders):
+    """PPO finds the rewarded letter: the share of responses that say it rises from rare to usual."""
+    settings = dict(
+        reference=folders["gpt2"],
+        reward=lambda prompts, responses: [float("e" in response) for response in responses],
+        prompts=["a", "bc"],
+        kl_coef=0.01,
+        max_prompt_tokens=2,
+        max_new_tokens=4,
+        stop_token_ids=[256],
+        temperature=1.0,
+        device="cpu",
+    )
+    trainer = make_trainer(settings, iterations=25, rollout=64, minibatch=32, micro_batch=32, learning_rate=3e-3)
+    scores = [iteration.metrics["score"] for iteration in trainer.iterate()]
+    assert sum(scores[:2]) / 2 < 0.2
+    assert sum(scores[-3:]) / 3 > 0.6
+
+
+def test_metrics_are_finite_and_mean_what_they_say(settings):
+    """Every metric is a finite number; KL starts at 0; lengths lie within the budget; entropy is not negative."""
+    metrics = next(make_trainer(settings).iterate()).metrics
+    assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
+    assert abs(metrics["kl_per_response"]) < 1e-4
+    assert 1 <= metrics["length"] <= settings["max_new_tokens"]
+    assert metrics["entropy"] >= 0
+    assert 0 <= metrics["clip_fraction"] <= 1
+
+
+def test_gradients_are_clipped(settings):
+    """No optimiser step sees a gradient longer than max_grad_norm."""
+    trainer = make_trainer(settings, iterations=1, max_grad_norm=1e-3)
+    norms = []
+    step = trainer.optimizer.step
+
+    def watch():
+        for network in (trainer.actor, trainer.critic):
+            norms.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]).norm())
+        step()
+
+    trainer.optimizer.step = watch
+    list(trainer.iterate())
+    assert norms and max(norms) <= 1e-3 * (1 + 1e-4)
+
+
+def test_held_out_prompts_are_held_out(settings):
+    """No prompt is both trained on and measured on, whatever their source."""
+    many = [f"number {index}" for index in range(50)]
+    task = build_task(TextGenConfig(**(settings | dict(prompts=many))))
+    kept, held_out = split_prompts(task, TrainConfig(evaluation_prompts=8))
+    assert len(held_out) == 8 and len(kept) == 42
+    assert not set(kept.texts) & set(held_out.texts)
+    again = split_prompts(task, TrainConfig(evaluation_prompts=8))
+    assert again[1].texts == held_out.texts
+
+
+def test_another_configuration_is_not_resumed(settings, tmp_path):
+    """A checkpoint of another configuration is refused, and the difference is named."""
+    trainer = make_trainer(settings)
+    save_config(tmp_path / "run", trainer.config, trainer.algorithm.config)
+    check_same(tmp_path / "run", trainer.config, trainer.algorithm.config)
+    other = make_trainer(settings, learning_rate=5e-4, ppo=dict(clip=0.3))
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.001 and is now 0\.0005.*clip was 0\.2"):
+        check_same(tmp_path / "run", other.config, other.algorithm.config)
+
+
+def test_a_run_without_checkpoint_is_not_resumed(settings, tmp_path):
+    """Resuming what never reached a checkpoint says so."""
+    with pytest.raises(ValueError, match="no checkpoint"):
+        load_checkpoint(tmp_path, make_trainer(settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(iterations=0), "iterations must be at least 1"),
+        (dict(minibatch=3, rollout=8), "minibatch must divide rollout"),
+        (dict(learning_rate=0.0), "learning_rate must be above 0"),
+        (dict(env_arg=("kl_coef",)), "NAME=VALUE"),
+        (dict(env_arg=("=3",)), "NAME=VALUE"),
+    ],
+)
+def test_bad_settings(changes, message):
+    """Bad settings are refused before any work, with the value and the remedy."""
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+def test_environment_arguments():
+    """--env-arg takes JSON values and plain strings."""
+    config = TrainConfig(env_arg=("kl_coef=0.05", 'prompts=["a", "b"]', "reward=module:function", "x=true"))
+    assert config.env_arguments() == {
+        "kl_coef": 0.05,
+        "prompts": ["a", "b"],
+        "reward": "module:function",
+        "x": True,
+    }

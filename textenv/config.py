@@ -1,0 +1,59 @@
+"""The settings of the environment, validated once: what `gym.make("TextGen-v0", ...)` takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextGenConfig:
+    """Everything that defines the decision process. `None` stands for the embedded task's own part."""
+
+    reference: Any = None  # frozen language model: folder, hub name, or textenv.shared(LanguageModel)
+    reward: str | Callable | Mapping[str, float] | Any = None  # reward model, function, or {name: weight}
+    reward_label: str | None = None  # which label's log-odds to use, if the reward model has several
+    prompts: str | Sequence[str] | Any = None  # list, .jsonl path (field "prompt"), or "module:function"
+    kl_coef: float = 0.1  # β, weight of the penalty; 0 runs no reference
+    max_prompt_tokens: int = 24  # P; prompts are left-padded to it
+    max_new_tokens: int = 48  # R; the token budget of a response
+    temperature: float = 0.7  # of the reference's and the actor's distribution, as in Ziegler et al. 2019
+    stop_token_ids: Sequence[int] | None = None  # default: the model's own end tokens
+    dtype: str = "float32"  # of the frozen models' weights
+    device: str = "auto"  # "auto" is CUDA where there is one
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "max_new_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        for name in ("kl_coef", "temperature"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}.")
+        if self.kl_coef < 0:
+            raise ValueError(
+                f"kl_coef must be 0 or more, got {self.kl_coef}: a negative penalty would reward "
+                "leaving the reference. Use 0 to switch the penalty off."
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}; 1.0 is the model's own.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
+
+    def torch_device(self) -> torch.device:
+        """The device that `device` names."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(
+                f"device must be 'auto', 'cpu' or a 'cuda[:N]' of this machine, got {self.device!r}."
+            ) from error

@@ -1,0 +1,121 @@
+"""The decision process, in batched tensors on one device: the only stepping code there is.
+
+Here episodes end and rewards are paid, one token a row at a time; the faces (env.py, vector_env.py,
+torchrl_env.py) hold no logic of their own, and the fast path (generation.py) gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from textenv.kl import environment_reward
+from textenv.language_model import decode, new_cache, prefill
+from textenv.rewards import Episodes
+from textenv.sampling import chosen_log_probs
+from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
+from textenv.task import Task
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What one step gives, for B rows; rows that were not active hold zeros."""
+
+    state: TextState  # the next state
+    reward: Tensor  # float32 [B], what the environment pays
+    terminated: Tensor  # bool [B]
+    finish_code: Tensor  # int64 [B], RUNNING, STOP or LENGTH
+    reference_log_prob: Tensor  # float32 [B], zero where kl_coef is 0
+    score: Tensor  # float32 [B], zero where the episode goes on
+    responses: dict[int, str]  # row -> text, for the rows that ended
+
+    def finish_reason(self, row: int) -> str:
+        """`"stop"`, `"length"`, or the empty string while the episode goes on."""
+        return FINISH_REASONS[int(self.finish_code[row])]
+
+
+class TextDynamics:
+    """B episodes side by side. Rows may be at different places, and start anew at different times."""
+
+    def __init__(self, task: Task, rows: int) -> None:
+        self.task, self.rows = task, rows
+        self.prompt_texts = [""] * rows
+        self.stop_token_ids = torch.tensor(task.stop_token_ids, device=task.device)
+        prompts = task.prompts
+        self.state = start(
+            torch.full((rows, prompts.input_ids.shape[1]), task.pad_token_id, device=task.device),
+            torch.zeros(rows, prompts.input_ids.shape[1], dtype=torch.bool, device=task.device),
+            task.config.max_new_tokens,
+            task.pad_token_id,
+        )
+        self.running = torch.zeros(rows, dtype=torch.bool, device=task.device)  # [B]
+        if task.reference is not None:
+            self.cache = new_cache(task.reference.model, rows, task.width)
+            self.logits = torch.zeros(rows, task.vocabulary, device=task.device)  # [B, V], of the next token
+
+    def reset(self, rows: Sequence[int], prompt_indices: Sequence[int]) -> TextState:
+        """Starts new episodes in the given rows, from the prompts of the given indices."""
+        prompts = self.task.prompts.select(prompt_indices)
+        for row, text in zip(rows, prompts.texts, strict=True):
+            self.prompt_texts[row] = text
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.task.device)
+        budget = self.task.config.max_new_tokens
+        fresh = start(prompts.input_ids, prompts.attention_mask, budget, self.task.pad_token_id)
+        self.state = self.state.restart(index, fresh)
+        self.running[index] = True
+        if self.task.reference is not None:
+            self.logits[index] = prefill(self.task.reference.model, self.cache, fresh, index).float()
+        return self.state
+
+    def step(self, tokens: Tensor, active: Tensor | None = None) -> Transition:
+        """Writes one token in each active row (all rows unless told).
+
+        tokens: int64 [B]; active: bool [B]. Raises ValueError for an id outside the vocabulary and for a
+        row whose episode is over.
+        """
+        active = torch.ones_like(self.running) if active is None else active
+        self._check(tokens, active)
+        reference_log_prob = self._reference_log_prob(tokens, active)
+        self.state = self.state.append(tokens, active)
+        code = finish(tokens, self.state.length, self.stop_token_ids, self.task.config.max_new_tokens)
+        code = code.where(active, RUNNING)
+        ended = code != RUNNING
+        self.running = self.running & ~ended
+        score, responses = self._score(ended, code)
+        if self.task.reference is not None and bool(self.running.any()):
+            self.logits = decode(self.task.reference.model, self.cache, self.state).float()
+        reward = environment_reward(score, ended, reference_log_prob, self.task.config.kl_coef)
+        return Transition(self.state, reward, ended, code, reference_log_prob, score, responses)
+
+    def _check(self, tokens: Tensor, active: Tensor) -> None:
+        bad = active & ((tokens < 0) | (tokens >= self.task.vocabulary))
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"action {int(tokens[row])} in row {row} is no token id; ids go from 0 to "
+                f"{self.task.vocabulary - 1} (the action space)."
+            )
+        over = active & ~self.running
+        if bool(over.any()):
+            raise ValueError(
+                f"the episode in row {int(over.nonzero()[0])} is over or was never started; call reset() first."
+            )
+
+    def _reference_log_prob(self, tokens: Tensor, active: Tensor) -> Tensor:
+        if self.task.reference is None:
+            return torch.zeros(self.rows, device=self.task.device)
+        tokens = tokens.where(active, 0)
+        return chosen_log_probs(self.logits, tokens, self.task.config.temperature).where(active, 0.0)
+
+    def _score(self, ended: Tensor, code: Tensor) -> tuple[Tensor, dict[int, str]]:
+        score = torch.zeros(self.rows, device=self.task.device)
+        rows = ended.nonzero()[:, 0]
+        if not len(rows):
+            return score, {}
+        texts = [self.prompt_texts[row] for row in rows.tolist()]
+        episodes = Episodes(texts, self.state.select(rows), code[rows] == STOP, self.task.tokenizer)
+        score[rows] = self.task.reward(episodes).float()
+        return score, dict(zip(rows.tolist(), episodes.responses, strict=True))

@@ -1,0 +1,135 @@
+"""The fast path: whole responses at once, then one teacher-forced pass of each frozen model.
+
+Two verbs. `generate` writes responses with any language model, one cached token at a time. `judge` gives
+finished responses their reference log-probabilities, scores and rewards: the numbers that stepping through
+dynamics.py gives, at a fraction of the cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from textenv.kl import environment_reward
+from textenv.language_model import decode, new_cache, prefill, response_logits
+from textenv.prompts import Prompts
+from textenv.rewards import Episodes
+from textenv.sampling import Sampling, chosen_log_probs, sample
+from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
+from textenv.task import Task
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Finished responses and the log-probabilities under which they were sampled."""
+
+    state: TextState
+    log_prob: Tensor  # float32 [B, R], zero outside the response
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the environment says of finished responses."""
+
+    reward: Tensor  # float32 [B, R], what the environment pays at each token
+    reference_log_prob: Tensor  # float32 [B, R], zero outside the response and where kl_coef is 0
+    score: Tensor  # float32 [B]
+    finish_code: Tensor  # int64 [B], STOP or LENGTH
+    responses: list[str]
+
+    def finish_reason(self, row: int) -> str:
+        """`"stop"` or `"length"`."""
+        return FINISH_REASONS[int(self.finish_code[row])]
+
+
+@torch.no_grad()
+def generate(
+    task: Task, model: PreTrainedModel, prompts: Prompts, sampling: Sampling, generator: torch.Generator
+) -> Generation:
+    """One response to each prompt, sampled from `model`."""
+    budget = task.config.max_new_tokens
+    stops = torch.tensor(task.stop_token_ids, device=task.device)
+    state = start(prompts.input_ids, prompts.attention_mask, budget, task.pad_token_id)
+    rows, width = state.input_ids.shape
+    log_prob = torch.zeros(rows, budget, device=task.device)
+    code = torch.full((rows,), RUNNING, device=task.device)
+    cached = torch.arange(rows, device=task.device)  # the rows that the cache still holds
+    cache = new_cache(model, rows, width)
+    logits = prefill(model, cache, state, cached)
+    for step in range(budget):
+        drawn, drawn_log_prob = sample(logits, sampling, generator)
+        running = code == RUNNING  # [B]
+        tokens = torch.zeros_like(code).index_copy(0, cached, drawn)
+        log_prob[cached, step] = drawn_log_prob.where(running[cached], 0.0)
+        state = state.append(tokens, running)
+        code = finish(tokens, state.length, stops, budget).where(running, code)
+        going_on = code[cached] == RUNNING
+        left = int(going_on.sum())
+        if left == 0:
+            break
+        if 2 * left <= len(cached):  # finished rows cost work for nothing: drop them, now and then
+            cache.keep(going_on.nonzero()[:, 0])
+            cached = cached[going_on]
+        logits = decode(model, cache, state.select(cached))
+    return Generation(state, log_prob)
+
+
+@torch.no_grad()
+def judge(task: Task, state: TextState, prompt_texts: Sequence[str], rows_per_pass: int = 64) -> Judgement:
+    """Scores and rewards of finished responses, some rows at a time."""
+    rows_given = len(state.length)
+    if len(prompt_texts) != rows_given:
+        raise ValueError(
+            f"judge got {rows_given} responses and {len(prompt_texts)} prompt texts; give one text a response."
+        )
+    parts = [
+        _judge(task, state.select(rows), [prompt_texts[int(row)] for row in rows])
+        for rows in torch.arange(rows_given, device=task.device).split(rows_per_pass)
+    ]
+    return Judgement(
+        reward=torch.cat([part.reward for part in parts]),
+        reference_log_prob=torch.cat([part.reference_log_prob for part in parts]),
+        score=torch.cat([part.score for part in parts]),
+        finish_code=torch.cat([part.finish_code for part in parts]),
+        responses=[text for part in parts for text in part.responses],
+    )
+
+
+def response_log_probs(model: PreTrainedModel, state: TextState, temperature: float, rows_per_pass: int = 64) -> Tensor:
+    """Log-probabilities that `model` gives to responses, by full forwards without gradients.
+
+    Returns float32 [B, R], zero outside the response.
+    """
+    with torch.no_grad():
+        rows = torch.arange(len(state.length), device=state.length.device)
+        return torch.cat([_log_probs(model, state.select(part), temperature) for part in rows.split(rows_per_pass)])
+
+
+def _log_probs(model: PreTrainedModel, state: TextState, temperature: float) -> Tensor:
+    logits = response_logits(model, state.input_ids, state.attention_mask, state.prompt_width)
+    return chosen_log_probs(logits, state.response_ids, temperature).where(state.response_mask, 0.0)
+
+
+def _judge(task: Task, state: TextState, prompt_texts: list[str]) -> Judgement:
+    stops = torch.tensor(task.stop_token_ids, device=task.device)
+    mask = state.response_mask  # [B, R]
+    last = mask & (mask.long().cumsum(1) == state.length[:, None])  # [B, R], true at t = T
+    last_tokens = state.response_ids.gather(1, (state.length[:, None] - 1).clamp_min(0))[:, 0]
+    code = finish(last_tokens, state.length, stops, task.config.max_new_tokens).where(state.length > 0, RUNNING)
+    if bool((code == RUNNING).any()):
+        raise ValueError(
+            f"judge reads finished responses, and row {int((code == RUNNING).nonzero()[0])} of its batch has neither "
+            "a stop token at its end nor the whole budget of tokens; write it to its end first."
+        )
+    episodes = Episodes(prompt_texts, state, code == STOP, task.tokenizer)
+    score = task.reward(episodes).float()  # [B]
+    if task.reference is None:
+        reference_log_prob = torch.zeros(mask.shape, device=mask.device)
+    else:
+        reference_log_prob = _log_probs(task.reference.model, state, task.config.temperature)
+    reward = environment_reward(score[:, None], last, reference_log_prob, task.config.kl_coef)
+    return Judgement(reward, reference_log_prob, score, code, episodes.responses)

@@ -1,0 +1,154 @@
+"""A Hugging Face causal language model in three verbs: prefill, decode one token, read a whole text.
+
+Owns the key/value cache: one token costs one token's work, whatever the length so far. Rows may be at
+different places, because every row writes the column that it is told to. Never samples, never mutates
+the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from textenv.state import TextState, position_ids
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model, its tokenizer, and the tokens that end a response."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the width of the model's logits."""
+        embeddings: Any = self.model.get_output_embeddings()
+        return embeddings.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+
+def response_logits(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, prompt_width: int) -> Tensor:
+    """Logits for the response columns P..L-1 of left-padded texts [B, L]. Returns [B, R, V]."""
+    return model(
+        input_ids=input_ids[:, :-1],
+        attention_mask=attention_mask[:, :-1].long(),
+        position_ids=position_ids(attention_mask)[:, :-1],
+        logits_to_keep=input_ids.shape[1] - prompt_width,
+        use_cache=False,
+    ).logits
+
+
+class _Layer(CacheLayerMixin):
+    """Keys and values of one layer, [B, heads, L, D]: each row writes where the cache says."""
+
+    def __init__(self, owner: KeyValueCache) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, columns = self.owner.rows, self.owner.columns
+        self.keys = key_states.new_zeros(rows, key_states.shape[1], columns, key_states.shape[3])
+        self.values = value_states.new_zeros(rows, value_states.shape[1], columns, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        rows, columns, used = self.owner.target
+        if columns is None:  # prefill: the prompt attends to itself alone
+            width = key_states.shape[2]
+            self.keys[rows, :, :width] = key_states
+            self.values[rows, :, :width] = value_states
+            return key_states, value_states
+        self.keys[rows, :, columns] = key_states[:, :, 0]
+        self.values[rows, :, columns] = value_states[:, :, 0]
+        return self.keys[:, :, :used], self.values[:, :, :used]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.columns, 0
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are always passed
+
+    def get_max_length(self) -> int:
+        return self.owner.columns
+
+
+class KeyValueCache(Cache):
+    """Keys and values of B rows by L columns, one token's row and column at a time."""
+
+    def __init__(self, layers: int, rows: int, columns: int) -> None:
+        self.rows, self.columns = rows, columns
+        self.target: tuple[Tensor, Tensor | None, int] = (torch.empty(0), None, 0)
+        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but these (indices)."""
+        self.rows = len(rows)
+        for layer in self.layers:
+            assert isinstance(layer, _Layer) and layer.keys is not None and layer.values is not None
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+
+def new_cache(model: PreTrainedModel, rows: int, columns: int) -> KeyValueCache:
+    """An empty cache for `rows` texts of at most `columns` tokens."""
+    return KeyValueCache(model.config.get_text_config().num_hidden_layers, rows, columns)
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, cache: KeyValueCache, state: TextState, rows: Tensor) -> Tensor:
+    """Reads the prompts of `state` into the cache's rows of indices `rows` [b].
+
+    state: b rows, whose prompt alone is read. Returns the logits of the first token, [b, V].
+    """
+    width = state.prompt_width
+    mask = state.attention_mask[:, :width]  # [b, P]
+    causal = torch.ones(width, width, dtype=torch.bool, device=mask.device).tril()
+    cache.target = (rows, None, width)
+    return _forward(model, cache, state.input_ids[:, :width], causal & mask[:, None], position_ids(mask))
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, cache: KeyValueCache, state: TextState) -> Tensor:
+    """Reads the last token of every row of `state`, whose earlier tokens the cache holds.
+
+    Returns the logits of the next token, [B, V].
+    """
+    columns = state.prompt_width + state.length - 1  # [B]
+    used = int(columns.max()) + 1
+    mask = state.attention_mask[:, :used]
+    rows = torch.arange(len(columns), device=columns.device)
+    positions = (mask.sum(1, keepdim=True) - 1).clamp_min(0)  # [B, 1]; rows never started are empty
+    cache.target = (rows, columns, used)
+    return _forward(model, cache, state.input_ids[rows, columns, None], mask[:, None], positions)
+
+
+def _forward(
+    model: PreTrainedModel, cache: KeyValueCache, input_ids: Tensor, visible: Tensor, positions: Tensor
+) -> Tensor:
+    """Last-position logits [b, V]; visible: bool [b, queries, keys]."""
+    # An additive mask in four dimensions is the form that Transformers passes on untouched, to every
+    # attention implementation; a finite minimum keeps rows without a visible key (padding) free of NaN.
+    blocked = torch.finfo(model.dtype).min
+    bias = torch.zeros(visible.shape, dtype=model.dtype, device=visible.device)
+    output = model(
+        input_ids=input_ids,
+        attention_mask=bias.masked_fill(~visible, blocked)[:, None],  # [b, 1, queries, keys]
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1]

@@ -1,0 +1,179 @@
+"""From names to objects: models, tokenizers and functions, with errors that say the remedy.
+
+Weights are read as safetensors only, and no code from a model's folder is run. Frozen models are shared:
+a second environment on the same folder costs no memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+
+class Shared:
+    """A live object that passes through `gym.make` without being copied."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __copy__(self) -> Shared:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> Shared:
+        return self
+
+    def __repr__(self) -> str:
+        return f"shared({type(self.value).__name__})"
+
+
+def shared(value: Any) -> Shared:
+    """Hands a live model, reward or list to `gym.make` without the copies that Gymnasium makes."""
+    return Shared(value)
+
+
+def unwrap(value: Any) -> Any:
+    """What a user passed, out of its `shared` handle if it is in one."""
+    return value.value if isinstance(value, Shared) else value
+
+
+def load_function(name: str) -> Callable:
+    """The callable that `"module:function"` names."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{name!r} names no importable function ({error}); write 'module:function', with the module "
+            "on the Python path or in the working directory."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{name!r} must name a function, got a {type(found).__name__}.")
+    return found
+
+
+_frozen: weakref.WeakValueDictionary[tuple, PreTrainedModel] = weakref.WeakValueDictionary()
+
+
+def load_frozen(auto_class: type, name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """`load_model` for a model nobody trains: loaded once a process, in eval mode, without gradients."""
+    key = (auto_class, name, _stamp(name), device, dtype)
+    model = _frozen.get(key)
+    if model is None:
+        model = load_model(auto_class, name, device, dtype).eval().requires_grad_(False)
+        _frozen[key] = model
+    return model
+
+
+def load_model(auto_class: type, name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model from a folder or hub name, without dropout, so that train mode computes what eval mode does."""
+    with quietly():
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            _switch_off_dropout(config)
+            model, report = auto_class.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no model could be loaded from {name!r}: {_reason(name, error)} Give a folder or hub name that "
+                "holds config.json and safetensors weights (pickles are refused: re-save with "
+                "save_pretrained, which writes safetensors)."
+            ) from error
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{name!r} holds no weights for {', '.join(sorted(report['missing_keys'])[:3])} of a "
+            f"{type(model).__name__}: they would be random. Give a model that was trained as one."
+        )
+    return model.to(device)
+
+
+def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A frozen causal language model."""
+    return load_frozen(AutoModelForCausalLM, name, device, dtype)
+
+
+def load_classifier(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A frozen sequence-classification model. Refuses a folder that has no trained head."""
+    config = load_config(name)
+    heads = [architecture for architecture in config.architectures or [] if "SequenceClassification" in architecture]
+    if not heads:
+        raise ValueError(
+            f"{name!r} is no sequence-classification model (its architectures are {config.architectures}): its "
+            "head would be random. Train one with `python -m agents reward-model`."
+        )
+    return load_frozen(AutoModelForSequenceClassification, name, device, dtype)
+
+
+def load_config(name: str) -> transformers.PretrainedConfig:
+    """The configuration of the model of that name."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no model configuration in {name!r}: {_reason(name, error)} Give a folder with a config.json, or a "
+            "hub name that can be reached."
+        ) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model of that name."""
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer in {name!r}: {_reason(name, error)} Save one beside the model with "
+            "tokenizer.save_pretrained."
+        ) from error
+
+
+def _switch_off_dropout(config: Any) -> None:
+    for field, value in config.to_dict().items():
+        if isinstance(value, float) and "drop" in field:
+            setattr(config, field, 0.0)
+
+
+def _stamp(name: str) -> tuple:
+    """Changes when the files of a local folder do, so that a retrained model is read anew."""
+    folder = Path(name)
+    return tuple(sorted((file.name, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors")))
+
+
+def _reason(name: str, error: Exception) -> str:
+    """Why a name could not be loaded, in a sentence; Transformers takes a missing folder for a hub name."""
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        return "there is no such folder."
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if line.endswith(".") else f"{line}."
+
+
+@contextmanager
+def quietly():
+    """No bars for models that are read or written in a moment."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

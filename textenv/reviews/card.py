@@ -1,0 +1,138 @@
+"""The model card of the embedded task: measures the weights in a folder and writes its README.md.
+
+The build calls it at its end; `python -m textenv.reviews.card` measures again without training.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from textenv.config import TextGenConfig
+from textenv.reviews import held_out_prompts
+from textenv.reviews.gold import gold
+from textenv.reviews.measure import FAIRLY_SURE, SURE, as_pairs, compare, measure_reward_model, measure_supervised
+from textenv.reviews.prompts import HELD_OUT, TRAIN
+from textenv.reviews.sampling import MAX_NEW_TOKENS, Sample, sample_responses
+from textenv.reward_training import score_tokens
+
+_HEAD = """# The embedded task: product reviews
+
+Two small models, their tokenizer, and the grammar and rater that they were made with. All of it was made by
+this project; no other text or weights went in. This page is written by the build; edit `card.py`, not the page.
+
+| what | where |
+|---|---|
+| supervised model: GPT-2, 4 layers, width 128, trained on reviews that the grammar wrote | `supervised/` |
+| reward model: the same backbone with one scalar head, trained on noisy choices of the gold rater | `reward_model/` |
+| grammar: data | `aspects.py`, `products.py`, `words.py` |
+| grammar: clauses and whole reviews | `forms.py`, `clauses.py`, `grammar.py` |
+| parser and gold rater: the true quality of any text | `parser.py`, `gold.py` |
+| prompts: training and held-out sets, disjoint | `prompts.py` |
+
+A choice between two responses to one prompt goes to the first with probability
+`sigmoid((gold(first) - gold(second)) / {noise})`. The models saw the {train} training prompts only; all figures
+below are measured on the {held_out} held-out prompts, at the task's temperature of {temperature} unless said
+otherwise.
+
+Rebuild: `python -m textenv.reviews.build` (seed {seed}); measure again: `python -m textenv.reviews.card`.
+Equal versions, threads and machine give equal weights; elsewhere rounding differs and the figures move within
+their sampling error.
+"""
+
+_FIGURES = (  # name, format, meaning; a figure at temperature 1 has the ending _hot
+    ("parsing", "{:.1%}", "supervised samples that end within {budget} new tokens and parse, of {samples:.0f}"),
+    ("parsing_hot", "{:.1%}", "the same at temperature 1"),
+    ("finished", "{:.1%}", "supervised samples that end within {budget} new tokens"),
+    ("distinct", "{:.1%}", "distinct texts among the supervised samples"),
+    ("tokens_mean", "{:.1f}", "tokens of a supervised sample, end token included, mean"),
+    ("gold_mean", "{:.2f}", "gold score of the supervised samples, mean (standard deviation {gold_deviation:.2f})"),
+    ("supervised_loss", "{:.3f}", "training loss of the supervised model, nats a token, mean over training"),
+    ("accuracy_noisy", "{:.1%}", "reward model agrees with the rater's noisy choice, {test_pairs:.0f} held-out pairs"),
+    ("ceiling", "{:.1%}", "Bayes ceiling: the noisy choice agrees with the order of the gold scores (same pairs)"),
+    ("accuracy_true", "{:.1%}", "reward model agrees with the order of the gold scores (pairs that differ)"),
+    ("accuracy_sure", "{:.1%}", "the same on the {sure_pairs:.0f} pairs where the rater is at least {sure:.0%} sure"),
+    ("accuracy_fairly_sure", "{:.1%}", "the same on the {fairly_sure_pairs:.0f} pairs where it is {fairly:.0%} sure"),
+    ("accuracy_sure_hot", "{:.1%}", "the same on {sure_pairs_hot:.0f} such pairs sampled at temperature 1"),
+    ("correlation", "{:.3f}", "correlation of reward-model score and gold score over the held-out samples"),
+    ("score_mean", "{:.2f}", "reward-model score of held-out samples, mean (standard deviation {score_deviation:.2f})"),
+    ("megabytes", "{:.2f}", "both folders together, MB (10^6 bytes)"),
+    ("supervised_minutes", "{:.1f}", "minutes of stage 1, the supervised model, on {threads} CPU threads"),
+    ("reward_minutes", "{:.1f}", "minutes of stage 2, samples, choices and reward model"),
+)  # fmt: skip
+
+RECORD = "training.json"  # what the build knows and the weights do not tell
+TEMPERATURE = TextGenConfig.temperature  # the task's own
+SEED = 1  # of the held-out samples and of the rater's choices among them
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Measure the weights in a folder on held-out prompts, and write its card. Returns the figures."""
+    record = json.loads((folder / RECORD).read_text())
+    figures, samples = measure_at(folder, TEMPERATURE, record["settings"]["noise"])
+    hot, _ = measure_at(folder, 1.0, record["settings"]["noise"])
+    figures |= {f"{name}_hot": value for name, value in hot.items()}
+    write_card(folder, {**record, **figures}, samples[:10])
+    return figures
+
+
+def measure_at(folder: Path, temperature: float, noise: float) -> tuple[dict[str, float], list[Sample]]:
+    """Figures of both models, on four samples a held-out prompt."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "supervised")
+    reward_model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "supervised")
+    held_out = sample_responses(model, tokenizer, held_out_prompts() * 4, SEED, temperature)
+    quarter = len(held_out_prompts())
+    rows = [held_out[i * quarter : (i + 1) * quarter] for i in range(4)]
+    tests = compare([*zip(rows[0], rows[1], strict=True), *zip(rows[2], rows[3], strict=True)], noise, SEED)
+    scores = score_tokens(reward_model, as_pairs(tokenizer, tests).sequences())
+    return measure_supervised(held_out) | measure_reward_model(tests, scores.tolist(), noise), held_out
+
+
+def write_card(folder: Path, figures: Mapping[str, Any], samples: Sequence[Sample]) -> None:
+    """Write the folder's README.md: what is there, how it was made, what it measures."""
+    settings = figures["settings"]
+    head = _HEAD.format(
+        noise=settings["noise"], seed=settings["seed"], train=TRAIN, held_out=HELD_OUT, temperature=TEMPERATURE
+    )
+    values = {**figures, "megabytes": folder_megabytes(folder)}
+    known = {**values, "budget": MAX_NEW_TOKENS, "sure": SURE, "fairly": FAIRLY_SURE, "threads": settings["threads"]}
+    rows = [f"| {value.format(values[name])} | {text.format(**known)} |" for name, value, text in _FIGURES]
+    versions = {name: version(name) for name in ("torch", "transformers", "tokenizers", "accelerate")}
+    parts = (
+        head,
+        "## Figures\n",
+        "| | |\n|---|---|\n" + "\n".join(rows) + "\n",
+        '"Sure" means: the rater picks one of the two with probability of at least '
+        f"{SURE:.0%}, that is, their gold scores differ by at least {settings['noise']} ln {SURE / (1 - SURE):.0f}.\n",
+        "## Samples of the supervised model\n",
+        _samples(samples),
+        "## Settings\n",
+        f"{values['reviews']:.0f} reviews, {values['pairs']:.0f} preference pairs. Python {platform.python_version()}, "
+        + ", ".join(f"{name} {number}" for name, number in versions.items())
+        + ".\n",
+        f"```json\n{json.dumps(settings, indent=1)}\n```",
+    )
+    (folder / "README.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def folder_megabytes(folder: Path) -> float:
+    """Size of the two models' folders in 10^6 bytes."""
+    files = (p for name in ("supervised", "reward_model") for p in (folder / name).rglob("*") if p.is_file())
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+def _samples(samples: Sequence[Sample]) -> str:
+    scores = gold([s.prompt for s in samples], [s.text for s in samples])
+    rows = [f"| {score:.2f} | {s.prompt} | {s.text.strip()} |" for s, score in zip(samples, scores, strict=True)]
+    return "| gold | prompt | response |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(__file__).parent), indent=1))

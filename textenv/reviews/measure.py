@@ -1,0 +1,101 @@
+"""Preference choices by the gold rater, and the figures of the model card."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from textenv.reviews.gold import gold
+from textenv.reviews.parser import parses
+from textenv.reviews.sampling import Sample
+from textenv.reward_training import Pairs
+from textenv.supervised import encode_prompt
+
+SURE = 0.95  # a choice that the rater makes with at least this probability is a sure one: noise allows it
+FAIRLY_SURE = 0.9
+
+
+class Comparison(NamedTuple):
+    """A noisy choice of the rater between two responses to one prompt."""
+
+    chosen: Sample
+    rejected: Sample
+    margin: float  # gold score of the chosen one minus gold score of the other; negative where noise won
+
+
+def compare(pairs: Sequence[tuple[Sample, Sample]], noise: float, seed: int) -> list[Comparison]:
+    """The rater's choices: the first of a pair with probability sigmoid(gold difference / noise)."""
+    rng = random.Random(seed)
+    firsts, seconds = (_gold([pair[side] for pair in pairs]) for side in (0, 1))
+    choices = []
+    for (first, second), high, low in zip(pairs, firsts, seconds, strict=True):
+        if rng.random() < 1 / (1 + math.exp(-(high - low) / noise)):
+            choices.append(Comparison(first, second, high - low))
+        else:
+            choices.append(Comparison(second, first, low - high))
+    return choices
+
+
+def _gold(samples: Sequence[Sample]) -> list[float]:
+    return gold([s.prompt for s in samples], [s.text for s in samples])
+
+
+def as_pairs(tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]) -> Pairs:
+    """Comparisons as token pairs: the very tokens that were sampled, so a response cut short has no end token."""
+
+    def tokens(sample: Sample) -> list[int]:
+        return encode_prompt(tokenizer, sample.prompt) + sample.tokens
+
+    return Pairs([(tokens(c.chosen), tokens(c.rejected)) for c in comparisons])
+
+
+def measure_supervised(samples: Sequence[Sample]) -> dict[str, float]:
+    """How the supervised model writes."""
+    scores = _gold(samples)
+    return {
+        "samples": len(samples),
+        "parsing": statistics.mean(s.finished and parses(s.text) for s in samples),
+        "finished": statistics.mean(s.finished for s in samples),
+        "tokens_mean": statistics.mean(len(s.tokens) for s in samples),
+        "gold_mean": statistics.mean(scores),
+        "gold_deviation": statistics.pstdev(scores),
+        "distinct": len({s.text for s in samples}) / len(samples),
+    }
+
+
+def measure_reward_model(choices: Sequence[Comparison], scores: Sequence[float], noise: float) -> dict[str, float]:
+    """How far the reward model agrees with the rater on held-out pairs.
+
+    scores: of all chosen responses, then of all rejected ones.
+    """
+    count = len(choices)
+    leads = [scores[i] - scores[count + i] for i in range(count)]
+    margins = [c.margin for c in choices]
+    differing = [(lead, margin) for lead, margin in zip(leads, margins, strict=True) if margin]
+
+    def at_least(certainty: float) -> list[bool]:
+        """Whether the reward model is right, for the pairs that the rater is so sure of."""
+        least = noise * math.log(certainty / (1 - certainty))
+        return [lead * margin > 0 for lead, margin in differing if abs(margin) >= least]
+
+    sure, fairly_sure = at_least(SURE), at_least(FAIRLY_SURE)
+    golds = _gold([c.chosen for c in choices] + [c.rejected for c in choices])
+    return {
+        "test_pairs": count,
+        "accuracy_noisy": statistics.mean(lead > 0 for lead in leads),
+        "accuracy_true": statistics.mean(lead * margin > 0 for lead, margin in differing),
+        "ceiling": statistics.mean(margin > 0 for margin in margins if margin),
+        "ceiling_expected": statistics.mean(1 / (1 + math.exp(-abs(margin) / noise)) for margin in margins),
+        "sure_pairs": len(sure),
+        "accuracy_sure": statistics.mean(sure),
+        "fairly_sure_pairs": len(fairly_sure),
+        "accuracy_fairly_sure": statistics.mean(fairly_sure),
+        "correlation": statistics.correlation(scores, golds),
+        "score_mean": statistics.mean(scores),
+        "score_deviation": statistics.pstdev(scores),
+    }

@@ -1,0 +1,68 @@
+"""From logits to tokens: temperature, top-k, top-p, and the log-probability of what was really sampled.
+
+Pure functions; the generator is an argument.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from the model's logits."""
+
+    temperature: float = 1.0  # logits are divided by it
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be above 0 and finite, got {self.temperature}; for greedy decoding use top_k=1."
+            )
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k must be a whole number, 0 (off) or more, got {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
+
+
+def log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probabilities of the distribution that is sampled from; -inf for tokens filtered out.
+
+    logits: [..., V]. Returns float32 [..., V]. Temperature first, then top-k, then top-p
+    (Holtzman et al. 2020), as Transformers orders them.
+    """
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k:
+        kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        drop = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, mass_before >= sampling.top_p)
+        logits = logits.masked_fill(drop, -torch.inf)
+    return logits.log_softmax(-1)
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-probability.
+
+    logits: [B, V]. Returns int64 [B] and float32 [B].
+    """
+    distribution = log_probs(logits, sampling)  # [B, V]
+    tokens = torch.multinomial(distribution.exp(), 1, generator=generator)  # [B, 1]
+    return tokens[:, 0], distribution.gather(1, tokens)[:, 0]
+
+
+def chosen_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Log-probability of the given tokens at a temperature.
+
+    logits: [..., V]; tokens: int64 [...]. Returns float32 [...].
+    """
+    logits = logits.float() / temperature
+    return logits.gather(-1, tokens.unsqueeze(-1))[..., 0] - logits.logsumexp(-1)

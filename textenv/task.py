@@ -1,0 +1,208 @@
+"""The objects that a `TextGenConfig` names, built and checked together, before any work is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from textenv import reviews
+from textenv.config import DTYPES, TextGenConfig
+from textenv.language_model import LanguageModel
+from textenv.loading import (
+    load_causal_lm,
+    load_classifier,
+    load_config,
+    load_function,
+    load_tokenizer,
+    unwrap,
+)
+from textenv.prompts import Prompts, pad_token_id, read_prompts, tokenise
+from textenv.reward_model import RewardModel
+from textenv.rewards import FunctionReward, Reward, WeightedSum
+
+
+@dataclass(frozen=True)
+class Task:
+    """A decision process, ready to run: what the environment, the fast path and the learners share."""
+
+    config: TextGenConfig
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int  # V
+    stop_token_ids: tuple[int, ...]
+    reference: LanguageModel | None  # None where kl_coef is 0
+    reward: Reward
+    prompts: Prompts
+    device: torch.device
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills empty columns. It means nothing: masks say what is real."""
+        return pad_token_id(self.tokenizer)
+
+    @property
+    def width(self) -> int:
+        """L, columns of an observation."""
+        return self.config.max_prompt_tokens + self.config.max_new_tokens
+
+    def load_reference(self) -> LanguageModel:
+        """The reference, loaded even where `kl_coef` is 0 and the environment never runs it."""
+        return self.reference or _load_reference(self.config, self.device)
+
+
+def build_task(config: TextGenConfig) -> Task:
+    """Loads models and prompts. Raises ValueError for all that would fail later."""
+    texts = read_prompts(reviews.train_prompts if config.prompts is None else config.prompts)
+    given = unwrap(config.reference)
+    device = config.torch_device()
+    if isinstance(given, LanguageModel) and config.device == "auto":
+        device = given.device
+    if config.kl_coef > 0 or isinstance(given, LanguageModel):
+        reference = _load_reference(config, device)
+        tokenizer, vocabulary, stops = reference.tokenizer, reference.vocabulary, reference.stop_token_ids
+        _check_room("reference", reference.model.config, config)
+    else:
+        name = _reference_name(given)
+        tokenizer, model_config = load_tokenizer(name), load_config(name)
+        stops = _stop_token_ids(name, config, tokenizer)
+        vocabulary = model_config.get_text_config().vocab_size
+        _check_room("reference", model_config, config)
+        reference = None
+    _check_stop_token_ids(stops, vocabulary)
+    prompts = tokenise(texts, tokenizer, config.max_prompt_tokens)
+    return Task(
+        config=config,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        stop_token_ids=stops,
+        reference=reference if config.kl_coef > 0 else None,
+        reward=_build_reward(config.reward, config, tokenizer, vocabulary, device),
+        prompts=prompts.to(device),
+        device=device,
+    )
+
+
+def _reference_name(given: Any) -> str:
+    if given is None:
+        return str(reviews.SUPERVISED)
+    if isinstance(given, str):
+        return given
+    raise ValueError(
+        f"reference must be a folder, a hub name or textenv.shared(LanguageModel(...)), got {type(given).__name__}."
+    )
+
+
+def _load_reference(config: TextGenConfig, device: torch.device) -> LanguageModel:
+    given = unwrap(config.reference)
+    if isinstance(given, LanguageModel):
+        if given.model.training:
+            raise ValueError("the reference is in train mode, where dropout blurs it; call model.eval() first.")
+        stops = given.stop_token_ids if config.stop_token_ids is None else tuple(config.stop_token_ids)
+        return replace(given, stop_token_ids=stops)
+    name = _reference_name(given)
+    tokenizer = load_tokenizer(name)
+    stops = _stop_token_ids(name, config, tokenizer)
+    return LanguageModel(load_causal_lm(name, device, DTYPES[config.dtype]), tokenizer, stops)
+
+
+def _stop_token_ids(name: str, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The given ones, else those of the generation config, the model config or the tokenizer."""
+    if config.stop_token_ids is not None:
+        found: Any = config.stop_token_ids
+    else:
+        sources = (_generation_end(name), load_config(name).get_text_config().eos_token_id, tokenizer.eos_token_id)
+        found = next((source for source in sources if source is not None), None)
+    return tuple(found) if isinstance(found, Sequence) else (() if found is None else (found,))
+
+
+def _generation_end(name: str) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # a model may come without one
+        return None
+
+
+def _check_stop_token_ids(ids: Sequence[Any], vocabulary: int) -> None:
+    if not ids:
+        raise ValueError(
+            "the reference has no end token, so no response could end by itself; pass stop_token_ids=[...], or "
+            "set eos_token_id in its generation_config.json."
+        )
+    if not all(type(one) is int and 0 <= one < vocabulary for one in ids):
+        raise ValueError(f"stop_token_ids must be token ids, from 0 to {vocabulary - 1}, got {list(ids)}.")
+
+
+def _check_room(role: str, model_config: Any, config: TextGenConfig) -> None:
+    text_config = model_config.get_text_config()
+    room = getattr(text_config, "max_position_embeddings", None)
+    length = config.max_prompt_tokens + config.max_new_tokens
+    if room is not None and length > room:
+        raise ValueError(
+            f"max_prompt_tokens + max_new_tokens = {length}, more than the {role}'s {room} positions; lower one "
+            "of them."
+        )
+    layer_types = getattr(text_config, "layer_types", None)
+    slides = layer_types is None or "sliding_attention" in layer_types  # Mistral's layers all do, and name no type
+    window = getattr(text_config, "sliding_window", None)
+    if slides and window is not None and window < length:
+        raise ValueError(
+            f"the {role} attends to {window} tokens only (sliding_window), fewer than max_prompt_tokens + "
+            f"max_new_tokens = {length}; lower one of them."
+        )
+
+
+def _build_reward(
+    given: Any,
+    config: TextGenConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    device: torch.device,
+) -> Reward:
+    given = unwrap(given)
+    if given is None:
+        given = str(reviews.REWARD_MODEL)
+    if isinstance(given, Mapping):
+        if not given:
+            raise ValueError("reward is an empty mapping; give at least one {name: weight}.")
+        for name, weight in given.items():
+            if not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise ValueError(f"the weight of reward {name!r} must be a finite number, got {weight!r}.")
+        parts = [(weight, _build_reward(name, config, tokenizer, vocabulary, device)) for name, weight in given.items()]
+        return WeightedSum(parts)
+    if isinstance(given, str) and ":" in given:
+        return FunctionReward(load_function(given), given)
+    if isinstance(given, str):
+        return _load_reward_model(given, config, tokenizer, vocabulary, device)
+    if isinstance(given, PreTrainedModel):
+        given = RewardModel(given, label=config.reward_label)
+    if isinstance(given, RewardModel) and given.model.training:
+        raise ValueError("the reward model is in train mode, where dropout blurs it; call model.eval() first.")
+    if isinstance(given, RewardModel | FunctionReward | WeightedSum):
+        return given
+    if callable(given):
+        return FunctionReward(cast(Any, given), getattr(given, "__name__", type(given).__name__))
+    raise ValueError(
+        "reward must be a folder or hub name of a reward model, 'module:function', a function "
+        f"f(prompts, responses) -> list of floats, or {{name: weight}}, got {type(given).__name__}."
+    )
+
+
+def _load_reward_model(
+    name: str,
+    config: TextGenConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    device: torch.device,
+) -> RewardModel:
+    model = load_classifier(name, device, DTYPES[config.dtype])
+    own = load_tokenizer(name)
+    # Models of one family may pad the same vocabulary to other widths; an id must fit to be read as it is.
+    fits = model.config.get_text_config().vocab_size >= vocabulary
+    same = fits and own.get_vocab() == tokenizer.get_vocab()
+    if same:
+        _check_room("reward model", model.config, config)
+    return RewardModel(model, tokenizer=None if same else own, label=config.reward_label, name=name)

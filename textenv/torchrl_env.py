@@ -1,0 +1,89 @@
+"""TextGen-v0 as a TorchRL environment: n rows as TensorDicts, no numpy and no copies between devices.
+
+A face of dynamics.py, and the only file of textenv that imports torchrl.
+"""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from textenv.dynamics import TextDynamics, Transition
+from textenv.state import LENGTH, TextState
+from textenv.task import Task
+
+
+class TextGenTorchEnv(EnvBase):
+    """TextGen-v0 over `rows` episodes. Its reward is the environment's half of the penalty (DESIGN §2).
+
+    Observations: `input_ids` int64 [B, L], `attention_mask` bool [B, L], and what `info` holds in the other
+    faces: `reference_log_prob` [B, 1], `score` [B, 1] (zero before the end), `finish_code` int64 [B, 1]
+    (0 running, 1 stop, 2 length). Whoever samples the action writes `action_log_prob` beside it.
+    """
+
+    def __init__(self, task: Task, rows: int, seed: int = 0) -> None:
+        shape, device = torch.Size([rows]), task.device
+        flag, text = torch.Size([rows, 1]), torch.Size([rows, task.width])
+        super().__init__(device=device, batch_size=shape)
+        self.task, self.dynamics = task, TextDynamics(task, rows)
+        self.observation_spec = Composite(
+            input_ids=Bounded(0, task.vocabulary - 1, shape=text, dtype=torch.int64, device=device),
+            attention_mask=Binary(n=task.width, shape=text, dtype=torch.bool, device=device),
+            reference_log_prob=Unbounded(shape=flag, device=device),
+            score=Unbounded(shape=flag, device=device),
+            finish_code=Bounded(0, LENGTH, shape=flag, dtype=torch.int64, device=device),
+            shape=shape,
+            device=device,
+        )
+        self.action_spec = Categorical(n=task.vocabulary, shape=shape, dtype=torch.int64, device=device)
+        self.reward_spec = Unbounded(shape=flag, device=device)
+        flags = {
+            name: Binary(n=1, shape=flag, dtype=torch.bool, device=device)
+            for name in ("done", "terminated", "truncated")
+        }
+        self.full_done_spec = Composite(flags, shape=shape, device=device)
+        self._set_seed(seed)
+
+    def _set_seed(self, seed: int | None) -> None:
+        self.generator = torch.Generator().manual_seed(0 if seed is None else int(seed))
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        count = self.batch_size[0]
+        rows = list(range(count)) if mask is None else mask.reshape(count).nonzero()[:, 0].tolist()
+        drawn = torch.randint(len(self.task.prompts), (len(rows),), generator=self.generator)
+        state = self.dynamics.reset(rows, drawn.tolist())
+        zeros = torch.zeros(count, device=self.device)
+        return self._pack(state, zeros, zeros, zeros.long(), zeros.bool())
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        transition: Transition = self.dynamics.step(tensordict["action"], self.dynamics.running)
+        packed = self._pack(
+            transition.state,
+            transition.reference_log_prob,
+            transition.score,
+            transition.finish_code,
+            ~self.dynamics.running,
+        )
+        return packed.set("reward", transition.reward[:, None])
+
+    def _pack(
+        self, state: TextState, reference_log_prob: Tensor, score: Tensor, finish_code: Tensor, done: Tensor
+    ) -> TensorDict:
+        return TensorDict(
+            {
+                "input_ids": state.input_ids,
+                "attention_mask": state.attention_mask,
+                "reference_log_prob": reference_log_prob[:, None],
+                "score": score[:, None],
+                "finish_code": finish_code[:, None],
+                "done": done[:, None],
+                "terminated": done[:, None].clone(),
+                "truncated": torch.zeros_like(done)[:, None],
+            },
+            batch_size=self.batch_size,
+            device=self.device,
+        )

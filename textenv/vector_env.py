@@ -1,0 +1,146 @@
+"""TextGen-v0 as a gymnasium.vector.VectorEnv: n episodes, one batched call per model and step.
+
+A face of dynamics.py. Row i seeded with s + i gives the episodes that a single environment seeded so gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.utils.seeding import np_random
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from textenv.config import TextGenConfig
+from textenv.dynamics import TextDynamics, Transition
+from textenv.env import as_tokens, draw_prompt, make_spaces, observe, step_info
+from textenv.render import ansi
+from textenv.state import TextState
+from textenv.task import build_task
+
+Arrays = dict[str, NDArray]
+
+
+class TextGenVectorEnv(VectorEnv):
+    """`num_envs` rows of TextGen-v0. Arguments as in `TextGenEnv`, and `autoreset_mode` (a name or the enum)."""
+
+    metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's own form; each instance has its copy
+        "render_modes": ["ansi"],
+        "render_fps": 10,
+        "autoreset_mode": AutoresetMode.NEXT_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        render_mode: str | None = None,
+        **settings: Any,
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode must be None or 'ansi', got {render_mode!r}.")
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self.autoreset_mode = _mode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.task = build_task(TextGenConfig(**settings))
+        self.dynamics = TextDynamics(self.task, num_envs)
+        self.single_observation_space, self.single_action_space = make_spaces(self.task)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._generators = [np_random()[0] for _ in range(num_envs)]
+        self._ended = np.zeros(num_envs, dtype=bool)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Arrays, dict[str, Any]]:
+        """Starts new episodes in all rows, or in those of `options["reset_mask"]` (bool array)."""
+        rows = _rows((options or {}).get("reset_mask"), self.num_envs)
+        for row, row_seed in zip(range(self.num_envs), _seeds(seed, self.num_envs), strict=True):
+            if row_seed is not None and row in rows:
+                self._generators[row] = np_random(row_seed)[0]
+        return self._observe(self._restart(rows)), {}
+
+    def step(self, actions: Any) -> tuple[Arrays, NDArray, NDArray, NDArray, dict[str, Any]]:
+        """Writes one token a row. A row that ended before starts anew instead, as `autoreset_mode` says."""
+        tokens = torch.from_numpy(as_tokens(actions, self.num_envs)).to(self.task.device)
+        next_step = self.autoreset_mode is AutoresetMode.NEXT_STEP
+        resting = self._ended if next_step else np.zeros_like(self._ended)  # rows that take no token now
+        transition = self.dynamics.step(tokens, torch.from_numpy(~resting).to(self.task.device))
+        rewards = transition.reward.double().cpu().numpy()
+        terminations = transition.terminated.cpu().numpy().copy()
+        infos = self._infos(transition, ~resting)
+        starting = terminations if self.autoreset_mode is AutoresetMode.SAME_STEP else resting
+        self._ended = terminations.copy()
+        state = self._restart(np.flatnonzero(starting).tolist()) if starting.any() else transition.state
+        return self._observe(state), rewards, terminations, np.zeros(self.num_envs, dtype=bool), infos
+
+    def render(self) -> tuple[str, ...] | None:
+        """The texts so far, as `render_mode="ansi"` asks."""
+        if self.render_mode != "ansi":
+            return None
+        state, tokenizer = self.dynamics.state, self.task.tokenizer
+        return tuple(ansi(state, row, tokenizer) for row in range(self.num_envs))
+
+    def _restart(self, rows: list[int]) -> TextState:
+        self._ended = self._ended.copy()
+        self._ended[rows] = False
+        return self.dynamics.reset(rows, [draw_prompt(self._generators[row], self.task) for row in rows])
+
+    def _observe(self, state: TextState) -> Arrays:
+        return {
+            "input_ids": state.input_ids.cpu().numpy().copy(),
+            "attention_mask": state.attention_mask.cpu().numpy().astype(np.int8),
+        }
+
+    def _infos(self, transition: Transition, stepped: NDArray) -> dict[str, Any]:
+        """Arrays, and masks of the rows that they speak for, laid out as Gymnasium's own vector environments do."""
+        same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
+        shown = stepped & ~transition.terminated.cpu().numpy() if same_step else stepped
+        infos: dict[str, Any] = {}
+        if self.task.reference is not None and shown.any():
+            values = transition.reference_log_prob.double().cpu().numpy()
+            infos = {"reference_log_prob": np.where(shown, values, 0.0), "_reference_log_prob": shown.copy()}
+        for row in transition.responses:
+            info = step_info(self.task, transition, row)
+            if same_step:
+                info = {"final_obs": observe(transition.state, row), "final_info": info}
+            infos = self._add_info(infos, info, row)
+        return infos
+
+
+def _mode(given: str | AutoresetMode) -> AutoresetMode:
+    names = {mode.value: mode for mode in AutoresetMode} | {mode.name: mode for mode in AutoresetMode}
+    if isinstance(given, AutoresetMode):
+        return given
+    if given not in names:
+        raise ValueError(f"autoreset_mode must be one of {sorted(names)}, got {given!r}.")
+    return names[given]
+
+
+def _seeds(seed: int | Sequence[int | None] | None, rows: int) -> list[int | None]:
+    if seed is None:
+        return [None] * rows
+    if isinstance(seed, int | np.integer):
+        return [int(seed) + row for row in range(rows)]
+    if len(seed) != rows:
+        raise ValueError(f"seed must be one number or {rows} of them (num_envs), got {len(seed)}.")
+    return list(seed)
+
+
+def _rows(reset_mask: Any, rows: int) -> list[int]:
+    if reset_mask is None:
+        return list(range(rows))
+    mask = np.asarray(reset_mask)
+    if mask.dtype != np.bool_ or mask.shape != (rows,) or not mask.any():
+        raise ValueError(
+            f"options['reset_mask'] must be a boolean array of shape ({rows},) with at least one true value, got "
+            f"{reset_mask!r}."
+        )
+    return np.flatnonzero(mask).tolist()
