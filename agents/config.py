@@ -17,7 +17,7 @@ class TrainConfig:
     seed: int = 0  # of everything random in the run
     run: str | None = None  # folder to write; default runs/ENV-ALGORITHM-seedN-DATE
     resume: bool = False  # go on with the run in that folder
-    iterations: int = 40  # rollouts, each followed by its updates
+    iterations: int = 30  # rollouts, each followed by its updates
     rollout: int = 128  # responses in a rollout
     minibatch: int = 32  # responses in an optimiser step
     micro_batch: int = 16  # responses in memory at a time; changes speed and memory, not gradients

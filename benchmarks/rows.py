@@ -10,6 +10,7 @@ from typing import Any
 from agents.report import machine
 
 RESULTS = Path(__file__).parent / "results"
+RESULTS.mkdir(exist_ok=True)
 
 
 def commit() -> str:
@@ -21,7 +22,6 @@ def commit() -> str:
 
 def write(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> Path:
     """Writes results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     document = {"commit": commit(), "machine": machine(), "settings": settings, "rows": rows}
     path.write_text(json.dumps(document, indent=2) + "\n")

