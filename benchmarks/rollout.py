@@ -1,8 +1,8 @@
-"""Tokens a second, side by side in one run: single environments, the vector environment, the fast path.
+"""Tokens a second of a whole rollout, side by side in one run: single environments, the vector one, the fast path.
 
-`python -m benchmarks.rollout`. Every way plays the same number of rows of the embedded task. The first two are
-driven by tokens that were sampled beforehand, so that they pay for the environment alone; the fast path
-samples from the policy and judges the responses, which is all of a learner's rollout.
+`python -m benchmarks.rollout`. All three play the embedded task with the reference as the policy. The first two are
+driven as an ordinary client drives an environment: a forward pass over the observations, a token for each row, a
+step. The fast path samples with a cache of its own and judges the responses at their end.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from statistics import median
 
 import gymnasium as gym
+import numpy as np
 import torch
 import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from transformers import PreTrainedModel
 
 import textenv  # registers TextGen-v0
 from benchmarks import rows
 from textenv.env import TextGenEnv
 from textenv.generation import generate, judge
 from textenv.sampling import Sampling
+from textenv.state import position_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +32,25 @@ class Settings:
     """What to measure."""
 
     rows: int = 64  # episodes side by side
-    repeats: int = 5  # of each way, interleaved; the median counts
+    steps: int = 24  # of the environments, each time
+    repeats: int = 3  # of each way, interleaved; the median counts
     seed: int = 0  # of prompts and tokens
 
 
-def play(env: VectorEnv, tokens: torch.Tensor, seed: int) -> int:
-    """Steps through the given responses [B, R]; returns the number of tokens written."""
-    env.reset(seed=seed)
-    for column in tokens.T.numpy():
-        env.step(column)
-    return tokens.numel()
+@torch.no_grad()
+def play(env: VectorEnv, model: PreTrainedModel, temperature: float, steps: int) -> int:
+    """Plays `steps` steps with a policy that reads observations; returns the number of tokens written."""
+    observation, _ = env.reset(seed=0)
+    ended, tokens = np.zeros(env.num_envs, dtype=bool), 0
+    for _ in range(steps):
+        ids, mask = (torch.from_numpy(observation[key]).long() for key in ("input_ids", "attention_mask"))
+        last = (mask * torch.arange(mask.shape[1])).argmax(1)  # [B]
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits
+        chosen = logits[torch.arange(len(last)), last] / temperature  # [B, V]
+        observation, _, terminated, _, _ = env.step(torch.distributions.Categorical(logits=chosen).sample().numpy())
+        tokens += int((~ended).sum())  # a row that ended before took no token: it started anew
+        ended = terminated
+    return tokens
 
 
 def main(settings: Settings) -> None:
@@ -50,17 +62,17 @@ def main(settings: Settings) -> None:
     task, model = env.task, env.task.reference.model
     prompts = task.prompts.select(range(settings.rows))
     generator = torch.Generator(task.device).manual_seed(settings.seed)
-    # Sixteen tokens that end nothing, so that every row steps all the time.
-    tokens = torch.randint(10, 200, (settings.rows, 16), generator=torch.Generator().manual_seed(settings.seed))
+    temperature = task.config.temperature
+    torch.manual_seed(settings.seed)
 
     def fast() -> int:
-        state = generate(task, model, prompts, Sampling(), generator).state
+        state = generate(task, model, prompts, Sampling(temperature=temperature), generator).state
         judge(task, state, prompts.texts)
         return int(state.length.sum())
 
     ways: dict[str, Callable[[], int]] = {
-        "sync": lambda: play(sync, tokens, settings.seed),
-        "vector": lambda: play(vector, tokens, settings.seed),
+        "sync": lambda: play(sync, model, temperature, settings.steps),
+        "vector": lambda: play(vector, model, temperature, settings.steps),
         "fast path": fast,
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
