@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,16 +12,17 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import agents
+import textenv
 from agents import report, run
 from agents.algorithms import find_algorithm
 from agents.checkpoint import load_config
 from agents.config import TrainConfig
 from agents.evaluation import find_gold, split_prompts
-from textenv.generation import generate
+from textenv.generation import generate, judge
 from textenv.loading import load_model
 from textenv.prompts import tokenise
 from textenv.reward_training import DEFAULT, RewardConfig, train_reward_model
-from textenv.rewards import Episodes
 from textenv.sampling import Sampling
 
 
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             description="Train a text policy by reinforcement learning, measure it, and try it.",
         )
     except ValueError as error:
+        if not _is_ours(error):
+            raise
         raise SystemExit(f"error: {error}") from error
 
 
@@ -107,10 +111,8 @@ def generate_command(
     prompts = tokenise([prompt] * samples, task.tokenizer, task.config.max_prompt_tokens).to(task.device)
     generator = torch.Generator(task.device).manual_seed(seed)
     state = generate(task, _load_actor(run_folder, task.device), prompts, sampling, generator).state
-    last = state.response_ids.gather(1, state.length[:, None] - 1)[:, 0]
-    stopped = torch.isin(last, torch.tensor(task.stop_token_ids, device=task.device))
-    episodes = Episodes(list(prompts.texts), state, stopped, task.tokenizer)
-    for score, response in zip(task.reward(episodes).tolist(), episodes.responses, strict=True):
+    judged = judge(task, state, prompts.texts)
+    for score, response in zip(judged.score.tolist(), judged.responses, strict=True):
         print(f"[score {score:+.2f}] {prompt}{response}")
 
 
@@ -136,6 +138,13 @@ def _load_actor(folder: Path, device: torch.device) -> PreTrainedModel:
     if not actor.is_dir():
         raise ValueError(f"no actor in {str(folder)!r}: the run has not ended yet; go on with it by train --resume.")
     return load_model(AutoModelForCausalLM, str(actor), device, torch.float32).eval()
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether a sentence of this project, which says the remedy; anything else is worth its traceback."""
+    ours = {Path(package.__file__).parent for package in (agents, textenv) if package.__file__}
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return any(folder in raised_in.parents for folder in ours)
 
 
 def _algorithm(arguments: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from agents.algorithms import find_algorithm
 from agents.config import TrainConfig
 from agents.trainer import Trainer
 
-NOT_COMPARED = {"run", "resume", "checkpoint_every"}  # settings that do not change what is learned
+NOT_COMPARED = {"run", "resume", "checkpoint_every", "micro_batch"}  # settings that do not change what is learned
 
 
 def refuse(folder: Path) -> None:

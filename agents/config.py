@@ -20,7 +20,7 @@ class TrainConfig:
     iterations: int = 30  # rollouts, each followed by its updates
     rollout: int = 128  # responses in a rollout
     minibatch: int = 32  # responses in an optimiser step
-    micro_batch: int = 16  # responses in memory at a time; changes speed and memory, not gradients
+    micro_batch: int = 16  # responses that a forward pass reads at a time; changes speed and memory, not gradients
     learning_rate: float = 1e-4  # of the actor, falling linearly to zero
     critic_learning_rate: float = 3e-4  # of the critic, likewise
     max_grad_norm: float = 1.0  # of each network's gradient; larger ones are scaled down

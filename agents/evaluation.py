@@ -48,32 +48,47 @@ class Evaluation:
 
 
 def evaluate(
-    task: Task, model: PreTrainedModel, prompts: Prompts, gold: Gold | None, seed: int, rows_per_pass: int = 128
+    task: Task,
+    model: PreTrainedModel,
+    prompts: Prompts,
+    gold: Gold | None,
+    seed: int,
+    batch: tuple[int, int] = (128, 32),
 ) -> Evaluation:
-    """Samples one response a prompt at the task's temperature and measures it. Same seed, same responses."""
+    """Samples one response a prompt at the task's temperature and measures it. Same seed, same responses.
+
+    batch: responses written at a time (it decides which random numbers they get), and read at a time.
+    """
     generator = torch.Generator(task.device).manual_seed(seed)
-    chunks = torch.arange(len(prompts)).split(rows_per_pass)
-    parts = [_evaluate(task, model, prompts.select(rows.tolist()), gold, generator) for rows in chunks]
+    chunks = torch.arange(len(prompts)).split(batch[0])
+    reference = task.load_reference().model
+    parts = [_evaluate(task, (model, reference), prompts.select(rows.tolist()), generator, batch[1]) for rows in chunks]
     gathered: dict[str, Any] = {
         field.name: [value for part in parts for value in getattr(part, field.name) or []]
         for field in dataclasses.fields(Evaluation)
     }
-    if gold is None:
-        gathered["gold"] = None
-    return Evaluation(**gathered)
+    evaluation = Evaluation(**gathered)
+    golds = None if gold is None else [float(one) for one in gold(evaluation.prompts, evaluation.responses)]
+    return dataclasses.replace(evaluation, gold=golds)
 
 
 def _evaluate(
-    task: Task, model: PreTrainedModel, prompts: Prompts, gold: Gold | None, generator: torch.Generator
+    task: Task,
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    prompts: Prompts,
+    generator: torch.Generator,
+    rows_per_pass: int,
 ) -> Evaluation:
-    generation = generate(task, model, prompts, Sampling(temperature=task.config.temperature), generator)
-    judgement = judge(task, generation.state, prompts.texts)
-    reference_log_prob = response_log_probs(task.load_reference().model, generation.state, task.config.temperature)
+    """One batch, without gold scores; models: the policy and the reference."""
+    temperature = task.config.temperature
+    generation = generate(task, models[0], prompts, Sampling(temperature=temperature), generator)
+    judgement = judge(task, generation.state, prompts.texts, rows_per_pass)
+    reference_log_prob = response_log_probs(models[1], generation.state, temperature, rows_per_pass)
     return Evaluation(
         prompts=list(prompts.texts),
         responses=judgement.responses,
         score=judgement.score.tolist(),
-        gold=None if gold is None else [float(g) for g in gold(list(prompts.texts), judgement.responses)],
+        gold=None,
         kl=(generation.log_prob - reference_log_prob).sum(1).tolist(),
         length=generation.state.length.tolist(),
         stopped=(judgement.finish_code == STOP).tolist(),
@@ -96,14 +111,17 @@ def split_prompts(task: Task, config: TrainConfig) -> tuple[Prompts, Prompts]:
         if not kept:
             raise ValueError("every prompt of the environment is in held_out; give it some of its own.")
         return task.prompts.select(kept), held_out
-    size = len(task.prompts)
+    unique = list(dict.fromkeys(task.prompts.texts))  # a text that comes twice must not be on both sides
+    size = len(unique)
     if size < 2:
         raise ValueError(
-            f"the environment has {size} prompt, too few to hold any out; give more, or --held-out a source."
+            f"the environment has {size} different prompts, too few to hold any out; give more, or --held-out a source."
         )
     count = max(1, min(config.evaluation_prompts, size // 5))
     order = torch.randperm(size, generator=torch.Generator().manual_seed(config.seed)).tolist()
-    return task.prompts.select(sorted(order[count:])), task.prompts.select(sorted(order[:count]))
+    held = {unique[index] for index in order[:count]}
+    kept = [index for index, text in enumerate(task.prompts.texts) if text not in held]
+    return task.prompts.select(kept), task.prompts.select(sorted(task.prompts.texts.index(text) for text in held))
 
 
 def find_gold(task: Task, config: TrainConfig) -> Gold | None:

@@ -94,7 +94,7 @@ def make_critic(task: Task) -> TensorDictModule:
     """A critic that starts from the reward model, head included, or from the reference with a zero head."""
     reward = task.reward
     if isinstance(reward, RewardModel) and reward.tokenizer is None and reads_every_position(reward.model):
-        backbone, head = _trainable_copy(reward.model.base_model), _head(reward.model)
+        backbone, head = _trainable_copy(reward.model.base_model), _head(reward.model, reward.label)
     else:
         backbone = _trainable_copy(task.load_reference().model.base_model)
         head = nn.Linear(backbone.config.get_text_config().hidden_size, 1, device=task.device)
@@ -103,19 +103,32 @@ def make_critic(task: Task) -> TensorDictModule:
     return TensorDictModule(TextCritic(backbone, head), INPUTS, ["state_value"])
 
 
-def _head(model: PreTrainedModel) -> nn.Linear:
-    """The reward model's own head as a value head, with a bias; the first output where it has several."""
+def _head(model: PreTrainedModel, label: int | None) -> nn.Linear:
+    """The reward model's own head as a value head, with a bias.
+
+    The log-odds of one label of two are a difference of outputs, so linear too; those of more are not, and the
+    label's own output less the mean of the others is the nearest that a linear head comes.
+    """
     score: Any = model.score
+    outputs = score.out_features
+    mix = torch.ones(1, 1) if label is None else torch.full((1, outputs), -1.0 / (outputs - 1))
+    if label is not None:
+        mix[0, label] = 1.0
+    mix = mix.to(score.weight)
     head = nn.Linear(score.in_features, 1, device=score.weight.device)
     with torch.no_grad():
-        head.weight.copy_(score.weight[:1])
-        head.bias.zero_() if score.bias is None else head.bias.copy_(score.bias[:1])
+        head.weight.copy_(mix @ score.weight)
+        head.bias.zero_() if score.bias is None else head.bias.copy_(mix[0] @ score.bias)
     return head
 
 
 def _trainable_copy(model: Any) -> Any:
     duplicate = copy.deepcopy(model).float().requires_grad_(True).train()
+    # A live model that a user shared may have dropout, as modules or as plain numbers; ratios must start at 1.
     for module in duplicate.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # a live model that a user shared may have it; ratios must start at 1
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "dropout" in name:
+                setattr(module, name, 0.0)
     return duplicate

@@ -12,6 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in somebody's text is a dollar sign
+
 GREY, BLUE, ORANGE, RED, GREEN = "#888888", "#1f6fb4", "#e08a1e", "#c23b3b", "#2e8b57"
 
 # Each panel: title, unit of the vertical axis, and (metric, label, colour) lines.
@@ -74,7 +76,7 @@ def draw_credit(path: Path, credit: Credit) -> None:
     )
     places = range(len(credit.tokens))
     figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(max(7.0, 0.36 * len(credit.tokens)), 8), sharex=True, layout="constrained"
+        len(panels), 1, figsize=(min(max(7.0, 0.36 * len(credit.tokens)), 100.0), 8), sharex=True, layout="constrained"
     )
     for axis, (name, values, colour) in zip(axes, panels, strict=True):
         axis.bar(places, values, color=colour)

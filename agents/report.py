@@ -24,7 +24,9 @@ class Scalars:
     def __init__(self, folder: Path, resume_at: int) -> None:
         self.path = folder / "metrics.jsonl"
         self.rows = [row for row in self._read() if row["iteration"] <= resume_at]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        fresh = self.path.with_suffix(".new")
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        fresh.replace(self.path)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
 
     def write(self, iteration: int, metrics: dict[str, float]) -> None:
@@ -43,7 +45,8 @@ class Scalars:
     def _read(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        # A run that was killed may have left half a line, which no checkpoint reaches.
+        return [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
 
 
 class Bar:
@@ -109,11 +112,11 @@ def make_summary(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     return summary | {"evaluation_prompts": len(before.prompts)}
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """What the run ran on."""
-    cuda = torch.cuda.is_available()
+    cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},

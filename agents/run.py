@@ -29,7 +29,7 @@ def make_task(config: TrainConfig) -> Task:
     """The task inside the environment that the configuration names."""
     try:
         env = gym.make(config.env, **config.env_arguments()).unwrapped
-    except gym.error.Error as error:
+    except (gym.error.Error, TypeError) as error:
         raise ValueError(f"gym.make cannot make {config.env!r}: {error}") from error
     if not isinstance(env, TextGenEnv):
         raise ValueError(f"the learners here write text, and {config.env!r} is no TextGen environment; use TextGen-v0.")
@@ -52,6 +52,7 @@ def train(config: TrainConfig, algorithm_config: Any) -> dict[str, Any]:
         checkpoint.load_checkpoint(folder, trainer)
     else:
         checkpoint.save_config(folder, config, algorithm_config)
+        checkpoint.save_checkpoint(folder, trainer)  # from here on the run can be resumed, whatever happens
     console.print(describe(config, task, prompts, held_out, folder), highlight=False)
     before = measure(task, task.load_reference().model, held_out, gold, config)
     scalars = report.Scalars(folder, trainer.iteration)
@@ -74,7 +75,7 @@ def train(config: TrainConfig, algorithm_config: Any) -> dict[str, Any]:
 
 def measure(task: Task, model: Any, held_out: Prompts, gold: Callable | None, config: TrainConfig) -> Evaluation:
     """Held-out prompts, with the seed that every measurement of a run shares."""
-    return evaluate(task, model, held_out, gold, EVALUATION_SEED, config.rollout)
+    return evaluate(task, model, held_out, gold, EVALUATION_SEED, (config.rollout, config.micro_batch))
 
 
 def write_results(
@@ -90,14 +91,14 @@ def write_results(
     with quietly():
         model.save_pretrained(folder / "actor")
         trainer.task.tokenizer.save_pretrained(folder / "actor")
-    plots.draw_curves(folder / "curves.png", rows, f"{config.algorithm} on {config.env}, seed {config.seed}")
-    plots.draw_credit(folder / "credit.png", assign_credit(trainer, held_out))
     report.write_samples(folder / "samples.md", before, after)
     summary = {"env": config.env, "algorithm": config.algorithm, "seed": config.seed}
     summary |= report.make_summary(before, after)
     summary |= {"iterations": trainer.iteration, "tokens": trainer.tokens, "seconds": trainer.seconds}
-    summary |= report.machine()
+    summary |= report.machine(trainer.task.device)
     report.write_json(folder / "summary.json", summary)
+    plots.draw_curves(folder / "curves.png", rows, f"{config.algorithm} on {config.env}, seed {config.seed}")
+    plots.draw_credit(folder / "credit.png", assign_credit(trainer, held_out))
     return summary
 
 

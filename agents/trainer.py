@@ -86,7 +86,7 @@ class Trainer:
         if self.task.reference is not None:
             metrics |= kl_metrics(rollout.data)
         metrics |= self.algorithm.prepare(rollout.data, self.config.micro_batch)
-        metrics |= self._update(rollout.data)
+        metrics |= self._update(rollout.data.exclude("td_error", "raw_advantage"))  # these are for people
         tokens = int(rollout.data["mask"].sum())
         seconds = time.perf_counter() - started
         self.iteration += 1
@@ -126,6 +126,11 @@ class Trainer:
                 metrics[name] += float(value.detach() * share)
         for name, network in (("actor", self.actor), ("critic", self.critic)):
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), self.config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise ValueError(
+                    f"the {name}'s gradient is {float(norm)} in iteration {self.iteration + 1}; nothing was changed by "
+                    "it, and the last checkpoint is good. Look at the scores, or lower learning_rate."
+                )
             metrics[f"{name}_grad_norm"] = float(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -67,10 +67,10 @@ def main(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as work:
         for seed in settings.seeds:
             results.append(run_seed(seed, Path(work) / f"seed{seed}"))
+            path = rows.write("main_job", results, {"seeds": settings.seeds, "train": "the command line's defaults"})
         for picture in ("curves", "credit"):
             source = Path(work) / f"seed{settings.seeds[0]}" / f"{picture}.png"
             shutil.copy(source, rows.RESULTS / f"main_job_{picture}.png")
-    path = rows.write("main_job", results, {"seeds": settings.seeds, "train": "the defaults of the command line"})
     for key in (*KEYS, "gain_in_deviations", "wall_seconds", "peak_gb"):
         values = [row[key] for row in results]
         spread = stdev(values) if len(values) > 1 else 0.0

@@ -8,21 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from agents.report import machine
+from textenv import TextGenConfig
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 RESULTS.mkdir(exist_ok=True)
 
 
 def commit() -> str:
     """The commit that was measured, with a plus sign where the work tree differed from it."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False)
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+
+
+COMMIT = commit()  # at the start, before any result is written
 
 
 def write(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> Path:
     """Writes results/NAME.json."""
     path = RESULTS / f"{name}.json"
-    document = {"commit": commit(), "machine": machine(), "settings": settings, "rows": rows}
+    where = machine(TextGenConfig().torch_device())
+    document = {"commit": COMMIT, "machine": where, "settings": settings, "rows": rows}
     path.write_text(json.dumps(document, indent=2) + "\n")
     return path

@@ -18,7 +18,7 @@ print(env.render(), "\n")
 total, terminated = 0.0, False
 while not terminated:
     # The context is the columns whose mask is 1; any policy may choose the next token.
-    context = torch.from_numpy(observation["input_ids"][observation["attention_mask"] == 1])[None]
+    context = torch.from_numpy(observation["input_ids"][observation["attention_mask"] == 1])[None].to(task.device)
     logits = reference(input_ids=context).logits[0, -1] / task.config.temperature  # [V]
     action = int(torch.distributions.Categorical(logits=logits).sample())
     observation, reward, terminated, truncated, info = env.step(action)

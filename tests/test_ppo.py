@@ -6,12 +6,14 @@ import copy
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from agents.networks import language_model_of, make_critic
 from agents.rollout import trim
 from agents.trainer import kl_metrics
+from tests import tiny
 from tests.learning import make_rollout, make_trainer, same, weights
-from textenv import TextGenConfig, build_task
+from textenv import LanguageModel, TextGenConfig, build_task, shared
 from textenv.generation import response_log_probs
 from textenv.reward_model import last_token_scores
 
@@ -160,6 +162,26 @@ def test_where_actor_and_critic_start(settings):
     scores = last_token_scores(task.reward.model, data["input_ids"], data["attention_mask"])[:, 0]
     last = data["mask"].sum(1, keepdim=True)
     torch.testing.assert_close(values.gather(1, last)[:, 0], scores, atol=1e-5, rtol=1e-5)
+
+
+def test_critic_of_a_two_label_reward_model(settings, tmp_path):
+    """Where the score is the log-odds of one label of two, the critic starts from those log-odds, sign and all."""
+    folder = tiny.save(tiny.reward_model("gpt2", labels=2), tmp_path / "two")
+    trainer = make_trainer(settings | dict(reward=folder, reward_label="LABEL_1"))
+    data, critic = make_rollout(trainer).data, trainer.critic.module
+    values = critic.all_states(data["input_ids"], data["attention_mask"], data["mask"])[..., 0]
+    last = data["mask"].sum(1, keepdim=True)
+    torch.testing.assert_close(values.gather(1, last)[:, 0], data["score"], atol=1e-4, rtol=1e-4)
+
+
+def test_a_live_model_with_dropout_is_trained_without(settings):
+    """Dropout in a model that a user shares, a module's or a plain number, is off in the actor."""
+    model = LlamaForCausalLM(LlamaConfig(**tiny.LLAMA, attention_dropout=0.5, pad_token_id=tiny.PAD)).eval()
+    live = shared(LanguageModel(model, tiny.tokenizer(), (tiny.END,)))
+    trainer = make_trainer(settings | dict(reference=live, reward=lambda prompts, responses: [0.0] * len(prompts)))
+    data = make_rollout(trainer).data
+    fresh, mask = trainer.actor.get_dist(data).log_prob(data["action"]), data["mask"]
+    torch.testing.assert_close(fresh[mask], data["action_log_prob"][mask], atol=1e-5, rtol=1e-5)
 
 
 def test_critic_of_a_reward_function_starts_from_the_reference(settings):

@@ -299,3 +299,28 @@ def test_responses_of_a_tokenizer_that_strips_spaces():
     episodes = written([[2, 3], [2, 3], [2]], [[4, 1], [5, 4, 1], [1]], tokenizer)
     assert episodes.responses == [" sat", "s sat", ""]
     assert episodes.texts == ["the cat sat", "the cats sat", "the"]
+
+
+def test_text_longer_than_the_reward_model_is_refused(folders, tmp_path):
+    """A reward model with another tokenizer never loses the end of a text silently: it says what is too long."""
+    own = tiny.tokenizer()
+    own.add_tokens(["another"])  # another vocabulary, so the model reads text
+    own.model_max_length = 10
+    folder = tmp_path / "short"
+    tiny.reward_model("gpt2").save_pretrained(folder)
+    own.save_pretrained(folder)
+    task = build_task(
+        TextGenConfig(
+            reference=folders["gpt2"],
+            reward=str(folder),
+            prompts=["a prompt of twenty"],
+            device="cpu",
+            max_prompt_tokens=20,
+            max_new_tokens=2,
+            kl_coef=0,
+        )
+    )
+    dynamics = TextDynamics(task, 1)
+    dynamics.reset([0], [0])
+    with pytest.raises(ValueError, match="reads 10 tokens, and a text of prompt and response has"):
+        dynamics.step(torch.tensor([tiny.END]))

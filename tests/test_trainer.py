@@ -9,7 +9,7 @@ from agents.checkpoint import check_same, load_checkpoint, save_checkpoint, save
 from agents.config import TrainConfig
 from agents.evaluation import split_prompts
 from agents.networks import language_model_of
-from tests.learning import make_trainer, same, weights
+from tests.learning import make_rollout, make_trainer, same, weights
 from textenv import TextGenConfig, build_task
 
 
@@ -104,6 +104,25 @@ def test_held_out_prompts_are_held_out(settings):
     assert not set(kept.texts) & set(held_out.texts)
     again = split_prompts(task, TrainConfig(evaluation_prompts=8))
     assert again[1].texts == held_out.texts
+
+
+def test_a_prompt_that_comes_twice_is_not_on_both_sides(settings):
+    """Duplicate texts in a user's prompts are trained on or measured on, never both."""
+    task = build_task(TextGenConfig(**(settings | dict(prompts=["a", "b", "c", "d", "e", "f"] * 5))))
+    kept, held_out = split_prompts(task, TrainConfig())
+    assert len(held_out) == 1 and len(kept) == 25
+    assert not set(kept.texts) & set(held_out.texts)
+
+
+def test_a_broken_gradient_changes_nothing(settings):
+    """A gradient that is not finite ends the run with a sentence, before any weight is touched."""
+    trainer = make_trainer(settings)
+    data = make_rollout(trainer).data
+    before = weights(trainer.actor), weights(trainer.critic)
+    data["advantage"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="gradient is nan in iteration 1"):
+        trainer._step(data)
+    assert same(before[0], weights(trainer.actor)) and same(before[1], weights(trainer.critic))
 
 
 def test_another_configuration_is_not_resumed(settings, tmp_path):

@@ -44,12 +44,19 @@ class RewardModel:
         return self.model(input_ids=input_ids, attention_mask=attention_mask.long()).logits
 
     def _encode(self, episodes: Episodes, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-        rows = [list(ids) for ids in tokenizer(episodes.texts, truncation=True).input_ids]
+        rows = [list(ids) for ids in tokenizer(episodes.texts).input_ids]
         end = tokenizer.eos_token_id
         if reads_every_position(self.model) and end is not None:
             stopped = episodes.stopped.tolist()
             rows = [[*ids, end] if stop else ids for ids, stop in zip(rows, stopped, strict=True)]
         width = max(map(len, rows))
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = min(tokenizer.model_max_length, positions or width)
+        if width > limit:
+            raise ValueError(
+                f"reward {self.name!r} reads {limit} tokens, and a text of prompt and response has {width} "
+                f"({max(episodes.texts, key=len)[:60]!r}...); lower max_prompt_tokens or max_new_tokens."
+            )
         input_ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for index, ids in enumerate(rows):

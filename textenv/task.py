@@ -178,6 +178,11 @@ def _build_reward(
     if isinstance(given, str):
         return _load_reward_model(given, config, tokenizer, vocabulary, device)
     if isinstance(given, PreTrainedModel):
+        if given.config.get_text_config().vocab_size < vocabulary:
+            raise ValueError(
+                f"the reward model has {given.config.get_text_config().vocab_size} token ids and the reference "
+                f"{vocabulary}, so it does not read the same tokens; pass shared(RewardModel(model, tokenizer=...))."
+            )
         given = RewardModel(given, label=config.reward_label)
     if isinstance(given, RewardModel) and given.model.training:
         raise ValueError("the reward model is in train mode, where dropout blurs it; call model.eval() first.")

@@ -57,7 +57,7 @@ class TextGenTorchEnv(EnvBase):
         drawn = torch.randint(len(self.task.prompts), (len(rows),), generator=self.generator)
         state = self.dynamics.reset(rows, drawn.tolist())
         zeros = torch.zeros(count, device=self.device)
-        return self._pack(state, zeros, zeros, zeros.long(), zeros.bool())
+        return self._pack(state, zeros, zeros.clone(), zeros.long(), zeros.bool())
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         transition: Transition = self.dynamics.step(tensordict["action"], self.dynamics.running)
