@@ -76,7 +76,8 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> None:
 
 
 def _checkpoint(trainer: Trainer) -> Checkpoint:
-    return Checkpoint(actor=trainer.actor, critic=trainer.critic, optimizer=trainer.optimizer, trainer=trainer)
+    masks: Any = {f"mask_policy_{index}": mask.model for index, mask in enumerate(trainer.mask_policies)}
+    return Checkpoint(actor=trainer.actor, critic=trainer.critic, optimizer=trainer.optimizer, trainer=trainer, **masks)
 
 
 def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:

@@ -24,6 +24,7 @@ class TrainConfig:
     learning_rate: float = 1e-4  # of the actor, falling linearly to zero
     critic_learning_rate: float = 3e-4  # of the critic, likewise
     max_grad_norm: float = 1.0  # of each network's gradient; larger ones are scaled down
+    mask_refresh: int = 20  # iterations between refreshes of a mask policy (NLPO) by the actor; 0 is never
     evaluation_prompts: int = 256  # held-out prompts measured before and after
     held_out: str | None = (
         None  # their source (.jsonl or module:function); default the embedded task's, or a part of prompts
@@ -44,6 +45,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.mask_refresh < 0:
+            raise ValueError(f"mask_refresh must be 0 (never) or more, got {self.mask_refresh}.")
         for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")

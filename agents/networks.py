@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from textenv.language_model import response_logits
+from textenv.masks import TokenSets
 from textenv.reward_model import RewardModel, reads_every_position
 from textenv.state import position_ids
 from textenv.task import Task
 
 INPUTS: list[Any] = ["input_ids", "attention_mask", "mask"]
+MASKS: list[Any] = ["allowed_ids", "allowed_inside"]  # in rollouts of tasks with action masks
+FORBIDDEN = -1e4  # logit of a token that may not come: exp(-1e4) is 0 in float32, and nothing turns into NaN
 
 
 class TextActor(nn.Module):
@@ -33,16 +36,29 @@ class TextActor(nn.Module):
         super().__init__()
         self.model, self.temperature = model, temperature
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mask: Tensor,
+        allowed_ids: Tensor | None = None,
+        allowed_inside: Tensor | None = None,
+    ) -> Tensor:
         """input_ids, attention_mask: [B, L]; mask: bool [B, R]. Returns float32 [B, R, V].
+
+        allowed_ids: int32 [B, R, K] and allowed_inside: bool [B, R], a `TokenSets` of the tokens that the masks
+        allowed while sampling, where there were masks; the others get no probability.
 
         Outside the response the actor is certain of id 0, the action stored there: log-probability, entropy and
         gradient of padding are exactly zero, whatever stands in it.
         """
         width = input_ids.shape[1] - mask.shape[1]  # P
         logits = response_logits(self.model, input_ids, attention_mask, width).float() / self.temperature
+        if allowed_ids is not None and allowed_inside is not None:
+            allowed = TokenSets(allowed_ids, allowed_inside).dense(logits.shape[-1])  # [B, R, V]
+            logits = logits.masked_fill(~allowed, FORBIDDEN)
         certain = torch.zeros(logits.shape[-1], device=logits.device)
-        certain[0] = 1e4  # exp(-1e4) is 0 in float32, so log_softmax is exactly 0 at id 0
+        certain[0] = -FORBIDDEN  # so log_softmax is exactly 0 at id 0
         return torch.where(mask[..., None], logits, certain)
 
 
@@ -72,7 +88,7 @@ def make_actor(task: Task) -> ProbabilisticTensorDictSequential:
     """An actor that starts as the reference, in train mode and without dropout."""
     model = _trainable_copy(task.load_reference().model)
     modules: Any = (
-        TensorDictModule(TextActor(model, task.config.temperature), INPUTS, ["logits"]),
+        TensorDictModule(TextActor(model, task.config.temperature), INPUTS + (MASKS if task.masks else []), ["logits"]),
         ProbabilisticTensorDictModule(
             in_keys=["logits"],
             out_keys=["action"],

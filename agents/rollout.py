@@ -2,7 +2,8 @@
 
 Keys of a rollout, batch size [B]: `input_ids` and `attention_mask` [B, L]; `action`, `action_log_prob`, `mask`,
 `reference_log_prob` and `reward` [B, R] (the environment's reward and the shaped one, `shaped_reward`);
-`score` [B]. Everything is zero outside the mask.
+`score` [B]; with action masks also `allowed_ids` [B, R, K] and `allowed_inside` [B, R], the two halves of a
+`TokenSets`. Everything is zero outside the mask.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def collect(
         batch_size=[len(prompts)],
         device=task.device,
     )
+    if generation.allowed is not None:
+        data["allowed_ids"], data["allowed_inside"] = generation.allowed.ids, generation.allowed.inside
     return Rollout(data, prompts.texts, judgement)
 
 

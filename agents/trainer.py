@@ -16,6 +16,7 @@ from agents.algorithms import find_algorithm
 from agents.config import TrainConfig
 from agents.networks import language_model_of, make_actor, make_critic
 from agents.rollout import Rollout, collect, trim
+from textenv.masks import MaskPolicy
 from textenv.prompts import Prompts, PromptSampler
 from textenv.task import Task
 
@@ -45,6 +46,9 @@ class Trainer:
             lr=config.learning_rate,
             weight_decay=0.0,
         )
+        self.mask_policies = [mask for mask in task.masks if isinstance(mask, MaskPolicy)]
+        for mask in self.mask_policies:
+            mask.refresh(language_model_of(self.actor))  # its own weights from the start, for checkpoints to fill
         self.sampler = PromptSampler(len(prompts), config.seed)
         self.sampling_generator = torch.Generator(task.device).manual_seed(config.seed)
         self.shuffling_generator = torch.Generator().manual_seed(config.seed)
@@ -92,6 +96,9 @@ class Trainer:
         self.iteration += 1
         self.tokens += tokens
         self.seconds += seconds
+        if self.config.mask_refresh and self.iteration % self.config.mask_refresh == 0:
+            for mask in self.mask_policies:
+                mask.refresh(model)
         metrics |= {
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,

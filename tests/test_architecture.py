@@ -11,7 +11,7 @@ FILES = sorted((ROOT / "textenv").rglob("*.py"))
 # Each module may import those of earlier lines, and those before it on its own line.
 ORDER = [
     *("state", "kl", "sampling", "config", "loading"),
-    *("prompts", "rewards", "language_model", "reward_model"),
+    *("prompts", "rewards", "language_model", "masks", "reward_model"),
     "task",
     *("dynamics", "generation"),
     *("render", "env", "vector_env", "torchrl_env", "wrappers"),

@@ -117,10 +117,10 @@ def test_conformance_catches_broken_faces(settings, monkeypatch, quantity, break
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
-@pytest.mark.parametrize("kl_coef", [0, 0.3])
-def test_vector_env_equals_sync_vector_env(ragged, mode, kl_coef):
+@pytest.mark.parametrize(("kl_coef", "action_mask"), [(0, None), (0.3, None), (0.3, ["special", "top_k:9"])])
+def test_vector_env_equals_sync_vector_env(ragged, mode, kl_coef, action_mask):
     """The native vector environment is step for step SyncVectorEnv of singles, observations and infos included."""
-    ragged = {**ragged, "kl_coef": kl_coef, "max_new_tokens": 5}
+    ragged = {**ragged, "kl_coef": kl_coef, "max_new_tokens": 5, "action_mask": action_mask}
     native = gym.make_vec("TextGen-v0", num_envs=3, autoreset_mode=mode.value, **ragged)
     assert isinstance(native, TextGenVectorEnv)
     single = [lambda: gym.make("TextGen-v0", **ragged)] * 3

@@ -24,6 +24,7 @@ class TextGenConfig:
     max_prompt_tokens: int = 24  # P; prompts are left-padded to it
     max_new_tokens: int = 48  # R; the token budget of a response
     temperature: float = 0.7  # of the reference's and the actor's distribution, as in Ziegler et al. 2019
+    action_mask: str | Sequence | Callable | Any = None  # which tokens may come next, see masks.py; None is off
     stop_token_ids: Sequence[int] | None = None  # default: the model's own end tokens
     dtype: str = "float32"  # of the frozen models' weights
     device: str = "auto"  # "auto" is CUDA where there is one

@@ -49,6 +49,7 @@ def play_env(env: gym.Env, tokens: NDArray, seed: int) -> Iterator[Event]:
         yield row, None, _text(env.reset(seed=seed + row)[0])
         for token in column:
             observation, reward, terminated, _, info = env.step(token)
+            info.pop("action_mask", None)  # advice about the next token, no part of this one's story
             yield row, int(token), {**_text(observation), "reward": reward, "terminated": terminated, **info}
             if terminated:
                 yield row, None, _text(env.reset()[0])
@@ -61,6 +62,7 @@ def play_vector_env(env: gym.vector.VectorEnv, tokens: NDArray, seed: int) -> It
     ended = np.zeros(env.num_envs, dtype=bool)
     for actions in tokens:
         observation, reward, terminated, _, info = env.step(actions)
+        info.pop("action_mask", None)
         for row, token in enumerate(actions.tolist()):
             shown = _text(observation, row)
             if not ended[row]:

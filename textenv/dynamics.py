@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from textenv.kl import environment_reward
-from textenv.language_model import decode, new_cache, prefill
+from textenv.language_model import Reader
+from textenv.masks import Masker
 from textenv.rewards import Episodes
 from textenv.sampling import chosen_log_probs
 from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
@@ -52,9 +53,9 @@ class TextDynamics:
             task.pad_token_id,
         )
         self.running = torch.zeros(rows, dtype=torch.bool, device=task.device)  # [B]
-        if task.reference is not None:
-            self.cache = new_cache(task.reference.model, rows, task.width)
-            self.logits = torch.zeros(rows, task.vocabulary, device=task.device)  # [B, V], of the next token
+        shape = (rows, task.width, task.vocabulary)
+        self.reference = None if task.reference is None else Reader(task.reference.model, *shape)
+        self.masker = Masker(task.masks, task.stop_token_ids, shape) if task.masks else None
 
     def reset(self, rows: Sequence[int], prompt_indices: Sequence[int]) -> TextState:
         """Starts new episodes in the given rows, from the prompts of the given indices."""
@@ -66,9 +67,17 @@ class TextDynamics:
         fresh = start(prompts.input_ids, prompts.attention_mask, budget, self.task.pad_token_id)
         self.state = self.state.restart(index, fresh)
         self.running[index] = True
-        if self.task.reference is not None:
-            self.logits[index] = prefill(self.task.reference.model, self.cache, fresh, index).float()
+        if self.reference is not None:
+            self.reference.restart(fresh, index)
+        if self.masker is not None:
+            self.masker.restart(self.state, index)
         return self.state
+
+    def action_mask(self) -> Tensor:
+        """Which tokens may come next: bool [B, V], true in whole where no episode is running or no mask is set."""
+        if self.masker is None:
+            return torch.ones(self.rows, self.task.vocabulary, dtype=torch.bool, device=self.task.device)
+        return self.masker.allowed(self.state, self.prompt_texts, self.running)
 
     def step(self, tokens: Tensor, active: Tensor | None = None) -> Transition:
         """Writes one token in each active row (all rows unless told).
@@ -85,8 +94,8 @@ class TextDynamics:
         ended = code != RUNNING
         self.running = self.running & ~ended
         score, responses = self._score(ended, code)
-        if self.task.reference is not None and bool(self.running.any()):
-            self.logits = decode(self.task.reference.model, self.cache, self.state).float()
+        if bool(self.running.any()):
+            self._read()
         reward = environment_reward(score, ended, reference_log_prob, self.task.config.kl_coef)
         return Transition(self.state, reward, ended, code, reference_log_prob, score, responses)
 
@@ -104,11 +113,17 @@ class TextDynamics:
                 f"the episode in row {int(over.nonzero()[0])} is over or was never started; call reset() first."
             )
 
+    def _read(self) -> None:
+        if self.reference is not None:
+            self.reference.advance(self.state)
+        if self.masker is not None:
+            self.masker.advance(self.state)
+
     def _reference_log_prob(self, tokens: Tensor, active: Tensor) -> Tensor:
-        if self.task.reference is None:
+        if self.reference is None:
             return torch.zeros(self.rows, device=self.task.device)
         tokens = tokens.where(active, 0)
-        return chosen_log_probs(self.logits, tokens, self.task.config.temperature).where(active, 0.0)
+        return chosen_log_probs(self.reference.logits, tokens, self.task.config.temperature).where(active, 0.0)
 
     def _score(self, ended: Tensor, code: Tensor) -> tuple[Tensor, dict[int, str]]:
         score = torch.zeros(self.rows, device=self.task.device)

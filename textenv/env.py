@@ -52,12 +52,16 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     `reward`: a reward model's folder or hub name, `"module:function"`, a function
     `f(prompts, responses) -> list of floats`, or `{name: weight}`. `reward_label`: which label, if it has several.
     `prompts`: a list, a `.jsonl` path (field `prompt`), or `"module:function"`. `kl_coef=0.1` (0 loads no
-    reference), `max_prompt_tokens=24`, `max_new_tokens=48`, `temperature=0.7`, `stop_token_ids=None` (the
-    model's own), `dtype="float32"`, `device="auto"`.
+    reference), `max_prompt_tokens=24`, `max_new_tokens=48`, `temperature=0.7`, `action_mask=None` (or
+    `"special"`, `"top_k:N"`, `"top_p:P"`, `"words:A,B"`, `"regex:PATTERN"`, `"module:function"`, a list of these),
+    `stop_token_ids=None` (the model's own), `dtype="float32"`, `device="auto"`.
 
     ## Information
     At every step `reference_log_prob` (unless `kl_coef` is 0); at the end also `score`, `finish_reason` and
     `response`, the text without special tokens.
+
+    With `action_mask`, at reset and at every step also `action_mask`, int8 [V], 1 = may come next. It is advice:
+    every token stays legal, and its reward is what it is without masks. `action_masks()` gives it as bool [V].
 
     ## Version History
     * v0: first version
@@ -79,14 +83,22 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
         """Starts an episode with a prompt drawn by the environment's own generator."""
         super().reset(seed=seed)
         state = self.dynamics.reset([0], [draw_prompt(self.np_random, self.task)])
-        return observe(state, 0), {}
+        return observe(state, 0), self._mask_info()
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Writes one token. Raises ValueError for what is no token id, and after the episode's end."""
         tokens = torch.from_numpy(as_tokens(action, 1)).to(self.task.device)
         transition = self.dynamics.step(tokens)
         reward, ended = float(transition.reward[0]), bool(transition.terminated[0])
-        return observe(transition.state, 0), reward, ended, False, step_info(self.task, transition, 0)
+        info = step_info(self.task, transition, 0) | self._mask_info()
+        return observe(transition.state, 0), reward, ended, False, info
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Which tokens may come next, bool [V], as sb3-contrib asks for it. All of them without `action_mask`."""
+        return self.dynamics.action_mask()[0].cpu().numpy().copy()
+
+    def _mask_info(self) -> dict[str, Any]:
+        return {"action_mask": self.action_masks().astype(np.int8)} if self.task.masks else {}
 
     def render(self) -> str | None:  # type: ignore[override]
         """The text so far, as `render_mode="ansi"` asks."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from textenv.kl import environment_reward
-from textenv.language_model import decode, new_cache, prefill, response_logits
+from textenv.language_model import Reader, response_logits
+from textenv.masks import Masker, TokenSets
 from textenv.prompts import Prompts
 from textenv.rewards import Episodes
 from textenv.sampling import Sampling, chosen_log_probs, sample
@@ -28,7 +29,8 @@ class Generation:
     """Finished responses and the log-probabilities under which they were sampled."""
 
     state: TextState
-    log_prob: Tensor  # float32 [B, R], zero outside the response
+    log_prob: Tensor  # float32 [B, R], zero outside the response; under the masks, where there are any
+    allowed: TokenSets | None  # [B, R], what the masks allowed; None without masks
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,22 @@ def generate(
     rows, width = state.input_ids.shape
     log_prob = torch.zeros(rows, budget, device=task.device)
     code = torch.full((rows,), RUNNING, device=task.device)
-    cached = torch.arange(rows, device=task.device)  # the rows that the cache still holds
-    cache = new_cache(model, rows, width)
-    logits = prefill(model, cache, state, cached)
+    cached = torch.arange(rows, device=task.device)  # the rows that are still being read
+    shape = (rows, width, task.vocabulary)
+    reader = Reader(model, *shape)
+    masker = Masker(task.masks, task.stop_token_ids, shape) if task.masks else None
+    readers = [one for one in (reader, masker) if one is not None]
+    for one in readers:
+        one.restart(state, cached)
+    sets: list[TokenSets] = []
     for step in range(budget):
+        running, logits = code == RUNNING, reader.logits  # [B], [b, V]
+        if masker is not None:
+            texts = [prompts.texts[row] for row in cached.tolist()]
+            allowed = masker.allowed(state.select(cached), texts, running[cached])  # [b, V]
+            sets.append(TokenSets.of(allowed).scatter(cached, rows))
+            logits = logits.masked_fill(~allowed, -torch.inf)
         drawn, drawn_log_prob = sample(logits, sampling, generator)
-        running = code == RUNNING  # [B]
         tokens = torch.zeros_like(code).index_copy(0, cached, drawn)
         log_prob[cached, step] = drawn_log_prob.where(running[cached], 0.0)
         state = state.append(tokens, running)
@@ -72,10 +84,21 @@ def generate(
         if left == 0:
             break
         if 2 * left <= len(cached):  # finished rows cost work for nothing: drop them, now and then
-            cache.keep(going_on.nonzero()[:, 0])
+            for one in readers:
+                one.keep(going_on.nonzero()[:, 0])
             cached = cached[going_on]
-        logits = decode(model, cache, state.select(cached))
-    return Generation(state, log_prob)
+        for one in readers:
+            one.advance(state.select(cached))
+    return Generation(state, log_prob, _padded(sets, rows, budget) if sets else None)
+
+
+def _padded(sets: list[TokenSets], rows: int, budget: int) -> TokenSets:
+    """Sets of all R steps; all tokens were allowed at those that no row reached."""
+    device = sets[0].ids.device
+    empty = TokenSets(
+        torch.empty(rows, 0, dtype=torch.int32, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
+    )
+    return TokenSets.stack(sets + [empty] * (budget - len(sets)))
 
 
 @torch.no_grad()

@@ -135,6 +135,44 @@ def decode(model: PreTrainedModel, cache: KeyValueCache, state: TextState) -> Te
     return _forward(model, cache, state.input_ids[rows, columns, None], mask[:, None], positions)
 
 
+class Reader:
+    """Next-token logits of B texts while they are being written, from a cache of its own."""
+
+    def __init__(self, model: PreTrainedModel, rows: int, columns: int, vocabulary: int) -> None:
+        self.model, self.cache = model, new_cache(model, rows, columns)
+        self.logits = torch.zeros(rows, vocabulary, device=model.device)  # float32 [B, V], of the next token
+
+    def restart(self, fresh: TextState, rows: Tensor) -> None:
+        """Reads the prompts of new texts in the rows of indices `rows` [b]; fresh: b rows."""
+        self.logits[rows] = prefill(self.model, self.cache, fresh, rows).float()
+
+    def advance(self, state: TextState) -> None:
+        """Reads the token just written in every row."""
+        self.logits = decode(self.model, self.cache, state).float()
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but these (indices)."""
+        self.cache.keep(rows)
+        self.logits = self.logits[rows]
+
+    def of_model(self, model: PreTrainedModel, state: TextState) -> Reader:
+        """A reader of the same texts with another model; state: the texts so far."""
+        rows, vocabulary = self.logits.shape
+        other = Reader(model, rows, self.cache.columns, vocabulary)
+        other._read_again(state)
+        return other
+
+    def _read_again(self, state: TextState) -> None:
+        self.restart(state, torch.arange(len(state.length), device=state.length.device))
+        at_prompt, columns = self.logits, torch.arange(state.input_ids.shape[1], device=state.length.device)
+        for step in range(1, int(state.length.max()) + 1):
+            # Shorter texts read their last token again, which changes nothing; empty ones are put right below.
+            length = state.length.clamp(1, step)
+            seen = state.attention_mask & (columns < state.prompt_width + length[:, None])
+            self.advance(TextState(state.input_ids, seen, length, state.prompt_width))
+        self.logits = torch.where(state.length[:, None] > 0, self.logits, at_prompt)
+
+
 def _forward(
     model: PreTrainedModel, cache: KeyValueCache, input_ids: Tensor, visible: Tensor, positions: Tensor
 ) -> Tensor:

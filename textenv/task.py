@@ -21,6 +21,7 @@ from textenv.loading import (
     load_tokenizer,
     unwrap,
 )
+from textenv.masks import MaskParts, TokenMask, build_masks
 from textenv.prompts import Prompts, pad_token_id, read_prompts, tokenise
 from textenv.reward_model import RewardModel
 from textenv.rewards import FunctionReward, Reward, WeightedSum
@@ -38,6 +39,7 @@ class Task:
     reward: Reward
     prompts: Prompts
     device: torch.device
+    masks: tuple[TokenMask, ...] = ()  # which tokens may come next; all must agree
 
     @property
     def pad_token_id(self) -> int:
@@ -83,7 +85,19 @@ def build_task(config: TextGenConfig) -> Task:
         reward=_build_reward(config.reward, config, tokenizer, vocabulary, device),
         prompts=prompts.to(device),
         device=device,
+        masks=_build_masks(config, tokenizer, stops, vocabulary, device),
     )
+
+
+def _build_masks(
+    config: TextGenConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: tuple[int, ...],
+    vocabulary: int,
+    device: torch.device,
+) -> tuple[TokenMask, ...]:
+    parts = MaskParts(tokenizer, stops, vocabulary, lambda: _load_reference(config, device).model)
+    return build_masks(unwrap(config.action_mask), parts, load_function)
 
 
 def _reference_name(given: Any) -> str:

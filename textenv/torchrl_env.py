@@ -38,6 +38,11 @@ class TextGenTorchEnv(EnvBase):
             shape=shape,
             device=device,
         )
+        if task.masks:
+            masks = torch.Size([rows, task.vocabulary])
+            self.observation_spec["action_mask"] = Binary(
+                n=task.vocabulary, shape=masks, dtype=torch.bool, device=device
+            )
         self.action_spec = Categorical(n=task.vocabulary, shape=shape, dtype=torch.int64, device=device)
         self.reward_spec = Unbounded(shape=flag, device=device)
         flags = {
@@ -73,8 +78,10 @@ class TextGenTorchEnv(EnvBase):
     def _pack(
         self, state: TextState, reference_log_prob: Tensor, score: Tensor, finish_code: Tensor, done: Tensor
     ) -> TensorDict:
+        masks = {"action_mask": self.dynamics.action_mask()} if self.task.masks else {}
         return TensorDict(
             {
+                **masks,
                 "input_ids": state.input_ids,
                 "attention_mask": state.attention_mask,
                 "reference_log_prob": reference_log_prob[:, None],

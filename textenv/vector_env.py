@@ -5,7 +5,7 @@ A face of dynamics.py. Row i seeded with s + i gives the episodes that a single 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,8 @@ class TextGenVectorEnv(VectorEnv):
         for row, row_seed in zip(range(self.num_envs), _seeds(seed, self.num_envs), strict=True):
             if row_seed is not None and row in rows:
                 self._generators[row] = np_random(row_seed)[0]
-        return self._observe(self._restart(rows)), {}
+        observation = self._observe(self._restart(rows))
+        return observation, self._mask_info(rows)
 
     def step(self, actions: Any) -> tuple[Arrays, NDArray, NDArray, NDArray, dict[str, Any]]:
         """Writes one token a row. A row that ended before starts anew instead, as `autoreset_mode` says."""
@@ -79,7 +80,12 @@ class TextGenVectorEnv(VectorEnv):
         starting = terminations if self.autoreset_mode is AutoresetMode.SAME_STEP else resting
         self._ended = terminations.copy()
         state = self._restart(np.flatnonzero(starting).tolist()) if starting.any() else transition.state
+        infos |= self._mask_info(range(self.num_envs))
         return self._observe(state), rewards, terminations, np.zeros(self.num_envs, dtype=bool), infos
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Which tokens may come next in each row, bool [n, V]. All of them without `action_mask`."""
+        return self.dynamics.action_mask().cpu().numpy().copy()
 
     def render(self) -> tuple[str, ...] | None:
         """The texts so far, as `render_mode="ansi"` asks."""
@@ -92,6 +98,12 @@ class TextGenVectorEnv(VectorEnv):
         self._ended = self._ended.copy()
         self._ended[rows] = False
         return self.dynamics.reset(rows, [draw_prompt(self._generators[row], self.task) for row in rows])
+
+    def _mask_info(self, rows: Iterable[int]) -> dict[str, Any]:
+        if not self.task.masks:
+            return {}
+        shown = np.isin(np.arange(self.num_envs), list(rows))
+        return {"action_mask": np.where(shown[:, None], self.action_masks(), 0).astype(np.int8), "_action_mask": shown}
 
     def _observe(self, state: TextState) -> Arrays:
         return {
@@ -110,6 +122,8 @@ class TextGenVectorEnv(VectorEnv):
         for row in transition.responses:
             info = step_info(self.task, transition, row)
             if same_step:
+                if self.task.masks:
+                    info["action_mask"] = np.ones(self.task.vocabulary, np.int8)  # nothing comes next
                 info = {"final_obs": observe(transition.state, row), "final_info": info}
             infos = self._add_info(infos, info, row)
         return infos

@@ -1,0 +1,329 @@
+"""Action masks: which tokens may come next, and how whole rollouts remember it.
+
+A mask is advice to whoever samples. The environment shows it and takes any token all the same, so that clients
+that know no masks still work; the fast path and our learners obey it. Masks never change the reward: the
+reference's log-probability is that of its whole distribution, and so stays finite for every token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Protocol, cast
+
+import regex
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from textenv.language_model import Reader
+from textenv.sampling import Sampling, log_probs
+from textenv.state import TextState
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """The texts that a mask is asked about."""
+
+    prompts: Sequence[str]
+    state: TextState  # b rows
+    logits: Tensor | None  # float32 [b, V] of the mask's own model, where it has one
+
+    def responses(self) -> list[list[int]]:
+        """Token ids written so far, row by row."""
+        ids, lengths = self.state.response_ids.tolist(), self.state.length.tolist()
+        return [row[:length] for row, length in zip(ids, lengths, strict=True)]
+
+
+class TokenMask(Protocol):
+    """Says which tokens may come next."""
+
+    name: str
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """A language model to be read along, if the mask needs one."""
+        ...
+
+    def allowed(self, contexts: Contexts) -> Tensor:
+        """Bool [b, V], or [V] for all rows alike; true = may come next."""
+        ...
+
+
+class NoSpecialTokens:
+    """Forbids special tokens (save those that end a response) and ids that the tokenizer never writes."""
+
+    name, model = "special", None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], vocabulary: int) -> None:
+        written = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+        self.ids = sorted(one for one in written | set(stop_token_ids) if one < vocabulary)
+        self.vocabulary = vocabulary
+
+    def allowed(self, contexts: Contexts) -> Tensor:
+        """Bool [V]."""
+        return _listed([self.ids], self.vocabulary)[0].to(contexts.state.length.device)
+
+
+class MaskPolicy:
+    """Keeps the likeliest tokens of a language model of its own: the mask of NLPO (Ramamurthy et al. 2023).
+
+    It starts as the reference. Whoever trains hands it the actor from time to time, by `refresh`.
+    """
+
+    def __init__(self, model: PreTrainedModel, keep: Sampling) -> None:
+        self.model: PreTrainedModel | None = model
+        self.keep = keep
+        self.name = f"top_k:{keep.top_k}" if keep.top_k else f"top_p:{keep.top_p:g}"
+
+    def allowed(self, contexts: Contexts) -> Tensor:
+        """Bool [b, V]."""
+        assert contexts.logits is not None
+        return log_probs(contexts.logits, self.keep).isfinite()
+
+    def refresh(self, model: PreTrainedModel) -> None:
+        """Takes a frozen copy of a model as the mask's own from now on."""
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+
+
+class AllowedIds:
+    """A user's function `f(prompt: str, response_ids: list[int]) -> allowed ids`: a grammar, a lexicon.
+
+    The idea of `prefix_allowed_tokens_fn` in Transformers' `generate`.
+    """
+
+    model = None
+
+    def __init__(self, function: Callable[[str, list[int]], Iterable[int]], name: str, vocabulary: int) -> None:
+        self.function, self.name, self.vocabulary = function, name, vocabulary
+
+    def allowed(self, contexts: Contexts) -> Tensor:
+        """Bool [b, V]."""
+        rows = [
+            self._checked(prompt, response)
+            for prompt, response in zip(contexts.prompts, contexts.responses(), strict=True)
+        ]
+        return _listed(rows, self.vocabulary).to(contexts.state.length.device)
+
+    def _checked(self, prompt: str, response: list[int]) -> list[int]:
+        returned = self.function(prompt, list(response))
+        try:
+            ids = [int(one) for one in returned]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"action mask {self.name!r} must return token ids, got {returned!r:.80}.") from error
+        if any(not 0 <= one < self.vocabulary for one in ids):
+            raise ValueError(
+                f"action mask {self.name!r} returned an id outside 0..{self.vocabulary - 1} for prompt {prompt!r} and "
+                f"response ids {response}; return ids of the vocabulary."
+            )
+        return ids
+
+
+class Pattern:
+    """Allows what can still become a text that a regular expression matches as a whole.
+
+    The text is the response without the one space that parts it from the prompt. A stop token may come where
+    the text matches already. Every token is tried at every text that was not seen lately, which takes
+    milliseconds for a thousand tokens and a tenth of a second for fifty thousand.
+    """
+
+    model = None
+
+    def __init__(
+        self, pattern: str, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], vocabulary: int
+    ) -> None:
+        try:
+            self.pattern = regex.compile(pattern)
+        except regex.error as error:
+            raise ValueError(f"action_mask has no valid regular expression in {pattern!r}: {error}.") from error
+        self.name, self.vocabulary = f"regex:{pattern}", vocabulary
+        self.tokenizer, self.stops = tokenizer, list(stop_token_ids)
+        self._ids = lru_cache(4096)(self._find)  # texts come again: rows share prefixes, episodes share starts
+
+    def allowed(self, contexts: Contexts) -> Tensor:
+        """Bool [b, V]."""
+        rows = [self._ids("".join(self.pieces[one] or "" for one in ids)) for ids in contexts.responses()]
+        return _listed(rows, self.vocabulary).to(contexts.state.length.device)
+
+    @cached_property
+    def pieces(self) -> list[str | None]:
+        """What each id adds to a text; None for special tokens and for parts of a character."""
+        anchor = self.tokenizer.encode("a", add_special_tokens=False)
+        before = str(self.tokenizer.decode(anchor))
+        special = set(self.tokenizer.all_special_ids) | set(self.stops)
+        found: list[str | None] = [None] * self.vocabulary
+        for one in set(self.tokenizer.get_vocab().values()) - special:
+            piece = str(self.tokenizer.decode([*anchor, one], clean_up_tokenization_spaces=False))[len(before) :]
+            if one < self.vocabulary and piece and "\ufffd" not in piece:
+                found[one] = piece
+        return found
+
+    def _find(self, text: str) -> list[int]:
+        ids = self.stops if text and self.pattern.fullmatch(text.removeprefix(" ")) else []
+        return [*ids, *(one for one, piece in enumerate(self.pieces) if piece and self._goes_on(text + piece))]
+
+    def _goes_on(self, text: str) -> bool:
+        return self.pattern.fullmatch(text.removeprefix(" "), partial=True) is not None
+
+
+def word_list(words: Sequence[str]) -> str:
+    """The regular expression of a text that consists of these words, with spaces between."""
+    options = "|".join(regex.escape(word.strip()) for word in words)
+    return f"(?:{options})(?: (?:{options}))*"
+
+
+class Masker:
+    """All masks of B texts together, while the texts are being written."""
+
+    def __init__(self, masks: Sequence[TokenMask], stop_token_ids: Sequence[int], shape: tuple[int, int, int]) -> None:
+        """shape: B, L, V."""
+        self.masks, self.vocabulary = masks, shape[2]
+        self.stops = list(stop_token_ids)
+        self.readers = [None if mask.model is None else Reader(mask.model, *shape) for mask in masks]
+
+    def restart(self, state: TextState, rows: Tensor) -> None:
+        """New texts in the rows of indices `rows` [b]; state: all B rows."""
+        for reader in filter(None, self._current(state)):
+            reader.restart(state.select(rows), rows)
+
+    def advance(self, state: TextState) -> None:
+        """Reads the token just written in every row."""
+        for reader in filter(None, self._current(state)):
+            reader.advance(state)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but these (indices)."""
+        for reader in filter(None, self.readers):
+            reader.keep(rows)
+
+    def allowed(self, state: TextState, prompts: Sequence[str], running: Tensor) -> Tensor:
+        """Bool [B, V]; true in whole where a row is not running.
+
+        Where the masks leave nothing, the response has come to its end: the stop tokens are allowed.
+        """
+        rows = running.nonzero()[:, 0]
+        result = torch.ones(len(running), self.vocabulary, dtype=torch.bool, device=running.device)
+        if not len(rows):
+            return result
+        chosen = state.select(rows)
+        texts = [prompts[int(row)] for row in rows]
+        together = result[rows]
+        for mask, reader in zip(self.masks, self._current(state), strict=True):
+            logits = None if reader is None else reader.logits[rows]
+            together &= mask.allowed(Contexts(texts, chosen, logits))
+        stuck = (~together.any(1)).nonzero()[:, 0]
+        together[stuck[:, None], torch.tensor(self.stops, device=running.device)] = True
+        result[rows] = together
+        return result
+
+    def _current(self, state: TextState) -> list[Reader | None]:
+        """The readers, made anew where a mask's model was refreshed; they then read the texts so far again."""
+        for index, mask in enumerate(self.masks):
+            reader = self.readers[index]
+            if reader is not None and mask.model is not None and reader.model is not mask.model:
+                self.readers[index] = reader.of_model(mask.model, state)
+        return self.readers
+
+
+@dataclass(frozen=True)
+class TokenSets:
+    """Sets of tokens for every position of a rollout, as the ids of the smaller side: in it, or not in it."""
+
+    ids: Tensor  # int32 [..., K], filled up with -1
+    inside: Tensor  # bool [...], true = the ids are the set, false = all others are
+
+    @staticmethod
+    def of(dense: Tensor) -> TokenSets:
+        """dense: bool [..., V], true = in the set."""
+        inside = 2 * dense.sum(-1) <= dense.shape[-1]
+        listed = torch.where(inside[..., None], dense, ~dense)
+        count = listed.sum(-1, keepdim=True)
+        width = int(count.max()) if count.numel() else 0
+        ids = torch.argsort(listed.int(), dim=-1, descending=True, stable=True)[..., :width].int()
+        return TokenSets(ids.where(torch.arange(width, device=ids.device) < count, -1), inside)
+
+    def dense(self, vocabulary: int) -> Tensor:
+        """Bool [..., V], true = in the set."""
+        shape = (*self.ids.shape[:-1], vocabulary + 1)  # a last column takes the filling
+        marked = torch.zeros(shape, dtype=torch.bool, device=self.ids.device)
+        marked.scatter_(-1, self.ids.long().where(self.ids >= 0, vocabulary), True)
+        return marked[..., :vocabulary] == self.inside[..., None]
+
+    @staticmethod
+    def stack(steps: Sequence[TokenSets]) -> TokenSets:
+        """Sets of [B] rows at R steps as sets of [B, R]."""
+        width = max(step.ids.shape[-1] for step in steps)
+        ids = [torch.nn.functional.pad(step.ids, (0, width - step.ids.shape[-1]), value=-1) for step in steps]
+        return TokenSets(torch.stack(ids, 1), torch.stack([step.inside for step in steps], 1))
+
+    def scatter(self, rows: Tensor, count: int) -> TokenSets:
+        """Sets of `count` rows: these at the indices `rows` [b], and all tokens elsewhere."""
+        ids = self.ids.new_full((count, self.ids.shape[-1]), -1)
+        inside = self.inside.new_zeros(count)
+        return TokenSets(ids.index_copy(0, rows, self.ids), inside.index_copy(0, rows, self.inside))
+
+
+def _listed(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
+    """Bool [b, V] that is true at the ids of each row."""
+    result = torch.zeros(len(rows), vocabulary, dtype=torch.bool)
+    for row, ids in enumerate(rows):
+        result[row, torch.tensor(ids, dtype=torch.long)] = True
+    return result
+
+
+@dataclass(frozen=True)
+class MaskParts:
+    """What masks are built from."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+    vocabulary: int
+    reference: Callable[[], PreTrainedModel]  # called where a mask policy needs a model to start from
+
+
+def build_masks(given: Any, parts: MaskParts, load_function: Callable[[str], Callable]) -> tuple[TokenMask, ...]:
+    """The masks that `action_mask` names: one, or several of which all must agree."""
+    if given is None:
+        return ()
+    if isinstance(given, list | tuple):
+        return tuple(mask for one in given for mask in build_masks(one, parts, load_function))
+    if isinstance(given, str):
+        return (_named(given, parts, load_function),)
+    if isinstance(given, NoSpecialTokens | MaskPolicy | AllowedIds | Pattern):
+        return (given,)
+    if callable(given):
+        name = getattr(given, "__name__", type(given).__name__)
+        return (AllowedIds(cast(Any, given), name, parts.vocabulary),)
+    raise ValueError(f"action_mask must be {_FORMS}, or a list of these; got {type(given).__name__}.")
+
+
+_FORMS = (
+    "'special', 'top_k:N', 'top_p:P', 'words:A,B,...', 'regex:PATTERN', 'module:function' or a function "
+    "f(prompt, response_ids) -> allowed ids"
+)
+
+
+def _named(name: str, parts: MaskParts, load_function: Callable[[str], Callable]) -> TokenMask:
+    kind, colon, rest = name.partition(":")
+    if name == "special":
+        return NoSpecialTokens(parts.tokenizer, parts.stop_token_ids, parts.vocabulary)
+    if kind in ("top_k", "top_p") and colon:
+        return MaskPolicy(parts.reference(), _kept(kind, rest))
+    if kind in ("regex", "words") and rest:
+        pattern = rest if kind == "regex" else word_list(rest.split(","))
+        return Pattern(pattern, parts.tokenizer, parts.stop_token_ids, parts.vocabulary)
+    if colon and kind and rest and kind not in ("regex", "words"):
+        return AllowedIds(load_function(name), name, parts.vocabulary)
+    raise ValueError(f"action_mask must be {_FORMS}, or a list of these; got {name!r}.")
+
+
+def _kept(kind: str, value: str) -> Sampling:
+    try:
+        keep = Sampling(top_k=int(value)) if kind == "top_k" else Sampling(top_p=float(value))
+    except ValueError as error:
+        raise ValueError(f"action_mask {kind}:{value} is no such mask: {error}") from error
+    if not keep.top_k and keep.top_p == 1:
+        raise ValueError(f"action_mask '{kind}:{value}' keeps every token; leave it out, or keep fewer.")
+    return keep
