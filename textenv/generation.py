@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from textenv.kl import environment_reward
+from textenv.kl import environment_reward, exact_kl
 from textenv.language_model import Reader, response_logits
 from textenv.masks import Masker, TokenSets
 from textenv.prompts import Prompts
@@ -130,6 +130,26 @@ def response_log_probs(model: PreTrainedModel, state: TextState, temperature: fl
     with torch.no_grad():
         rows = torch.arange(len(state.length), device=state.length.device)
         return torch.cat([_log_probs(model, state.select(part), temperature) for part in rows.split(rows_per_pass)])
+
+
+@torch.no_grad()
+def response_kl(
+    model: PreTrainedModel, reference: PreTrainedModel, state: TextState, temperature: float, rows_per_pass: int = 64
+) -> Tensor:
+    """The exact KL of `model` to `reference` at every token of responses, by full forwards of both.
+
+    Logits are held for `rows_per_pass` rows at a time. Returns float32 [B, R], zero outside the response.
+    """
+    rows = torch.arange(len(state.length), device=state.length.device)
+    return torch.cat(
+        [_exact_kl(model, reference, state.select(part), temperature) for part in rows.split(rows_per_pass)]
+    )
+
+
+def _exact_kl(model: PreTrainedModel, reference: PreTrainedModel, state: TextState, temperature: float) -> Tensor:
+    texts = (state.input_ids, state.attention_mask, state.prompt_width)
+    kl = exact_kl(response_logits(model, *texts), response_logits(reference, *texts), temperature)
+    return kl.where(state.response_mask, 0.0)
 
 
 def _log_probs(model: PreTrainedModel, state: TextState, temperature: float) -> Tensor:
