@@ -53,5 +53,5 @@ def estimate_kl(
     if task.reference is None:
         return torch.zeros_like(reference_log_prob)
     if estimator == EXACT:
-        return response_kl(model, task.reference.model, generation.state, task.config.temperature, rows_per_pass)
+        return response_kl(model, task.reference.model, generation, task.config.temperature, rows_per_pass)
     return ESTIMATORS[estimator](generation.log_prob, reference_log_prob)

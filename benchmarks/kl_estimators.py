@@ -49,7 +49,7 @@ def measure(task: Task, policy: PreTrainedModel, settings: Settings) -> list[dic
     state = generation.state
     mask = state.response_mask
     reference = judge(task, state, prompts.texts).reference_log_prob[mask]
-    exact = response_kl(policy, task.load_reference().model, state, task.config.temperature)[mask]
+    exact = response_kl(policy, task.load_reference().model, generation, task.config.temperature)[mask]
     found = []
     for name, estimate in ESTIMATORS.items():
         error = estimate(generation.log_prob[mask], reference) - exact

@@ -70,6 +70,17 @@ def test_exact_kl_of_filtered_distributions():
     assert float(exact_kl(torch.zeros(2), both, 1.0)) == math.inf
 
 
+def test_means_where_tokens_are_forbidden():
+    """Where π may not choose what π_ref may, k1's mean is still the KL; k3's is less, by the mass π_ref has there."""
+    logits, reference = (one[0].double() for one in make_logits(1, 20))
+    logits[12:] = -math.inf
+    p, q = logits.log_softmax(-1), reference.log_softmax(-1)
+    mean = {name: float((p.exp()[:12] * estimate(p[:12], q[:12])).sum()) for name, estimate in ESTIMATORS.items()}
+    exact = float(exact_kl(logits, reference, 1.0))
+    assert mean["k1"] == pytest.approx(exact, abs=1e-6)
+    assert mean["k3"] == pytest.approx(exact - float(q[12:].exp().sum()), abs=1e-6)
+
+
 def test_means_over_samples():
     """Over 400,000 samples the means of k1 and k3 are the exact KL; k2's is not; k3 varies least near the reference."""
     logits, reference = make_logits(1, 50)

@@ -68,6 +68,24 @@ def test_shaped_reward_equals_the_loop(settings, estimator):
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_exact_kl_under_masks(settings):
+    """With action masks the exact KL is that of the distribution which was sampled from, over the allowed tokens."""
+    trainer = make_trainer(settings | dict(action_mask="top_k:5"), kl_estimator="exact")
+    data = rollout_of(trainer).data
+    actor, reference = distributions(trainer, data)
+    row = int(data["mask"].sum(1).argmax())
+    for t in range(int(data["mask"][row].sum())):
+        kept = data["allowed_ids"][row, t][data["allowed_ids"][row, t] >= 0].tolist()
+        assert data["allowed_inside"][row, t] and len(kept) == 5
+        total = sum(actor[row][t][token] for token in kept)
+        wanted = sum(
+            p / total * math.log(p / total / q) for p, q in ((actor[row][t][k], reference[row][t][k]) for k in kept)
+        )
+        assert float(data["kl"][row, t]) == pytest.approx(wanted, abs=1e-4)
+        assert wanted > 0.01
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_exact_needs_no_more_than_a_few_rows_at_a_time(settings, monkeypatch):
     """The exact KL is the same however many rows a pass reads, and no pass reads more."""
     whole = rollout_of(make_trainer(settings, kl_estimator="exact")).data

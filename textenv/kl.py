@@ -5,8 +5,10 @@ split in two (DESIGN §2): the environment pays the part that depends on state a
 subtracts the part that depends on its own policy.
 
 Estimators (Schulman 2020, http://joschu.net/blog/kl-approx.html) of KL(π‖π_ref) from one token sampled by π, with
-d = log π − log π_ref. k1 and k3 have the KL as their mean, k2 has not; k2 and k3 are never negative. A mean is not
-a gradient. With the estimate as a part of the reward, which is a constant to the policy gradient:
+d = log π − log π_ref. k1 and k3 have the KL as their mean, k2 has not; k2 and k3 are never negative. Where action
+masks or top-k keep π from tokens that π_ref may choose, k3's mean too falls short of the KL, by the probability that
+π_ref gives them. A mean is not a gradient. With the estimate as a part of the reward, which is a constant to the
+policy gradient:
 
 - k1 gives the gradient of KL(π‖π_ref). It is the only one that does, and so the default;
 - k3 gives, in each state, that gradient less the gradient of KL(π_ref‖π), and the two all but cancel near the
