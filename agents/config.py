@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from textenv.kl import ESTIMATORS, EXACT, UNITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,11 @@ class TrainConfig:
     critic_learning_rate: float = 3e-4  # of the critic, likewise
     max_grad_norm: float = 1.0  # of each network's gradient; larger ones are scaled down
     mask_refresh: int = 20  # iterations between refreshes of a mask policy (NLPO) by the actor; 0 is never
+    kl_estimator: str = "k1"  # of the penalty in the reward: k1, k2, k3 or exact; k1 alone has the KL's gradient
+    kl_controller: str = "fixed"  # or adaptive: β starts at the environment's kl_coef and moves towards kl_target
+    kl_target: float | None = None  # nats per kl_unit that an adaptive β keeps to
+    kl_horizon: int = 10_000  # responses after which a KL 20% off its target has moved β by about 20%
+    kl_unit: str = "response"  # what kl_target is counted per: response or token
     evaluation_prompts: int = 256  # held-out prompts measured before and after
     held_out: str | None = (
         None  # their source (.jsonl or module:function); default the embedded task's, or a part of prompts
@@ -35,6 +43,7 @@ class TrainConfig:
     checkpoint_every: int = 10  # iterations between checkpoints; the last one is always kept
 
     def __post_init__(self) -> None:
+        self._check_kl()
         for name in (
             "iterations",
             "rollout",
@@ -42,6 +51,7 @@ class TrainConfig:
             "micro_batch",
             "evaluation_prompts",
             "checkpoint_every",
+            "kl_horizon",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -56,6 +66,21 @@ class TrainConfig:
                 f"{self.rollout} and minibatch={self.minibatch}."
             )
         self.env_arguments()
+
+    def _check_kl(self) -> None:
+        known = {"kl_estimator": (*ESTIMATORS, EXACT), "kl_controller": ("fixed", "adaptive"), "kl_unit": UNITS}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+        if self.kl_controller == "fixed" and self.kl_target is not None:
+            raise ValueError(
+                f"kl_target={self.kl_target} needs a β that moves; set kl_controller to adaptive, or leave it out."
+            )
+        if self.kl_controller == "adaptive" and not (self.kl_target is not None and 0 < self.kl_target < math.inf):
+            raise ValueError(
+                f"an adaptive kl_controller needs a kl_target above 0, in nats per {self.kl_unit} (kl_unit), got "
+                f"{self.kl_target}; 6 nats a response is usual."
+            )
 
     def env_arguments(self) -> dict[str, Any]:
         """`env_arg` as keyword arguments of gym.make."""

@@ -69,7 +69,7 @@ def draw_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
 def draw_credit(path: Path, credit: Credit) -> None:
     """Penalty, value, TD error and advantage at every token of one response."""
     panels = (
-        ("penalty β·log(π/π_ref)", credit.penalty, RED),
+        ("penalty β·KL", credit.penalty, RED),
         ("value V(s)", credit.value, BLUE),
         ("TD error δ", credit.td_error, ORANGE),
         ("advantage A", credit.advantage, GREEN),

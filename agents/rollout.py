@@ -1,9 +1,9 @@
 """Whole responses as TensorDicts: sampled by the actor on the fast path, judged by the environment.
 
 Keys of a rollout, batch size [B]: `input_ids` and `attention_mask` [B, L]; `action`, `action_log_prob`, `mask`,
-`reference_log_prob` and `reward` [B, R] (the environment's reward and the shaped one, `shaped_reward`);
-`score` [B]; with action masks also `allowed_ids` [B, R, K] and `allowed_inside` [B, R], the two halves of a
-`TokenSets`. Everything is zero outside the mask.
+`reference_log_prob`, `kl` and `reward` [B, R] (the environment's reward and the shaped one, `shaped_reward`, which
+is less β times `kl`); `score` [B]; with action masks also `allowed_ids` [B, R, K] and `allowed_inside` [B, R], the two
+halves of a `TokenSets`. Everything is zero outside the mask.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDict
 from transformers import PreTrainedModel
 
+from agents.penalty import Penalty, estimate_kl
 from textenv.generation import Judgement, generate, judge
 from textenv.kl import shaped_reward
 from textenv.prompts import Prompts
@@ -31,15 +32,22 @@ class Rollout:
 
 
 def collect(
-    task: Task, model: PreTrainedModel, prompts: Prompts, generator: torch.Generator, rows_per_pass: int
+    task: Task,
+    model: PreTrainedModel,
+    prompts: Prompts,
+    generator: torch.Generator,
+    rows_per_pass: int,
+    penalty: Penalty | None = None,
 ) -> Rollout:
-    """One response to each prompt, as the learner sees it."""
+    """One response to each prompt, as the learner sees it; `penalty` defaults to the environment's own β and k1."""
+    penalty = penalty or Penalty(coef=task.config.kl_coef)
     sampling = Sampling(temperature=task.config.temperature)
     generation = generate(task, model, prompts, sampling, generator)
     state = generation.state
     judgement = judge(task, state, prompts.texts, rows_per_pass)
     mask = state.response_mask
-    shaped = shaped_reward(judgement.reward, generation.log_prob, task.config.kl_coef)
+    kl = estimate_kl(task, model, generation, judgement.reference_log_prob, penalty.estimator, rows_per_pass)
+    shaped = shaped_reward(judgement.reward, judgement.reference_log_prob, task.config.kl_coef, penalty.coef * kl)
     data = TensorDict(
         {
             "input_ids": state.input_ids,
@@ -48,6 +56,7 @@ def collect(
             "action_log_prob": generation.log_prob,
             "mask": mask,
             "reference_log_prob": judgement.reference_log_prob,
+            "kl": kl,
             "reward": judgement.reward,
             "shaped_reward": shaped,
             "score": judgement.score,

@@ -106,12 +106,13 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
     """Where the credit went in one response to a held-out prompt: the one of median length among eight."""
     generator = torch.Generator(trainer.task.device).manual_seed(EVALUATION_SEED)
     prompts = held_out.select(range(min(8, len(held_out))))
-    rollout = collect(trainer.task, language_model_of(trainer.actor), prompts, generator, len(prompts))
+    paid = trainer.penalty()
+    rollout = collect(trainer.task, language_model_of(trainer.actor), prompts, generator, len(prompts), paid)
     trainer.algorithm.prepare(rollout.data, len(prompts))
     lengths = rollout.data["mask"].sum(1)
     row = int(lengths.argsort()[len(lengths) // 2])
     data, length = rollout.data[row], int(lengths[row])
-    penalty = trainer.task.config.kl_coef * (data["action_log_prob"] - data["reference_log_prob"])
+    penalty = paid.coef * data["kl"]
     tokenizer = trainer.task.tokenizer
     return plots.Credit(
         prompt=prompts.texts[row],
@@ -133,9 +134,16 @@ def describe(config: TrainConfig, task: Task, prompts: Prompts, held_out: Prompt
     """What is about to happen, in a line or two."""
     return (
         f"{config.algorithm} on {config.env} ({task.device}): {len(prompts)} prompts, {len(held_out)} held out; "
-        f"reward {task.reward.name}, kl_coef {task.config.kl_coef:g}; {config.iterations} iterations of "
-        f"{config.rollout} responses.\nresults in {folder}/"
+        f"reward {task.reward.name}, kl_coef {task.config.kl_coef:g} ({describe_kl(config)}); {config.iterations} "
+        f"iterations of {config.rollout} responses.\nresults in {folder}/"
     )
+
+
+def describe_kl(config: TrainConfig) -> str:
+    """Estimator and controller of the penalty in a few words."""
+    if config.kl_controller == "fixed":
+        return f"{config.kl_estimator}, fixed"
+    return f"{config.kl_estimator}, adaptive to {config.kl_target:g} nats a {config.kl_unit}"
 
 
 def show_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:

@@ -15,6 +15,7 @@ from agents.advantages import masked_mean
 from agents.algorithms import find_algorithm
 from agents.config import TrainConfig
 from agents.networks import language_model_of, make_actor, make_critic
+from agents.penalty import Penalty, make_controller
 from agents.rollout import Rollout, collect, trim
 from textenv.masks import MaskPolicy
 from textenv.prompts import Prompts, PromptSampler
@@ -35,6 +36,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, algorithm_config: Any, task: Task, prompts: Prompts) -> None:
         self.config, self.task, self.prompts = config, task, prompts
+        self.controller = make_controller(config, task.config.kl_coef)  # of β
         self.actor, self.critic = make_actor(task), make_critic(task)
         _, algorithm = find_algorithm(config.algorithm)
         self.algorithm = algorithm(algorithm_config, self.actor, self.critic)
@@ -67,6 +69,7 @@ class Trainer:
             "iteration": self.iteration,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "kl_controller": self.controller.state_dict(),
             "sampler": self.sampler.state_dict(),
             "sampling_generator": self.sampling_generator.get_state(),
             "shuffling_generator": self.shuffling_generator.get_state(),
@@ -76,21 +79,31 @@ class Trainer:
         """Takes back what `state_dict` gave."""
         self.iteration, self.tokens = int(state["iteration"]), int(state["tokens"])
         self.seconds = float(state["seconds"])
+        self.controller.load_state_dict(state["kl_controller"])
         self.sampler.load_state_dict(state["sampler"])
         self.sampling_generator.set_state(state["sampling_generator"].cpu())
         self.shuffling_generator.set_state(state["shuffling_generator"].cpu())
+
+    def penalty(self) -> Penalty:
+        """What the next rollout pays for its distance from the reference."""
+        return Penalty(coef=self.controller.coef, estimator=self.config.kl_estimator)
 
     def _iterate(self) -> Iteration:
         started = time.perf_counter()
         prompts = self.prompts.select(self.sampler.draw(self.config.rollout))
         model = language_model_of(self.actor)
-        rollout = collect(self.task, model, prompts, self.sampling_generator, self.config.micro_batch)
+        penalty = self.penalty()
+        rollout = collect(self.task, model, prompts, self.sampling_generator, self.config.micro_batch, penalty)
         sampled = time.perf_counter()
         metrics = rollout_metrics(rollout.data)
         if self.task.reference is not None:
-            metrics |= kl_metrics(rollout.data)
+            metrics |= kl_metrics(rollout.data) | {"kl_coef": penalty.coef}
+            kl, lengths = rollout.data["kl"], rollout.data["mask"].sum(1)
+            metrics |= self.controller.update(float(kl.sum()), int(lengths.sum()), len(lengths))
         metrics |= self.algorithm.prepare(rollout.data, self.config.micro_batch)
-        metrics |= self._update(rollout.data.exclude("td_error", "raw_advantage"))  # these are for people
+        metrics |= self._update(
+            rollout.data.exclude("td_error", "raw_advantage", "kl")
+        )  # the learner needs none of them
         tokens = int(rollout.data["mask"].sum())
         seconds = time.perf_counter() - started
         self.iteration += 1
@@ -161,7 +174,7 @@ def rollout_metrics(data: TensorDict) -> dict[str, float]:
 
 
 def kl_metrics(data: TensorDict) -> dict[str, float]:
-    """KL of the policy to the reference by the k1 estimator, in nats."""
+    """KL of the policy to the reference in nats, by the k1 estimator whatever the penalty is made of."""
     log_ratio = (data["action_log_prob"] - data["reference_log_prob"]).where(data["mask"], 0.0)  # [B, R]
     return {
         "kl_per_response": float(log_ratio.sum(1).mean()),

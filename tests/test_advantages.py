@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from agents.advantages import estimate_advantages, explained_variance, masked_mean, td_errors, whiten
-from textenv.kl import environment_reward, shaped_reward
+from textenv.kl import environment_reward, k1, shaped_reward
 
 GAMMA, LMBDA, BETA = 0.9, 0.8, 0.3
 LENGTHS = [5, 1, 3, 4]
@@ -104,7 +104,9 @@ def test_the_whole_reward_is_score_minus_penalty():
     reference = -torch.rand(4, 5, generator=generator).where(mask, 0.0)
     score = torch.tensor([2.0, -1.0, 0.5, 3.0])
     last = mask & (torch.arange(5)[None] == torch.tensor(LENGTHS)[:, None] - 1)
-    paid = shaped_reward(environment_reward(score[:, None], last, reference, BETA), log_prob, BETA)
+    paid = shaped_reward(
+        environment_reward(score[:, None], last, reference, BETA), reference, BETA, BETA * k1(log_prob, reference)
+    )
     for row, length in enumerate(LENGTHS):
         for t in range(5):
             expected = 0.0
@@ -143,7 +145,9 @@ def test_rewards_and_targets_equal_torchtune():
     score, last = torch.tensor([2.0, -1.0, 0.5, 3.0]), torch.tensor(LENGTHS) - 1
     expected, _, _ = oracle.get_rewards_ppo(score, log_prob, reference, BETA, valid_score_idxs=last)
     ended = torch.nn.functional.one_hot(last, 5).bool()
-    paid = shaped_reward(environment_reward(score[:, None], ended, reference, BETA), log_prob, BETA)
+    paid = shaped_reward(
+        environment_reward(score[:, None], ended, reference, BETA), reference, BETA, BETA * k1(log_prob, reference)
+    )
     torch.testing.assert_close(paid, expected)
     clean_value = value[:, :-1].where(mask, 0.0)
     _, returns = oracle.estimate_advantages(clean_value, paid.where(mask, 0.0), GAMMA, LMBDA, masks=mask)

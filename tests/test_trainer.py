@@ -24,17 +24,22 @@ def test_optimiser_steps(settings, minibatch, micro_batch):
     assert len(steps) == 3 * (8 // minibatch)
 
 
-def test_resumed_equals_uninterrupted(settings, tmp_path):
-    """A run stopped after one iteration and resumed gives the same weights, to the bit, as one never stopped."""
-    whole = make_trainer(settings)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(kl_controller="adaptive", kl_target=0.5, kl_horizon=20)], ids=["fixed", "adaptive"]
+)
+def test_resumed_equals_uninterrupted(settings, tmp_path, changes):
+    """A run stopped after one iteration and resumed gives the same weights and β, to the bit, as one never stopped."""
+    whole = make_trainer(settings, **changes)
     expected = [iteration.metrics["score"] for iteration in whole.iterate()]
-    stopped = make_trainer(settings)
+    stopped = make_trainer(settings, **changes)
     first = next(stopped.iterate())
     save_checkpoint(tmp_path, stopped)
-    resumed = make_trainer(settings)
+    resumed = make_trainer(settings, **changes)
     load_checkpoint(tmp_path, resumed)
     scores = [first.metrics["score"]] + [iteration.metrics["score"] for iteration in resumed.iterate()]
     assert scores == expected
+    assert whole.controller.coef == resumed.controller.coef
+    assert (whole.controller.coef == settings["kl_coef"]) == (not changes)
     assert same(weights(whole.actor), weights(resumed.actor))
     assert same(weights(whole.critic), weights(resumed.critic))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from textenv.kl import environment_reward
+from textenv.kl import environment_reward, exact_kl
 from textenv.language_model import Reader, response_logits
 from textenv.masks import Masker, TokenSets
 from textenv.prompts import Prompts
@@ -130,6 +130,36 @@ def response_log_probs(model: PreTrainedModel, state: TextState, temperature: fl
     with torch.no_grad():
         rows = torch.arange(len(state.length), device=state.length.device)
         return torch.cat([_log_probs(model, state.select(part), temperature) for part in rows.split(rows_per_pass)])
+
+
+@torch.no_grad()
+def response_kl(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    generation: Generation,
+    temperature: float,
+    rows_per_pass: int = 64,
+) -> Tensor:
+    """The exact KL to the reference at every token that `model` has sampled, by full forwards of both.
+
+    Where masks forbade tokens, the model's distribution is the one over the others. Logits are held for
+    `rows_per_pass` rows at a time. Returns float32 [B, R], zero outside the response.
+    """
+    rows = torch.arange(len(generation.log_prob), device=generation.log_prob.device)
+    parts = [_exact_kl((model, reference), generation, part, temperature) for part in rows.split(rows_per_pass)]
+    return torch.cat(parts)
+
+
+def _exact_kl(
+    models: tuple[PreTrainedModel, PreTrainedModel], generation: Generation, rows: Tensor, temperature: float
+) -> Tensor:
+    state = generation.state.select(rows)
+    texts = (state.input_ids, state.attention_mask, state.prompt_width)
+    logits, reference_logits = (response_logits(model, *texts) for model in models)  # [b, R, V]
+    if generation.allowed is not None:
+        sets = TokenSets(generation.allowed.ids[rows], generation.allowed.inside[rows])
+        logits = logits.masked_fill(~sets.dense(logits.shape[-1]), -torch.inf)
+    return exact_kl(logits, reference_logits, temperature).where(state.response_mask, 0.0)
 
 
 def _log_probs(model: PreTrainedModel, state: TextState, temperature: float) -> Tensor:
