@@ -319,7 +319,7 @@ def test_parts_in_every_face(settings, folders):
     """Each reward's number, before its weight, is in `info["score_parts"]` under its name, in all faces alike."""
     model, function = folders["gpt2_reward"], "tests.test_rewards:length_reward"
     settings = {**settings, "reward": {function: 0.5, model: 3.0}, "prompts": ["the cat"], "kl_coef": 0}
-    tokens = [*b" sa", tiny.END]
+    tokens = [*tiny.tokenizer()(" sa").input_ids, tiny.END]
     info, _ = play(gym.make("TextGen-v0", **settings), tokens)
     parts = info["score_parts"]
     alone, _ = play(gym.make("TextGen-v0", **{**settings, "reward": model}), tokens)
@@ -332,7 +332,7 @@ def test_parts_in_every_face(settings, folders):
     check_env_specs(torchrl_env)
     native.reset(), listed.reset()
     data = torchrl_env.reset()
-    for first, second in zip(tokens, [65, 65, 65], strict=True):  # only row 0 ends
+    for first, second in zip(tokens, [65, 65, 65, 65], strict=True):  # only row 0 ends
         *_, infos = native.step(np.array([first, second]))
         *_, rows = listed.step(np.array([first, second]))
         data = torchrl_env.step(data.set("action", torch.tensor([first, second])))["next"]

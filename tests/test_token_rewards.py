@@ -93,7 +93,7 @@ def test_faces_agree(settings):
 def test_looking_ahead_is_caught(settings):
     """A function that pays a token for what comes after it fails the conformance check, at that token."""
     task = build_task(TextGenConfig(**{**settings, "reward": ahead, "kl_coef": 0}))
-    with pytest.raises(AssertionError, match=r"row 1, step 0: reward is 1\.0, by the fast path"):
+    with pytest.raises(AssertionError, match=r"row 0, step 0: reward is 1\.0, by the fast path"):
         check_faces(task, rows=2)
 
 
@@ -153,9 +153,12 @@ WRONG = {
     "kind": (lambda tokens: 0.0, "must return a list of 2 lists, one a response, got float"),
     "length": (
         lambda tokens: [[0.0, 0.0], [0.0]],
-        r"2 numbers, one a token, for row 9 .*response 'd'\), got shape \(1,",
+        r"must return 2 numbers, one a token, for row 9 .*response 'd'\), got shape \(1,",
     ),
-    "type": (lambda tokens: [["1", "2"], [0.0, 0.0]], r"2 numbers, one a token, for row 8 .*'c'\), got .*'1', '2'"),
+    "type": (
+        lambda tokens: [["1", "2"], [0.0, 0.0]],
+        r"must return 2 numbers, one a token, for row 8 .*'c'\), got .*'1', '2'",
+    ),
     "nan": (lambda tokens: [[0.0, 0.0], [0.0, math.nan]], r"returned nan for token 1 of row 9 \(prompt 'b'"),
     "raise": (lambda tokens: tokens[7], "raised IndexError: .* for a batch of 2 responses, the first of them row 8"),
 }

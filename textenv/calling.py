@@ -82,6 +82,7 @@ def _work(
             value = function(index)
             events.put((index, "returned", asyncio.run(value) if inspect.iscoroutine(value) else value))
         except BaseException as error:  # whatever it is (SystemExit too), somebody is waiting for this thread's word
+            abandoned.set()
             events.put((index, "raised", error))
 
 

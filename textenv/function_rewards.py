@@ -10,6 +10,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from textenv.calling import CallFailed, CallOverdue, call_each
 from textenv.rewards import Episodes, Scores, refuse_unfinite
+
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -176,9 +179,10 @@ def call_batch(function: Callable[[], Any], episodes: Episodes, name: str, timeo
 
 
 def describe(error: BaseException) -> str:
-    """An exception in a line: its type, its message and where it was raised."""
+    """An exception in a line: its type, its message and the line of the user's function that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    theirs = [frame for frame in frames if Path(frame.filename).parent != HERE] or frames
+    place = f" ({theirs[0].filename}, line {theirs[0].lineno})" if theirs else ""
     return f"{type(error).__name__}: {error}{place}"
 
 
