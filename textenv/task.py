@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from textenv import reviews
 from textenv.config import DTYPES, TextGenConfig
 from textenv.language_model import LanguageModel
-from textenv.loading import check_room, load_causal_lm, load_config, load_tokenizer, unwrap
+from textenv.loading import check_room, load_causal_lm, load_config, load_function, load_tokenizer, unwrap
 from textenv.masks import MaskParts, TokenMask, build_masks
 from textenv.prompts import Prompts, pad_token_id, read_prompts, tokenise
 from textenv.reward_building import Surroundings, build_reward
