@@ -111,7 +111,7 @@ def generate_command(
     prompts = tokenise([prompt] * samples, task.tokenizer, task.config.max_prompt_tokens).to(task.device)
     generator = torch.Generator(task.device).manual_seed(seed)
     state = generate(task, _load_actor(run_folder, task.device), prompts, sampling, generator).state
-    judged = judge(task, state, prompts.texts)
+    judged = judge(task.measured(), state, prompts.texts)
     for score, response in zip(judged.score.tolist(), judged.responses, strict=True):
         print(f"[score {score:+.2f}] {prompt}{response}")
 

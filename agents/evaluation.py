@@ -57,8 +57,10 @@ def evaluate(
 ) -> Evaluation:
     """Samples one response a prompt at the task's temperature and measures it. Same seed, same responses.
 
+    Scores are as the reward gives them, before normalisation, so that measurements can be compared.
     batch: responses written at a time (it decides which random numbers they get), and read at a time.
     """
+    task = task.measured()
     generator = torch.Generator(task.device).manual_seed(seed)
     chunks = torch.arange(len(prompts)).split(batch[0])
     reference = task.load_reference().model

@@ -107,16 +107,25 @@ def language_model_of(actor: ProbabilisticTensorDictSequential) -> PreTrainedMod
 
 
 def make_critic(task: Task) -> TensorDictModule:
-    """A critic that starts from the reward model, head included, or from the reference with a zero head."""
+    """A critic that starts from the reward model, head included, or from the reference with a zero head.
+
+    Where scores are normalised the head is zero too, since it would begin in another unit than that of its targets.
+    """
     reward = task.reward
     if isinstance(reward, RewardModel) and reward.tokenizer is None and reads_every_position(reward.model):
-        backbone, head = _trainable_copy(reward.model.base_model), _head(reward.model, reward.label)
+        backbone = _trainable_copy(reward.model.base_model)
+        head = _head(reward.model, reward.label) if task.normaliser is None else _zero_head(backbone)
     else:
         backbone = _trainable_copy(task.load_reference().model.base_model)
-        head = nn.Linear(backbone.config.get_text_config().hidden_size, 1, device=task.device)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
+        head = _zero_head(backbone)
     return TensorDictModule(TextCritic(backbone, head), INPUTS, ["state_value"])
+
+
+def _zero_head(backbone: Any) -> nn.Linear:
+    head = nn.Linear(backbone.config.get_text_config().hidden_size, 1, device=backbone.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def _head(model: PreTrainedModel, label: int | None) -> nn.Linear:

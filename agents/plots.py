@@ -21,7 +21,7 @@ PANELS = (
     (
         "What is optimised, and what is true",
         "score",
-        (("score", "score", BLUE), ("gold", "gold score", ORANGE)),
+        (("score", "score", BLUE), ("score/raw", "score before normalisation", GREY), ("gold", "gold score", ORANGE)),
     ),
     ("Distance from the reference", "nats a response", (("kl_per_response", "KL", RED),)),
     ("Entropy", "nats a token", (("entropy", "entropy", GREEN),)),

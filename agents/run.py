@@ -106,8 +106,8 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
     """Where the credit went in one response to a held-out prompt: the one of median length among eight."""
     generator = torch.Generator(trainer.task.device).manual_seed(EVALUATION_SEED)
     prompts = held_out.select(range(min(8, len(held_out))))
-    paid = trainer.penalty()
-    rollout = collect(trainer.task, language_model_of(trainer.actor), prompts, generator, len(prompts), paid)
+    task, paid = trainer.task.frozen(), trainer.penalty()  # looking must not move running statistics
+    rollout = collect(task, language_model_of(trainer.actor), prompts, generator, len(prompts), paid)
     trainer.algorithm.prepare(rollout.data, len(prompts))
     lengths = rollout.data["mask"].sum(1)
     row = int(lengths.argsort()[len(lengths) // 2])

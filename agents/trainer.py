@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from agents.advantages import masked_mean
 from agents.algorithms import find_algorithm
@@ -65,7 +66,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is not a weight and is needed to go on as if never stopped."""
-        return {
+        state = {
             "iteration": self.iteration,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -74,6 +75,9 @@ class Trainer:
             "sampling_generator": self.sampling_generator.get_state(),
             "shuffling_generator": self.shuffling_generator.get_state(),
         }
+        if self.task.normaliser is not None:
+            state["score_statistics"] = self.task.normaliser.statistics.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
@@ -83,6 +87,8 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         self.sampling_generator.set_state(state["sampling_generator"].cpu())
         self.shuffling_generator.set_state(state["shuffling_generator"].cpu())
+        if self.task.normaliser is not None:
+            self.task.normaliser.statistics.load_state_dict(state["score_statistics"])
 
     def penalty(self) -> Penalty:
         """What the next rollout pays for its distance from the reference."""
@@ -95,7 +101,7 @@ class Trainer:
         penalty = self.penalty()
         rollout = collect(self.task, model, prompts, self.sampling_generator, self.config.micro_batch, penalty)
         sampled = time.perf_counter()
-        metrics = rollout_metrics(rollout.data)
+        metrics = rollout_metrics(rollout.data) | part_metrics(rollout.judgement.score_parts)
         if self.task.reference is not None:
             metrics |= kl_metrics(rollout.data) | {"kl_coef": penalty.coef}
             kl, lengths = rollout.data["kl"], rollout.data["mask"].sum(1)
@@ -171,6 +177,14 @@ def rollout_metrics(data: TensorDict) -> dict[str, float]:
         "entropy": float(-masked_mean(data["action_log_prob"], mask)),
         "length": float(mask.sum(1).float().mean()),
     }
+
+
+def part_metrics(parts: dict[str, Tensor]) -> dict[str, float]:
+    """The mean of what each reward gave, as `score/NAME`; nothing where there is one, which the score shows already.
+
+    parts: float32 [B] each.
+    """
+    return {f"score/{name}": float(part.mean()) for name, part in parts.items()} if len(parts) > 1 else {}
 
 
 def kl_metrics(data: TensorDict) -> dict[str, float]:

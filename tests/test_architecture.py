@@ -10,8 +10,9 @@ FILES = sorted((ROOT / "textenv").rglob("*.py"))
 
 # Each module may import those of earlier lines, and those before it on its own line.
 ORDER = [
-    *("state", "kl", "sampling", "config", "loading"),
-    *("prompts", "rewards", "language_model", "masks", "reward_model"),
+    *("state", "kl", "sampling", "config", "calling", "loading"),
+    *("prompts", "rewards", "language_model", "masks", "reward_model", "score_normalisation"),
+    *("function_rewards", "token_rewards", "scores", "metrics", "reward_building"),
     "task",
     *("dynamics", "generation"),
     *("render", "env", "vector_env", "torchrl_env", "wrappers"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+import textenv.reward_building
 import textenv.task
 from tests import tiny
 from textenv import LanguageModel, TextGenConfig, build_task, shared
@@ -91,8 +92,9 @@ def test_bad_arguments(settings, changes, says):
 @pytest.mark.parametrize("changes", [{"kl_coef": -1}, {"temperature": 0}, {"device": "abacus"}, {"prompts": "x.jsonl"}])
 def test_refused_before_models_are_loaded(settings, changes, monkeypatch):
     """What can be known without a model is refused before one is read from disk."""
-    for name in ("load_causal_lm", "load_classifier", "load_tokenizer", "load_config"):
+    for name in ("load_causal_lm", "load_tokenizer", "load_config"):
         monkeypatch.setattr(textenv.task, name, lambda *args: pytest.fail("work was done"))
+    monkeypatch.setattr(textenv.reward_building, "load_classifier", lambda *args: pytest.fail("work was done"))
     refuse(settings, "got|no prompts", **changes)
 
 

@@ -322,7 +322,7 @@ def test_infos_and_plain_types(settings):
     assert [answer[2] for answer in answers] == [False, False, True]
     assert [sorted(answer[4]) for answer in answers[:2]] == [["reference_log_prob"]] * 2
     end = answers[2][4]
-    assert sorted(end) == ["finish_reason", "reference_log_prob", "response", "score"]
+    assert sorted(end) == ["finish_reason", "reference_log_prob", "response", "score", "score_parts"]
     assert type(end["score"]) is float and end["finish_reason"] == "stop"
     json.dumps(end)
 

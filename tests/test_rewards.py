@@ -6,15 +6,20 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.wrappers.vector import DictInfoToList
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torchrl.envs import check_env_specs
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from tests import tiny
+from tests.episodes import written
 from textenv import TextGenConfig, build_task, shared
 from textenv.dynamics import TextDynamics
+from textenv.function_rewards import FunctionReward
 from textenv.reward_model import RewardModel, last_token_scores, log_odds
-from textenv.rewards import Episodes, FunctionReward, WeightedSum
-from textenv.state import start
+from textenv.rewards import Scores, WeightedSum
+from textenv.torchrl_env import TextGenTorchEnv
+from textenv.vector_env import TextGenVectorEnv
 
 # The same float32 sums in another order, at scores of about 1.
 TOLERANCE = 1e-5
@@ -51,19 +56,6 @@ def sentencepiece_tokenizer():
     raw = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
-
-
-def written(prompts, responses, tokenizer, stopped=True):
-    """Episodes of the given prompt and response ids."""
-    width, room = max(map(len, prompts)) + 2, max(map(len, responses)) + 1
-    ids = torch.tensor([[9] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts])
-    state = start(ids, mask, room, 0)
-    for step in range(room):
-        tokens = [response[step] if step < len(response) else -1 for response in responses]
-        state = state.append(torch.tensor(tokens), torch.tensor(tokens) >= 0)
-    texts = [tokenizer.decode(prompt) for prompt in prompts]
-    return Episodes(texts, state, torch.full((len(prompts),), stopped), tokenizer)
 
 
 def play(env, tokens, seed=0):
@@ -121,7 +113,7 @@ def test_other_tokenizer_in_ragged_batches(kind):
     model, own, tokenizer = tiny.reward_model(kind), shuffled_tokenizer(), tiny.tokenizer()
     prompts = [tokenizer(text).input_ids for text in ("a", "the cat", "it is late")]
     responses = [[tiny.END], tokenizer(" and so it goes").input_ids, tokenizer("!").input_ids]
-    got = RewardModel(model, tokenizer=own)(written(prompts, responses, tokenizer, stopped=False))
+    got = RewardModel(model, tokenizer=own)(written(prompts, responses, tokenizer, stopped=False)).total
     for row, text in enumerate(("a", "the cat and so it goes", "it is late!")):
         wanted = plain_outputs(model, own(text).input_ids)
         assert got[row].item() == pytest.approx(wanted.item(), abs=TOLERANCE)
@@ -135,7 +127,7 @@ def test_encoder_reward_model():
     model, own, tokenizer = BertForSequenceClassification(config).eval(), shuffled_tokenizer(), tiny.tokenizer()
     prompts, responses = [[72], [*b"the cat"]], [[73, tiny.END], [*b" sat down"]]
     episodes = written(prompts, responses, tokenizer)
-    got = RewardModel(model, tokenizer=own)(episodes)
+    got = RewardModel(model, tokenizer=own)(episodes).total
     for row, text in enumerate(episodes.texts):
         with torch.no_grad():
             wanted = model(input_ids=torch.tensor([own(text).input_ids])).logits[0, 0]
@@ -194,7 +186,7 @@ def test_function_reward(settings):
 def test_numbers_of_any_kind(returned):
     """Lists, tuples, arrays and tensors of numbers are scores."""
     episodes = written([[65], [66]], [[67], [68]], tiny.tokenizer())
-    scores = FunctionReward(lambda prompts, responses: returned, "f")(episodes)
+    scores = FunctionReward(lambda prompts, responses: returned, "f")(episodes).total
     assert scores.dtype == torch.float32 and scores.tolist() == [1.0, 2.0]
 
 
@@ -234,7 +226,7 @@ def test_functions_get_copies():
 
     rewards = [(1.0, FunctionReward(rude, "rude")), (10.0, FunctionReward(length_reward, "length"))]
     episodes = written([[65], [66]], [[67], [68, 69]], tiny.tokenizer())
-    assert WeightedSum(rewards)(episodes).tolist() == [11.0, 22.0]
+    assert WeightedSum(rewards)(episodes).total.tolist() == [11.0, 22.0]
     assert episodes.responses == [tiny.tokenizer().decode([67]), tiny.tokenizer().decode([68, 69])]
 
 
@@ -257,6 +249,113 @@ def test_reward_objects_pass_through(settings, kind):
     built = WeightedSum([(2.0, FunctionReward(length_reward, "length")), (1.0, RewardModel(tiny.reward_model(kind)))])
     task = build_task(TextGenConfig(**{**settings, "reward": shared(built)}))
     assert task.reward is built
+
+
+class Vowels:
+    """A user's own object that follows the protocol, with parts that are not its total."""
+
+    name, part_names = "vowels", ("a", "e")
+
+    def __call__(self, episodes):
+        parts = {letter: torch.tensor([float(text.count(letter)) for text in episodes.responses]) for letter in "ae"}
+        return Scores(2 * parts["a"] + parts["e"], parts)
+
+
+class Broken(Vowels):
+    """The same object, giving something else."""
+
+    def __init__(self, given):
+        self.given = given
+
+    def __call__(self, episodes):
+        return self.given(episodes, super().__call__(episodes))
+
+
+def test_objects_of_ones_own(settings):
+    """Whatever follows the Reward protocol is a reward, alone and in a sum, and its parts are in `info`."""
+    own = shared(Vowels())
+    env = gym.make("TextGen-v0", **{**settings, "reward": own})
+    info, _ = play(env, [*tiny.tokenizer()("aeae").input_ids, tiny.END])
+    assert info["score"] == 6.0 and info["score_parts"] == {"a": 2.0, "e": 2.0}
+    assert env.unwrapped.task.reward is own.value
+    mixed = shared(WeightedSum([(10.0, own.value), (1.0, FunctionReward(length_reward, "length"))]))
+    info, _ = play(gym.make("TextGen-v0", **{**settings, "reward": mixed}), [*tiny.tokenizer()("ab").input_ids, 256])
+    assert info["score"] == 22.0 and info["score_parts"] == {"a": 1.0, "e": 0.0, "length": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (lambda episodes, scores: scores.final, r"must return textenv.Scores .*\['a', 'e'\].*got Tensor"),
+        (lambda episodes, scores: Scores(scores.final, {"a": scores.final}), r"must return .*got parts \['a'\]"),
+        (lambda episodes, scores: Scores(scores.final[:1], scores.parts), r"final as a tensor of shape \(2,\).*\(1,\)"),
+        (lambda episodes, scores: Scores([1.0, 2.0], scores.parts), r"final as a tensor of shape \(2,\), got list"),
+        (
+            lambda episodes, scores: Scores(scores.final / 0, scores.parts),
+            r"returned (nan|inf) for row 11 \(prompt 'A'",
+        ),
+        (lambda episodes, scores: Scores(scores.final, scores.parts, torch.zeros(2, 2)), "no method token_rewards"),
+    ],
+)
+def test_bad_objects(given, says):
+    """What a user's object gives is checked where it comes in, and the reward is named, in a sum too."""
+    episodes = written([[65], [66]], [[67], [68]], tiny.tokenizer(), rows=[11, 12])
+    episodes.prompts[0] = "A"
+    with pytest.raises(ValueError, match=f"reward 'vowels' .*{says}"):
+        WeightedSum([(1.0, Broken(given))])(episodes)
+
+
+def test_two_rewards_of_one_name():
+    """Parts that could not be told apart are refused when the sum is built."""
+    functions = [FunctionReward(length_reward, "same"), FunctionReward(prompt_reward, "same")]
+    with pytest.raises(ValueError, match=r"2 rewards of a sum are named 'same'.*name of its own"):
+        WeightedSum([(1.0, one) for one in functions])
+    with pytest.raises(ValueError, match="2 rewards of a sum are named 'same'"):
+        WeightedSum([(1.0, functions[0]), (1.0, WeightedSum([(1.0, functions[1])]))])
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_parts_in_every_face(settings, folders):
+    """Each reward's number, before its weight, is in `info["score_parts"]` under its name, in all faces alike."""
+    model, function = folders["gpt2_reward"], "tests.test_rewards:length_reward"
+    settings = {**settings, "reward": {function: 0.5, model: 3.0}, "prompts": ["the cat"], "kl_coef": 0}
+    tokens = [*tiny.tokenizer()(" sa").input_ids, tiny.END]
+    info, _ = play(gym.make("TextGen-v0", **settings), tokens)
+    parts = info["score_parts"]
+    alone, _ = play(gym.make("TextGen-v0", **{**settings, "reward": model}), tokens)
+    assert alone["score_parts"] == {model: alone["score"]}
+    assert parts == {function: 3.0, model: pytest.approx(alone["score"], abs=TOLERANCE)}
+    assert info["score"] == pytest.approx(0.5 * 3.0 + 3.0 * parts[model], abs=TOLERANCE)
+    assert all(type(part) is float for part in parts.values())
+    native, listed = TextGenVectorEnv(2, **settings), DictInfoToList(TextGenVectorEnv(2, **settings))
+    torchrl_env = TextGenTorchEnv(build_task(TextGenConfig(**settings)), 2)
+    check_env_specs(torchrl_env)
+    native.reset(), listed.reset()
+    data = torchrl_env.reset()
+    for first, second in zip(tokens, [65, 65, 65, 65], strict=True):  # only row 0 ends
+        *_, infos = native.step(np.array([first, second]))
+        *_, rows = listed.step(np.array([first, second]))
+        data = torchrl_env.step(data.set("action", torch.tensor([first, second])))["next"]
+    assert rows[0]["score_parts"] == pytest.approx(parts) and "score_parts" not in rows[1]
+    for name, part in parts.items():
+        assert infos["score_parts"][name].tolist() == pytest.approx([part, 0.0], abs=TOLERANCE)
+        assert infos["score_parts"][f"_{name}"].tolist() == [True, False]
+        assert data["score_parts", name][:, 0].tolist() == pytest.approx([part, 0.0], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_models_are_called_once_a_batch(settings, monkeypatch):
+    """The vector environment asks the reward model once for all rows that end in a step, and never else."""
+    batches = []
+    call = RewardModel.__call__
+    monkeypatch.setattr(
+        RewardModel, "__call__", lambda self, episodes: batches.append(episodes) or call(self, episodes)
+    )
+    env = TextGenVectorEnv(5, **{**settings, "max_new_tokens": 3})
+    env.reset(seed=0)
+    for tokens in ([65] * 5, [65, tiny.END, 65, tiny.END, 65], [65] * 5):
+        env.step(np.array(tokens))
+    assert [batch.rows for batch in batches] == [[1, 3], [0, 2, 4]]
 
 
 def test_rewards_see_finished_responses_only(settings):

@@ -3,12 +3,27 @@
 from gymnasium.envs.registration import register
 
 from textenv.config import TextGenConfig
+from textenv.function_rewards import per_response, reads_episodes
 from textenv.language_model import LanguageModel
 from textenv.loading import shared
+from textenv.rewards import Episodes, Reward, Scores
 from textenv.task import Task, build_task
+from textenv.token_rewards import per_token
 
 __version__ = "0.1.0"
-__all__ = ["LanguageModel", "Task", "TextGenConfig", "build_task", "shared"]
+__all__ = [
+    "Episodes",
+    "LanguageModel",
+    "Reward",
+    "Scores",
+    "Task",
+    "TextGenConfig",
+    "build_task",
+    "per_response",
+    "per_token",
+    "reads_episodes",
+    "shared",
+]
 
 register(
     id="TextGen-v0",

@@ -19,6 +19,11 @@ class TextGenConfig:
     reference: Any = None  # frozen language model: folder, hub name, or textenv.shared(LanguageModel)
     reward: str | Callable | Mapping[str, float] | Any = None  # reward model, function, or {name: weight}
     reward_label: str | None = None  # which label's log-odds to use, if the reward model has several
+    reward_timeout: float | None = None  # seconds a reward function may take a call; None waits for ever
+    score_normalisation: str = "none"  # of the score that is paid: "none", "fixed" (mean and std below) or "running"
+    score_mean: float = 0.0  # subtracted by "fixed"
+    score_std: float = 1.0  # divided by, by "fixed"
+    score_clip: float | None = None  # the score that is paid stays within ± this
     prompts: str | Sequence[str] | Any = None  # list, .jsonl path (field "prompt"), or "module:function"
     kl_coef: float = 0.1  # β, weight of the penalty; 0 runs no reference
     max_prompt_tokens: int = 24  # P; prompts are left-padded to it
@@ -47,6 +52,7 @@ class TextGenConfig:
             raise ValueError(f"temperature must be above 0, got {self.temperature}; 1.0 is the model's own.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
+        _check_scores(self)
 
     def torch_device(self) -> torch.device:
         """The device that `device` names."""
@@ -58,3 +64,23 @@ class TextGenConfig:
             raise ValueError(
                 f"device must be 'auto', 'cpu' or a 'cuda[:N]' of this machine, got {self.device!r}."
             ) from error
+
+
+def _check_scores(config: TextGenConfig) -> None:
+    for name in ("reward_timeout", "score_mean", "score_std", "score_clip"):
+        value = getattr(config, name)
+        optional = name in ("reward_timeout", "score_clip")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not (number or (optional and value is None)):
+            raise ValueError(f"{name} must be a finite number{' or None' if optional else ''}, got {value!r}.")
+        if name != "score_mean" and value is not None and value <= 0:
+            raise ValueError(f"{name} must be above 0{', or None for no limit' if optional else ''}, got {value}.")
+    if config.score_normalisation not in ("none", "fixed", "running"):
+        raise ValueError(
+            f"score_normalisation must be 'none', 'fixed' or 'running', got {config.score_normalisation!r}."
+        )
+    if config.score_normalisation != "fixed" and (config.score_mean, config.score_std) != (0, 1):
+        raise ValueError(
+            f"score_mean={config.score_mean} and score_std={config.score_std} count with score_normalisation='fixed' "
+            f"only, got {config.score_normalisation!r}; set it, or leave them out."
+        )

@@ -1,7 +1,8 @@
 """Do all faces tell one story? Drives each with random tokens and compares what it shows with the fast path.
 
 Run it on your own reward and prompts: `check_faces(build_task(TextGenConfig(reward=..., prompts=...)))`. A reward
-that is random, or that looks at its neighbours in the batch, fails here. A face of your own can be checked too:
+that is random, that looks at its neighbours in the batch, or that pays a token for what comes after it, fails here.
+A face of your own can be checked too:
 write a `play_...` function for it and hand what it yields to `check_face`.
 """
 
@@ -34,6 +35,11 @@ def check_faces(task: Task, *, rows: int = 4, seed: int = 0, torchrl_env: Any = 
 
     `torchrl_env` is a `TextGenTorchEnv(task, rows)`; without it that face, and torchrl, are left out.
     """
+    if task.config.score_normalisation == "running":
+        raise ValueError(
+            "running normalisation pays a response by what was scored before it, so no two faces can agree; check the "
+            "same task with score_normalisation='none'."
+        )
     tokens = _draw_tokens(task, rows, seed)  # [N, rows]
     hidden = set() if task.reference is not None else {"reference_log_prob"}
     env, vector_env = TextGenEnv(**vars(task.config)), TextGenVectorEnv(rows, **vars(task.config))
@@ -67,7 +73,7 @@ def play_vector_env(env: gym.vector.VectorEnv, tokens: NDArray, seed: int) -> It
             shown = _text(observation, row)
             if not ended[row]:
                 shown |= {"reward": reward[row], "terminated": terminated[row]}
-                shown |= {key: info[key][row] for key in info if f"_{key}" in info and info[f"_{key}"][row]}
+                shown |= _info_of(info, row)
             yield row, None if ended[row] else token, shown
         ended = terminated
 
@@ -84,6 +90,7 @@ def play_torchrl_env(env: Any, tokens: NDArray) -> Iterator[Event]:
             shown = _text(after, row) | {name: after[name][row].item() for name in numbers}
             if shown["terminated"]:
                 shown["score"] = after["score"][row].item()
+                shown["score_parts"] = {name: part[row].item() for name, part in after["score_parts"].items()}
                 shown["finish_reason"] = FINISH_REASONS[after["finish_code"][row].item()]
             yield row, int(actions[row]), shown
             if shown["terminated"]:
@@ -137,7 +144,8 @@ def _fast_path(task: Task, starts: list[int], episodes: Sequence[list[Event]]) -
             shown["reference_log_prob"] = judged.reference_log_prob[row, step].item()
             shown["terminated"] = step == len(tokens) - 1
         end = {"finish_reason": judged.finish_reason(row), "response": judged.responses[row]}
-        story[-1] |= {"score": judged.score[row].item(), **end}
+        parts = {name: part[row].item() for name, part in judged.score_parts.items()}
+        story[-1] |= {"score": judged.score[row].item(), "score_parts": parts, **end}
         stories.append(story)
     return stories
 
@@ -150,7 +158,15 @@ def _text(observation: Any, row: int | None = None) -> Shown:
     return {"tokens": [id for id, counts in zip(ids.tolist(), real, strict=True) if counts], "mask": real}
 
 
+def _info_of(infos: dict[str, Any], row: int) -> Shown:
+    """One row's part of a vector environment's infos, with dictionaries inside it likewise."""
+    own = {key: value for key, value in infos.items() if f"_{key}" in infos and infos[f"_{key}"][row]}
+    return {key: _info_of(value, row) if isinstance(value, dict) else value[row] for key, value in own.items()}
+
+
 def _close(got: Any, wanted: Any) -> bool:
+    if isinstance(wanted, dict):
+        return got.keys() == wanted.keys() and all(_close(got[name], value) for name, value in wanted.items())
     if isinstance(wanted, float):
         return abs(got - wanted) <= TOLERANCE * max(1.0, abs(wanted))
     return bool(got == wanted)

@@ -15,8 +15,9 @@ from torch import Tensor
 from textenv.kl import environment_reward
 from textenv.language_model import Reader
 from textenv.masks import Masker
-from textenv.rewards import Episodes
+from textenv.rewards import Episodes, Scores, last_token_rewards, read_scores, token_members
 from textenv.sampling import chosen_log_probs
+from textenv.score_normalisation import normalise
 from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
 from textenv.task import Task
 
@@ -30,7 +31,8 @@ class Transition:
     terminated: Tensor  # bool [B]
     finish_code: Tensor  # int64 [B], RUNNING, STOP or LENGTH
     reference_log_prob: Tensor  # float32 [B], zero where kl_coef is 0
-    score: Tensor  # float32 [B], zero where the episode goes on
+    score: Tensor  # float32 [B], all that the reward paid for the response; zero where the episode goes on
+    score_parts: dict[str, Tensor]  # float32 [B] each, what every reward gave under its name; likewise
     responses: dict[int, str]  # row -> text, for the rows that ended
 
     def finish_reason(self, row: int) -> str:
@@ -44,6 +46,7 @@ class TextDynamics:
     def __init__(self, task: Task, rows: int) -> None:
         self.task, self.rows = task, rows
         self.prompt_texts = [""] * rows
+        self.token_members = token_members(task.reward)
         self.stop_token_ids = torch.tensor(task.stop_token_ids, device=task.device)
         prompts = task.prompts
         self.state = start(
@@ -82,22 +85,24 @@ class TextDynamics:
     def step(self, tokens: Tensor, active: Tensor | None = None) -> Transition:
         """Writes one token in each active row (all rows unless told).
 
-        tokens: int64 [B]; active: bool [B]. Raises ValueError for an id outside the vocabulary and for a
-        row whose episode is over.
+        tokens: int64 [B]; active: bool [B]. Raises ValueError for an id outside the vocabulary, for a row whose
+        episode is over, and for a reward that goes wrong. Then nothing has changed: the step may be tried again.
         """
         active = torch.ones_like(self.running) if active is None else active
         self._check(tokens, active)
         reference_log_prob = self._reference_log_prob(tokens, active)
-        self.state = self.state.append(tokens, active)
-        code = finish(tokens, self.state.length, self.stop_token_ids, self.task.config.max_new_tokens)
+        state = self.state.append(tokens, active)
+        code = finish(tokens, state.length, self.stop_token_ids, self.task.config.max_new_tokens)
         code = code.where(active, RUNNING)
         ended = code != RUNNING
-        self.running = self.running & ~ended
-        score, responses = self._score(ended, code)
+        scores, responses = self._score(state, code)
+        token_reward = self._token_reward(state, active & ~ended, scores)
+        # From here on no reward is called, so that one that raises leaves the step undone.
+        self.state, self.running = state, self.running & ~ended
         if bool(self.running.any()):
             self._read()
-        reward = environment_reward(score, ended, reference_log_prob, self.task.config.kl_coef)
-        return Transition(self.state, reward, ended, code, reference_log_prob, score, responses)
+        reward = environment_reward(scores.final, ended, reference_log_prob, self.task.config.kl_coef) + token_reward
+        return Transition(state, reward, ended, code, reference_log_prob, scores.total, scores.parts, responses)
 
     def _check(self, tokens: Tensor, active: Tensor) -> None:
         bad = active & ((tokens < 0) | (tokens >= self.task.vocabulary))
@@ -125,12 +130,37 @@ class TextDynamics:
         tokens = tokens.where(active, 0)
         return chosen_log_probs(self.reference.logits, tokens, self.task.config.temperature).where(active, 0.0)
 
-    def _score(self, ended: Tensor, code: Tensor) -> tuple[Tensor, dict[int, str]]:
-        score = torch.zeros(self.rows, device=self.task.device)
-        rows = ended.nonzero()[:, 0]
+    def _score(self, state: TextState, code: Tensor) -> tuple[Scores, dict[int, str]]:
+        """Scores as they are paid and texts of the rows that ended; the scores of all other rows are zero."""
+        rows = (code != RUNNING).nonzero()[:, 0]
         if not len(rows):
-            return score, {}
+            names = self.task.score_part_names
+            zero, *parts = torch.zeros(1 + len(names), self.rows, device=code.device)
+            return Scores(zero, dict(zip(names, parts, strict=True))), {}
+        episodes = self._episodes(state, rows, code)
+        scores = normalise(self.task.normaliser, read_scores(self.task.reward, episodes))
+        whole = Scores(
+            final=self._spread(scores.final, rows),
+            parts={name: self._spread(part, rows) for name, part in scores.parts.items()},
+            tokens=None if scores.tokens is None else self._spread(scores.tokens, rows),
+        )
+        return whole, dict(zip(rows.tolist(), episodes.responses, strict=True))
+
+    def _token_reward(self, state: TextState, going_on: Tensor, scores: Scores) -> Tensor:
+        """What rewards of single tokens pay for the newest token of each row, float32 [B]."""
+        paid = torch.zeros(self.rows, device=going_on.device)
+        if scores.tokens is not None:
+            paid = scores.tokens.gather(1, (state.length[:, None] - 1).clamp_min(0))[:, 0]
+        if self.token_members and bool(going_on.any()):
+            rows = going_on.nonzero()[:, 0]
+            unfinished = self._episodes(state, rows, torch.full_like(going_on, RUNNING, dtype=torch.long))
+            paid[rows] = last_token_rewards(self.token_members, unfinished)
+        return paid
+
+    def _episodes(self, state: TextState, rows: Tensor, code: Tensor) -> Episodes:
         texts = [self.prompt_texts[row] for row in rows.tolist()]
-        episodes = Episodes(texts, self.state.select(rows), code[rows] == STOP, self.task.tokenizer)
-        score[rows] = self.task.reward(episodes).float()
-        return score, dict(zip(rows.tolist(), episodes.responses, strict=True))
+        return Episodes(texts, state.select(rows), code[rows] == STOP, self.task.tokenizer, rows=rows.tolist())
+
+    def _spread(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Values of these rows among zeros for the others: [b, ...] -> [B, ...]."""
+        return values.new_zeros(self.rows, *values.shape[1:]).index_copy(0, rows, values)

@@ -37,7 +37,8 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     `max_prompt_tokens`. Columns whose mask is 0 hold no token, whatever their id.
 
     ## Rewards
-    `kl_coef · log π_ref(a|s)` at each token, and the score at the last one. A learner that subtracts
+    `kl_coef · log π_ref(a|s)` at each token, and the score at the last one, save what rewards of single tokens
+    (`textenv.per_token`) have paid before. A learner that subtracts
     `kl_coef · log π(a|s)` of its own policy optimises `score − kl_coef · KL(π, π_ref)`.
 
     ## Starting State
@@ -50,15 +51,21 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     ## Arguments
     `reference`: a causal language model's folder or hub name, or `textenv.shared(LanguageModel(...))`.
     `reward`: a reward model's folder or hub name, `"module:function"`, a function
-    `f(prompts, responses) -> list of floats`, or `{name: weight}`. `reward_label`: which label, if it has several.
+    `f(prompts, responses) -> list of floats`, `"evaluate:METRIC:KEY"`, or `{name: weight}` of these; ready-made ones
+    are in `textenv.scores`, other forms of functions under `textenv.per_response`, `per_token` and `reads_episodes`.
+    `reward_label`: which label, if it has several. `reward_timeout=None`: seconds a reward function may take.
+    `score_normalisation="none"`, `"fixed"` (by `score_mean=0.0`, `score_std=1.0`) or `"running"` (by all scores so
+    far), and `score_clip=None`: what becomes of the score before it is paid at the end.
     `prompts`: a list, a `.jsonl` path (field `prompt`), or `"module:function"`. `kl_coef=0.1` (0 loads no
     reference), `max_prompt_tokens=24`, `max_new_tokens=48`, `temperature=0.7`, `action_mask=None` (or
     `"special"`, `"top_k:N"`, `"top_p:P"`, `"words:A,B"`, `"regex:PATTERN"`, `"module:function"`, a list of these),
     `stop_token_ids=None` (the model's own), `dtype="float32"`, `device="auto"`.
 
     ## Information
-    At every step `reference_log_prob` (unless `kl_coef` is 0); at the end also `score`, `finish_reason` and
-    `response`, the text without special tokens.
+    At every step `reference_log_prob` (unless `kl_coef` is 0); at the end also `score` (all that the
+    reward paid for the response), `score_parts` (what each reward gave under its name, before weights and
+    normalisation; with normalisation also `raw`, their sum), `finish_reason` and `response`, the text without special
+    tokens.
 
     With `action_mask`, at reset and at every step also `action_mask`, int8 [V], 1 = may come next. It is advice:
     every token stays legal, and its reward is what it is without masks. `action_masks()` gives it as bool [V].
@@ -134,6 +141,7 @@ def step_info(task: Task, transition: Transition, row: int) -> dict[str, Any]:
         info["reference_log_prob"] = float(transition.reference_log_prob[row])
     if row in transition.responses:
         info["score"] = float(transition.score[row])
+        info["score_parts"] = {name: float(part[row]) for name, part in transition.score_parts.items()}
         info["finish_reason"] = transition.finish_reason(row)
         info["response"] = transition.responses[row]
     return info

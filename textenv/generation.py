@@ -18,8 +18,9 @@ from textenv.kl import environment_reward, exact_kl
 from textenv.language_model import Reader, response_logits
 from textenv.masks import Masker, TokenSets
 from textenv.prompts import Prompts
-from textenv.rewards import Episodes
+from textenv.rewards import Episodes, Scores, concatenate, read_scores
 from textenv.sampling import Sampling, chosen_log_probs, sample
+from textenv.score_normalisation import normalise
 from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
 from textenv.task import Task
 
@@ -39,7 +40,8 @@ class Judgement:
 
     reward: Tensor  # float32 [B, R], what the environment pays at each token
     reference_log_prob: Tensor  # float32 [B, R], zero outside the response and where kl_coef is 0
-    score: Tensor  # float32 [B]
+    score: Tensor  # float32 [B], all that the reward pays for the response
+    score_parts: dict[str, Tensor]  # float32 [B] each, what every reward gave under its name
     finish_code: Tensor  # int64 [B], STOP or LENGTH
     responses: list[str]
 
@@ -109,16 +111,21 @@ def judge(task: Task, state: TextState, prompt_texts: Sequence[str], rows_per_pa
         raise ValueError(
             f"judge got {rows_given} responses and {len(prompt_texts)} prompt texts; give one text a response."
         )
-    parts = [
-        _judge(task, state.select(rows), [prompt_texts[int(row)] for row in rows])
-        for rows in torch.arange(rows_given, device=task.device).split(rows_per_pass)
-    ]
+    chunks = torch.arange(rows_given, device=task.device).split(rows_per_pass)
+    read = [_read(task, state.select(rows), [prompt_texts[int(row)] for row in rows], rows) for rows in chunks]
+    # All rows at once: what a score is measured by must not depend on how many are read at a time.
+    scores = normalise(task.normaliser, concatenate([one.scores for one in read]))
+    reference_log_prob = torch.cat([one.reference_log_prob for one in read])
+    mask = state.response_mask  # [B, R]
+    last = mask & (mask.long().cumsum(1) == state.length[:, None])  # [B, R], true at t = T
+    reward = environment_reward(scores.final[:, None], last, reference_log_prob, task.config.kl_coef)
     return Judgement(
-        reward=torch.cat([part.reward for part in parts]),
-        reference_log_prob=torch.cat([part.reference_log_prob for part in parts]),
-        score=torch.cat([part.score for part in parts]),
-        finish_code=torch.cat([part.finish_code for part in parts]),
-        responses=[text for part in parts for text in part.responses],
+        reward=reward if scores.tokens is None else reward + scores.tokens,
+        reference_log_prob=reference_log_prob,
+        score=scores.total,
+        score_parts=scores.parts,
+        finish_code=torch.cat([one.finish_code for one in read]),
+        responses=[text for one in read for text in one.responses],
     )
 
 
@@ -167,22 +174,30 @@ def _log_probs(model: PreTrainedModel, state: TextState, temperature: float) -> 
     return chosen_log_probs(logits, state.response_ids, temperature).where(state.response_mask, 0.0)
 
 
-def _judge(task: Task, state: TextState, prompt_texts: list[str]) -> Judgement:
+@dataclass(frozen=True)
+class _Reading:
+    """What the frozen models and the rewards say of some rows."""
+
+    scores: Scores  # as the rewards give them
+    reference_log_prob: Tensor
+    finish_code: Tensor
+    responses: list[str]
+
+
+def _read(task: Task, state: TextState, prompt_texts: list[str], rows: Tensor) -> _Reading:
     stops = torch.tensor(task.stop_token_ids, device=task.device)
     mask = state.response_mask  # [B, R]
-    last = mask & (mask.long().cumsum(1) == state.length[:, None])  # [B, R], true at t = T
     last_tokens = state.response_ids.gather(1, (state.length[:, None] - 1).clamp_min(0))[:, 0]
     code = finish(last_tokens, state.length, stops, task.config.max_new_tokens).where(state.length > 0, RUNNING)
     if bool((code == RUNNING).any()):
         raise ValueError(
-            f"judge reads finished responses, and row {int((code == RUNNING).nonzero()[0])} of its batch has neither "
-            "a stop token at its end nor the whole budget of tokens; write it to its end first."
+            f"judge reads finished responses, and row {int(rows[code == RUNNING][0])} has neither a stop token at its "
+            "end nor the whole budget of tokens; write it to its end first."
         )
-    episodes = Episodes(prompt_texts, state, code == STOP, task.tokenizer)
-    score = task.reward(episodes).float()  # [B]
+    episodes = Episodes(prompt_texts, state, code == STOP, task.tokenizer, rows=rows.tolist())
+    scores = read_scores(task.reward, episodes)
     if task.reference is None:
         reference_log_prob = torch.zeros(mask.shape, device=mask.device)
     else:
         reference_log_prob = _log_probs(task.reference.model, state, task.config.temperature)
-    reward = environment_reward(score[:, None], last, reference_log_prob, task.config.kl_coef)
-    return Judgement(reward, reference_log_prob, score, code, episodes.responses)
+    return _Reading(scores, reference_log_prob, code, episodes.responses)

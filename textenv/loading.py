@@ -25,6 +25,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from textenv.config import TextGenConfig
+
 
 class Shared:
     """A live object that passes through `gym.make` without being copied."""
@@ -145,6 +147,26 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"no tokenizer in {name!r}: {_reason(name, error)} Save one beside the model with "
             "tokenizer.save_pretrained."
         ) from error
+
+
+def check_room(role: str, model_config: Any, config: TextGenConfig) -> None:
+    """Refuses a model that cannot read a whole prompt and response."""
+    text_config = model_config.get_text_config()
+    room = getattr(text_config, "max_position_embeddings", None)
+    length = config.max_prompt_tokens + config.max_new_tokens
+    if room is not None and length > room:
+        raise ValueError(
+            f"max_prompt_tokens + max_new_tokens = {length}, more than the {role}'s {room} positions; lower one "
+            "of them."
+        )
+    layer_types = getattr(text_config, "layer_types", None)
+    slides = layer_types is None or "sliding_attention" in layer_types  # Mistral's layers all do, and name no type
+    window = getattr(text_config, "sliding_window", None)
+    if slides and window is not None and window < length:
+        raise ValueError(
+            f"the {role} attends to {window} tokens only (sliding_window), fewer than max_prompt_tokens + "
+            f"max_new_tokens = {length}; lower one of them."
+        )
 
 
 def _switch_off_dropout(config: Any) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.rewards import Episodes
+from textenv.rewards import Episodes, Scores
 from textenv.state import position_ids
 
 
@@ -26,17 +26,19 @@ class RewardModel:
         name: str = "reward_model",
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.part_names = (name,)
         self.label = _label_index(model, label)
 
     @torch.no_grad()
-    def __call__(self, episodes: Episodes) -> Tensor:
-        """Scores, float32 [B]."""
+    def __call__(self, episodes: Episodes) -> Scores:
+        """Scores of B finished responses."""
         if self.tokenizer is None:
             state = episodes.state
             outputs = self._read(state.input_ids, state.attention_mask)
         else:
             outputs = self._read(*self._encode(episodes, self.tokenizer))
-        return log_odds(outputs.float(), self.label)
+        scores = log_odds(outputs.float(), self.label)
+        return Scores(scores, {self.name: scores})
 
     def _read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if reads_every_position(self.model):

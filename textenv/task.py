@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from textenv import reviews
 from textenv.config import DTYPES, TextGenConfig
 from textenv.language_model import LanguageModel
-from textenv.loading import (
-    load_causal_lm,
-    load_classifier,
-    load_config,
-    load_function,
-    load_tokenizer,
-    unwrap,
-)
+from textenv.loading import check_room, load_causal_lm, load_config, load_function, load_tokenizer, unwrap
 from textenv.masks import MaskParts, TokenMask, build_masks
 from textenv.prompts import Prompts, pad_token_id, read_prompts, tokenise
-from textenv.reward_model import RewardModel
-from textenv.rewards import FunctionReward, Reward, WeightedSum
+from textenv.reward_building import Surroundings, build_reward
+from textenv.rewards import Reward
+from textenv.score_normalisation import Normaliser, make_normaliser, paid_part_names
 
 
 @dataclass(frozen=True)
@@ -37,6 +30,7 @@ class Task:
     stop_token_ids: tuple[int, ...]
     reference: LanguageModel | None  # None where kl_coef is 0
     reward: Reward
+    normaliser: Normaliser | None  # None where scores are paid as the reward gives them
     prompts: Prompts
     device: torch.device
     masks: tuple[TokenMask, ...] = ()  # which tokens may come next; all must agree
@@ -50,6 +44,19 @@ class Task:
     def width(self) -> int:
         """L, columns of an observation."""
         return self.config.max_prompt_tokens + self.config.max_new_tokens
+
+    @property
+    def score_part_names(self) -> tuple[str, ...]:
+        """The keys of `score_parts`."""
+        return paid_part_names(self.reward, self.normaliser)
+
+    def measured(self) -> Task:
+        """The same task with scores as the reward gives them: running statistics neither move nor blur a comparison."""
+        return replace(self, normaliser=None)
+
+    def frozen(self) -> Task:
+        """The same task with scores as they are paid now: running statistics stay what they are."""
+        return self if self.normaliser is None else replace(self, normaliser=self.normaliser.frozen())
 
     def load_reference(self) -> LanguageModel:
         """The reference, loaded even where `kl_coef` is 0 and the environment never runs it."""
@@ -66,23 +73,27 @@ def build_task(config: TextGenConfig) -> Task:
     if config.kl_coef > 0 or isinstance(given, LanguageModel):
         reference = _load_reference(config, device)
         tokenizer, vocabulary, stops = reference.tokenizer, reference.vocabulary, reference.stop_token_ids
-        _check_room("reference", reference.model.config, config)
+        check_room("reference", reference.model.config, config)
     else:
         name = _reference_name(given)
         tokenizer, model_config = load_tokenizer(name), load_config(name)
         stops = _stop_token_ids(name, config, tokenizer)
         vocabulary = model_config.get_text_config().vocab_size
-        _check_room("reference", model_config, config)
+        check_room("reference", model_config, config)
         reference = None
     _check_stop_token_ids(stops, vocabulary)
     prompts = tokenise(texts, tokenizer, config.max_prompt_tokens)
+    reward = build_reward(config.reward, Surroundings(config, tokenizer, vocabulary, device))
+    normaliser = make_normaliser(config)
+    paid_part_names(reward, normaliser)  # refuses names that collide
     return Task(
         config=config,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         stop_token_ids=stops,
         reference=reference if config.kl_coef > 0 else None,
-        reward=_build_reward(config.reward, config, tokenizer, vocabulary, device),
+        reward=reward,
+        normaliser=normaliser,
         prompts=prompts.to(device),
         device=device,
         masks=_build_masks(config, tokenizer, stops, vocabulary, device),
@@ -148,80 +159,3 @@ def _check_stop_token_ids(ids: Sequence[Any], vocabulary: int) -> None:
         )
     if not all(type(one) is int and 0 <= one < vocabulary for one in ids):
         raise ValueError(f"stop_token_ids must be token ids, from 0 to {vocabulary - 1}, got {list(ids)}.")
-
-
-def _check_room(role: str, model_config: Any, config: TextGenConfig) -> None:
-    text_config = model_config.get_text_config()
-    room = getattr(text_config, "max_position_embeddings", None)
-    length = config.max_prompt_tokens + config.max_new_tokens
-    if room is not None and length > room:
-        raise ValueError(
-            f"max_prompt_tokens + max_new_tokens = {length}, more than the {role}'s {room} positions; lower one "
-            "of them."
-        )
-    layer_types = getattr(text_config, "layer_types", None)
-    slides = layer_types is None or "sliding_attention" in layer_types  # Mistral's layers all do, and name no type
-    window = getattr(text_config, "sliding_window", None)
-    if slides and window is not None and window < length:
-        raise ValueError(
-            f"the {role} attends to {window} tokens only (sliding_window), fewer than max_prompt_tokens + "
-            f"max_new_tokens = {length}; lower one of them."
-        )
-
-
-def _build_reward(
-    given: Any,
-    config: TextGenConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: int,
-    device: torch.device,
-) -> Reward:
-    given = unwrap(given)
-    if given is None:
-        given = str(reviews.REWARD_MODEL)
-    if isinstance(given, Mapping):
-        if not given:
-            raise ValueError("reward is an empty mapping; give at least one {name: weight}.")
-        for name, weight in given.items():
-            if not isinstance(weight, int | float) or not math.isfinite(weight):
-                raise ValueError(f"the weight of reward {name!r} must be a finite number, got {weight!r}.")
-        parts = [(weight, _build_reward(name, config, tokenizer, vocabulary, device)) for name, weight in given.items()]
-        return WeightedSum(parts)
-    if isinstance(given, str) and ":" in given:
-        return FunctionReward(load_function(given), given)
-    if isinstance(given, str):
-        return _load_reward_model(given, config, tokenizer, vocabulary, device)
-    if isinstance(given, PreTrainedModel):
-        if given.config.get_text_config().vocab_size < vocabulary:
-            raise ValueError(
-                f"the reward model has {given.config.get_text_config().vocab_size} token ids and the reference "
-                f"{vocabulary}, so it does not read the same tokens; pass shared(RewardModel(model, tokenizer=...))."
-            )
-        given = RewardModel(given, label=config.reward_label)
-    if isinstance(given, RewardModel) and given.model.training:
-        raise ValueError("the reward model is in train mode, where dropout blurs it; call model.eval() first.")
-    if isinstance(given, RewardModel | FunctionReward | WeightedSum):
-        return given
-    if callable(given):
-        return FunctionReward(cast(Any, given), getattr(given, "__name__", type(given).__name__))
-    raise ValueError(
-        "reward must be a folder or hub name of a reward model, 'module:function', a function "
-        f"f(prompts, responses) -> list of floats, or {{name: weight}}, got {type(given).__name__}."
-    )
-
-
-def _load_reward_model(
-    name: str,
-    config: TextGenConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: int,
-    device: torch.device,
-) -> RewardModel:
-    model = load_classifier(name, device, DTYPES[config.dtype])
-    own = load_tokenizer(name)
-    # Models of one family may pad the same vocabulary to other widths; an id must fit to be read as it is.
-    fits = model.config.get_text_config().vocab_size >= vocabulary
-    same = fits and own.get_vocab() == tokenizer.get_vocab()
-    if same:
-        _check_room("reward model", model.config, config)
-    return RewardModel(model, tokenizer=None if same else own, label=config.reward_label, name=name)

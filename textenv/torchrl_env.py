@@ -20,8 +20,9 @@ class TextGenTorchEnv(EnvBase):
     """TextGen-v0 over `rows` episodes. Its reward is the environment's half of the penalty (DESIGN §2).
 
     Observations: `input_ids` int64 [B, L], `attention_mask` bool [B, L], and what `info` holds in the other
-    faces: `reference_log_prob` [B, 1], `score` [B, 1] (zero before the end), `finish_code` int64 [B, 1]
-    (0 running, 1 stop, 2 length). Whoever samples the action writes `action_log_prob` beside it.
+    faces: `reference_log_prob` [B, 1], `score` [B, 1] and `("score_parts", name)` [B, 1] (zero before the end),
+    `finish_code` int64 [B, 1] (0 running, 1 stop, 2 length). Whoever samples the action writes `action_log_prob`
+    beside it.
     """
 
     def __init__(self, task: Task, rows: int, seed: int = 0) -> None:
@@ -34,6 +35,11 @@ class TextGenTorchEnv(EnvBase):
             attention_mask=Binary(n=task.width, shape=text, dtype=torch.bool, device=device),
             reference_log_prob=Unbounded(shape=flag, device=device),
             score=Unbounded(shape=flag, device=device),
+            score_parts=Composite(
+                {name: Unbounded(shape=flag, device=device) for name in task.score_part_names},
+                shape=shape,
+                device=device,
+            ),
             finish_code=Bounded(0, LENGTH, shape=flag, dtype=torch.int64, device=device),
             shape=shape,
             device=device,
@@ -62,30 +68,38 @@ class TextGenTorchEnv(EnvBase):
         drawn = torch.randint(len(self.task.prompts), (len(rows),), generator=self.generator)
         state = self.dynamics.reset(rows, drawn.tolist())
         zeros = torch.zeros(count, device=self.device)
-        return self._pack(state, zeros, zeros.clone(), zeros.long(), zeros.bool())
+        parts = {name: zeros.clone() for name in self.task.score_part_names}
+        return self._pack(state, zeros, (zeros.clone(), parts), zeros.long(), zeros.bool())
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         transition: Transition = self.dynamics.step(tensordict["action"], self.dynamics.running)
         packed = self._pack(
             transition.state,
             transition.reference_log_prob,
-            transition.score,
+            (transition.score, transition.score_parts),
             transition.finish_code,
             ~self.dynamics.running,
         )
         return packed.set("reward", transition.reward[:, None])
 
     def _pack(
-        self, state: TextState, reference_log_prob: Tensor, score: Tensor, finish_code: Tensor, done: Tensor
+        self,
+        state: TextState,
+        reference_log_prob: Tensor,
+        score: tuple[Tensor, dict[str, Tensor]],
+        finish_code: Tensor,
+        done: Tensor,
     ) -> TensorDict:
         masks = {"action_mask": self.dynamics.action_mask()} if self.task.masks else {}
+        whole, parts = score
         return TensorDict(
             {
                 **masks,
                 "input_ids": state.input_ids,
                 "attention_mask": state.attention_mask,
                 "reference_log_prob": reference_log_prob[:, None],
-                "score": score[:, None],
+                "score": whole[:, None],
+                "score_parts": {name: part[:, None] for name, part in parts.items()},
                 "finish_code": finish_code[:, None],
                 "done": done[:, None],
                 "terminated": done[:, None].clone(),
