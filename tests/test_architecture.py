@@ -14,7 +14,7 @@ ORDER = [
     *("prompts", "rewards", "language_model", "masks", "reward_model"),
     "task",
     *("dynamics", "generation"),
-    *("render", "env", "vector_env", "torchrl_env", "wrappers"),
+    *("render", "picture", "viewers", "env", "vector_env", "torchrl_env", "wrappers"),
     "conformance",
 ]
 

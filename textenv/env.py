@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from textenv.config import TextGenConfig
 from textenv.dynamics import TextDynamics, Transition
-from textenv.render import ansi
 from textenv.state import TextState
 from textenv.task import Task, build_task
+from textenv.viewers import FPS, VIEWERS, check_render_mode, make_viewer
 
 Observation = dict[str, Any]  # input_ids, attention_mask: arrays [L]
 
@@ -67,15 +67,15 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     * v0: first version
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 10}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(VIEWERS), "render_fps": FPS}
 
     def __init__(self, *, render_mode: str | None = None, **settings: Any) -> None:
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode must be None or 'ansi', got {render_mode!r}.")
+        check_render_mode(render_mode, self.metadata["render_modes"])
         self.render_mode = render_mode
         self.task = build_task(TextGenConfig(**settings))
         self.dynamics = TextDynamics(self.task, rows=1)
         self.observation_space, self.action_space = make_spaces(self.task)
+        self.viewer = make_viewer(render_mode, self.task, rows=1)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -83,12 +83,16 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
         """Starts an episode with a prompt drawn by the environment's own generator."""
         super().reset(seed=seed)
         state = self.dynamics.reset([0], [draw_prompt(self.np_random, self.task)])
+        if self.viewer is not None:
+            self.viewer.restart([0], state)
         return observe(state, 0), self._mask_info()
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Writes one token. Raises ValueError for what is no token id, and after the episode's end."""
         tokens = torch.from_numpy(as_tokens(action, 1)).to(self.task.device)
         transition = self.dynamics.step(tokens)
+        if self.viewer is not None:
+            self.viewer.record(transition, torch.ones_like(transition.terminated))
         reward, ended = float(transition.reward[0]), bool(transition.terminated[0])
         info = step_info(self.task, transition, 0) | self._mask_info()
         return observe(transition.state, 0), reward, ended, False, info
@@ -100,9 +104,14 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     def _mask_info(self) -> dict[str, Any]:
         return {"action_mask": self.action_masks().astype(np.int8)} if self.task.masks else {}
 
-    def render(self) -> str | None:  # type: ignore[override]
-        """The text so far, as `render_mode="ansi"` asks."""
-        return ansi(self.dynamics.state, 0, self.task.tokenizer) if self.render_mode == "ansi" else None
+    def render(self) -> Any:
+        """The episode so far: text (`ansi`), a picture (`rgb_array`), or None (`human` types by itself)."""
+        return None if self.viewer is None else self.viewer.frames()[0]
+
+    def close(self) -> None:
+        """Ends what is being shown; there is nothing else to close."""
+        if self.viewer is not None:
+            self.viewer.close()
 
 
 def make_spaces(task: Task) -> tuple[spaces.Dict, spaces.Discrete]:
