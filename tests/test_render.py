@@ -17,21 +17,14 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
-from textenv import TextGenConfig, build_task, picture, viewers
+from textenv import picture, viewers
 from textenv.render import ABOVE, BELOW, PROMPT, Page, Typewriter, ansi, colour, make_page, paint, printable, shade
 from textenv.state import start
 from textenv.vector_env import TextGenVectorEnv
 
-pytestmark = pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+pytestmark = [pytest.mark.parametrize("kind", ["gpt2"], indirect=True), pytest.mark.usefixtures("models_kept")]
 CODE = re.compile(r"\x1b\[[0-9;]*m")
 BYTES = "a π €\n😀 ß"  # characters of one, two, three and four bytes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def models_kept(folders):
-    """The frozen models stay in memory from test to test, which so need not read them again."""
-    models = dict(reference=folders["gpt2"], reward=folders["gpt2_reward"], prompts=tiny.PROMPTS, device="cpu")
-    yield build_task(TextGenConfig(**models, max_new_tokens=12))
 
 
 @pytest.fixture(autouse=True)
