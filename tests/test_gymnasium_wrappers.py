@@ -396,9 +396,13 @@ def test_vector_numpy_to_torch(ragged, mode):
 # ---- max_episode_steps
 
 
-@pytest.mark.parametrize(("mode", "limit"), [*itertools.product(MODES, [3, 6]), (MODES[0], 1), (MODES[1], -1)])
-def test_vector_limit_is_that_of_time_limit(ragged, mode, limit):
+LIMITS = [*itertools.product(MODES, [3, 6], [None]), (MODES[0], 1, None), (MODES[1], -1, None)]
+
+
+@pytest.mark.parametrize(("mode", "limit", "action_mask"), [*LIMITS, *itertools.product(MODES, [3], ["special"])])
+def test_vector_limit_is_that_of_time_limit(ragged, mode, limit, action_mask):
     """`make_vec(..., max_episode_steps=n)`: step for step SyncVectorEnv of singles in TimeLimit, infos included."""
+    ragged = {**ragged, "action_mask": action_mask}
     native = gym.make_vec("TextGen-v0", num_envs=3, autoreset_mode=mode.value, max_episode_steps=limit, **ragged)
     single = [lambda: gym.make("TextGen-v0", max_episode_steps=limit, **ragged)] * 3
     assert isinstance(native, TextGenVectorEnv)

@@ -27,11 +27,14 @@ Arrays = dict[str, NDArray]
 
 
 class TextGenVectorEnv(VectorEnv):
-    """`num_envs` rows of TextGen-v0. Arguments as in `TextGenEnv`, and these.
+    """`num_envs` rows of TextGen-v0, with the arguments of `TextGenEnv` and these.
 
-    `autoreset_mode`: a name or the enum. `max_episode_steps`: tokens after which an episode is truncated without
-    a score, as by Gymnasium's `TimeLimit`; None or -1 never. `render_mode`: "ansi" or "rgb_array", and `render`
-    returns a tuple, one a row.
+    ## Arguments
+    * `num_envs=1`: episodes side by side.
+    * `autoreset_mode="NextStep"`: when a row that ended starts anew, also `"SameStep"` or `"Disabled"`, or the enum.
+    * `max_episode_steps=None`: tokens after which an episode is truncated without a score, as Gymnasium's `TimeLimit`
+      does to single environments; None or -1 is never.
+    * `render_mode=None`: `"ansi"` or `"rgb_array"`; `render` gives a tuple, one text or picture a row.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's own form; each instance has its copy
@@ -140,7 +143,7 @@ class TextGenVectorEnv(VectorEnv):
         if self.task.reference is not None and shown.any():
             values = transition.reference_log_prob.double().cpu().numpy()
             infos = {"reference_log_prob": np.where(shown, values, 0.0), "_reference_log_prob": shown.copy()}
-        masks = self.action_masks().astype(np.int8) if same_step and ended.any() else None
+        masks = self.action_masks().astype(np.int8) if same_step and self.task.masks and ended.any() else np.empty(0)
         for row in np.flatnonzero(ended).tolist() if same_step else transition.responses:
             info = step_info(self.task, transition, row)
             if same_step:
