@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium as gym
 import torch
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from rich.console import Console
 
 from agents import checkpoint, plots, report
@@ -28,12 +29,30 @@ EVALUATION_SEED = 0  # the same responses are drawn whenever the same policy is 
 def make_task(config: TrainConfig) -> Task:
     """The task inside the environment that the configuration names."""
     try:
-        env = gym.make(config.env, **config.env_arguments()).unwrapped
+        env = gym.make(config.env, **config.env_arguments())
     except (gym.error.Error, TypeError) as error:
         raise ValueError(f"gym.make cannot make {config.env!r}: {error}") from error
-    if not isinstance(env, TextGenEnv):
+    core = env.unwrapped
+    if not isinstance(core, TextGenEnv):
         raise ValueError(f"the learners here write text, and {config.env!r} is no TextGen environment; use TextGen-v0.")
-    return env.task
+    _refuse_wrappers(env)
+    return core.task
+
+
+def _refuse_wrappers(env: gym.Env) -> None:
+    """The learners write whole responses past all wrappers, so one that changes the episode would be lost silently."""
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, TimeLimit):
+            raise ValueError(
+                "max_episode_steps (Gymnasium's TimeLimit) cuts an episode before it is scored, and the learners here "
+                "write whole responses; use max_new_tokens=N, which ends a response at N tokens and scores it."
+            )
+        if not isinstance(env, PassiveEnvChecker | OrderEnforcing):
+            raise ValueError(
+                f"the environment is wrapped in {type(env).__name__}, past which the learners here would write; make "
+                "it without, and put what it does into the arguments `reward` or `prompts`."
+            )
+        env = env.env
 
 
 def train(config: TrainConfig, algorithm_config: Any) -> dict[str, Any]:

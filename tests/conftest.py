@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
+from textenv import TextGenConfig, build_task
 
 torch.set_num_threads(1)
 
@@ -29,6 +30,13 @@ def folders(tmp_path_factory) -> dict[str, str]:
         found[name] = tiny.save(tiny.language_model(name), root / name)
         found[f"{name}_reward"] = tiny.save(tiny.reward_model(name), root / f"{name}_reward")
     return found
+
+
+@pytest.fixture(scope="session")
+def models_kept(folders):
+    """The frozen GPT-2 models stay in memory from test to test, which so need not read them again."""
+    models = dict(reference=folders["gpt2"], reward=folders["gpt2_reward"], prompts=tiny.PROMPTS, device="cpu")
+    return build_task(TextGenConfig(**models, max_new_tokens=12))
 
 
 @pytest.fixture

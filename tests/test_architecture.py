@@ -15,7 +15,7 @@ ORDER = [
     *("function_rewards", "token_rewards", "scores", "metrics", "reward_building"),
     "task",
     *("dynamics", "generation"),
-    *("render", "env", "vector_env", "torchrl_env", "wrappers"),
+    *("render", "picture", "viewers", "env", "vector_env", "torchrl_env", "wrappers"),
     "conformance",
 ]
 

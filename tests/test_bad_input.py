@@ -80,7 +80,8 @@ def copied(folder, target, **edits):
         ({"reward": {"tests.test_rewards:length_reward": "1"}}, "weight of reward .*finite number, got '1'"),
         ({"reward": "tests.test_rewards:absent"}, "'tests.test_rewards:absent' names no importable function"),
         ({"reward_label": 3, "reward": "tests.test_rewards:TOLERANCE"}, "must name a function, got a float"),
-        ({"render_mode": "human"}, "render_mode must be None or 'ansi', got 'human'"),
+        ({"render_mode": "video"}, "render_mode must be None or one of .*'ansi'.*, got 'video'"),
+        ({"render_mode": 3}, "render_mode must be None or one of .*'rgb_array'.*, got 3"),
     ],
 )
 def test_bad_arguments(settings, changes, says):

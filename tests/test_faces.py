@@ -447,20 +447,6 @@ def test_gym_wrapper(ragged, kl_coef):
     assert torch.equal(written, wanted)
 
 
-def test_render(settings):
-    """`ansi` gives the text so far, prompt in grey; without a render mode, nothing."""
-    settings = {**settings, "prompts": ["the cat"]}
-    env = gym.make("TextGen-v0", render_mode="ansi", **settings)
-    env.reset(seed=0)
-    for token in b" sat":
-        env.step(tiny.tokenizer()(chr(token)).input_ids[0])
-    assert env.render() == "\x1b[90mthe cat\x1b[0m sat"
-    assert gym.make("TextGen-v0", **settings).unwrapped.render() is None
-    vector = TextGenVectorEnv(2, render_mode="ansi", **settings)
-    vector.reset(seed=0)
-    assert vector.render() == ("\x1b[90mthe cat\x1b[0m",) * 2
-
-
 def test_dynamics_one_row_equals_many(ragged):
     """Single-row dynamics and many-row dynamics give the same transitions for the same tokens."""
     task = build_task(TextGenConfig(**ragged))

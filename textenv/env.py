@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from textenv.config import TextGenConfig
 from textenv.dynamics import TextDynamics, Transition
-from textenv.render import ansi
 from textenv.state import TextState
 from textenv.task import Task, build_task
+from textenv.viewers import FPS, VIEWERS, check_render_mode, make_viewer
 
 Observation = dict[str, Any]  # input_ids, attention_mask: arrays [L]
 
@@ -22,11 +22,33 @@ Observation = dict[str, Any]  # input_ids, attention_mask: arrays [L]
 class TextGenEnv(gym.Env[Observation, np.int64]):
     """Text generation as a Markov decision process.
 
+    | | |
+    |---|---|
+    | Action Space | `Discrete(1024)` |
+    | Observation Space | `Dict('attention_mask': MultiBinary(72), 'input_ids': Box(0, 1023, (72,), int64))` |
+    | import | `gymnasium.make("textenv:TextGen-v0")` |
+
     ## Description
     A language model writes a response to a prompt, one token at a time. The state is the context, an action is
     the next token, and the reward is a reward model's score for the whole response, with a penalty for leaving
     a frozen reference model: the setting of reinforcement learning from human feedback (Ziegler et al. 2019,
-    Ouyang et al. 2022). With no arguments it is the embedded task, product reviews, and needs no network.
+    Ouyang et al. 2022). With no arguments it is the embedded task, product reviews, and needs no network; the
+    table above is that task's.
+
+    ```python
+    >>> import gymnasium as gym
+    >>> import textenv
+    >>> gym.register_envs(textenv)
+    >>> env = gym.make("TextGen-v0")
+    >>> observation, info = env.reset(seed=0)
+    >>> terminated = False
+    >>> while not terminated:
+    ...     action = env.action_space.sample()  # here goes your policy
+    ...     observation, reward, terminated, truncated, info = env.step(action)
+    >>> sorted(info)
+    ['finish_reason', 'reference_log_prob', 'response', 'score']
+
+    ```
 
     ## Action Space
     `Discrete(V)`: a token id, V the width of the reference's logits. Every id is legal.
@@ -45,44 +67,74 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     A prompt drawn uniformly from `prompts`, and an empty response.
 
     ## Episode End
-    Termination: a stop token (`finish_reason="stop"`), or the budget of `max_new_tokens` (`"length"`).
-    Truncation: never, unless by Gymnasium's `TimeLimit`.
+    Termination:
+    * a stop token is written (`finish_reason="stop"`);
+    * the budget of `max_new_tokens` is used up (`"length"`); it is part of the state, and the response is scored.
+
+    Truncation:
+    * never by the environment itself; `max_episode_steps` of `gym.make` and `gym.make_vec` truncates, without a score.
 
     ## Arguments
-    `reference`: a causal language model's folder or hub name, or `textenv.shared(LanguageModel(...))`.
-    `reward`: a reward model's folder or hub name, `"module:function"`, a function
-    `f(prompts, responses) -> list of floats`, `"evaluate:METRIC:KEY"`, or `{name: weight}` of these; ready-made ones
-    are in `textenv.scores`, other forms of functions under `textenv.per_response`, `per_token` and `reads_episodes`.
-    `reward_label`: which label, if it has several. `reward_timeout=None`: seconds a reward function may take.
-    `score_normalisation="none"`, `"fixed"` (by `score_mean=0.0`, `score_std=1.0`) or `"running"` (by all scores so
-    far), and `score_clip=None`: what becomes of the score before it is paid at the end.
-    `prompts`: a list, a `.jsonl` path (field `prompt`), or `"module:function"`. `kl_coef=0.1` (0 loads no
-    reference), `max_prompt_tokens=24`, `max_new_tokens=48`, `temperature=0.7`, `action_mask=None` (or
-    `"special"`, `"top_k:N"`, `"top_p:P"`, `"words:A,B"`, `"regex:PATTERN"`, `"module:function"`, a list of these),
-    `stop_token_ids=None` (the model's own), `dtype="float32"`, `device="auto"`.
+    * `reference=None`: a causal language model's folder or hub name, or `textenv.shared(LanguageModel(...))`; None is
+      the embedded task's own, as for `reward` and `prompts`.
+    * `reward=None`: a reward model's folder or hub name, `"module:function"`, a function
+      `f(prompts, responses) -> list of floats`, `"evaluate:METRIC:KEY"`, or `{name: weight}` of these; ready-made
+      ones are in `textenv.scores`, other forms of functions under `textenv.per_response`, `per_token` and
+      `reads_episodes`.
+    * `reward_label=None`: which label of the reward model counts, if it has several.
+    * `reward_timeout=None`: seconds that a reward function may take.
+    * `score_normalisation="none"`: what becomes of the score before it is paid: `"fixed"` (by `score_mean` and
+      `score_std`) or `"running"` (by all scores so far).
+    * `score_mean=0.0`: subtracted by `"fixed"`.
+    * `score_std=1.0`: divided by, in `"fixed"`.
+    * `score_clip=None`: the greatest size of a normalised score.
+    * `prompts=None`: a list, a `.jsonl` path (field `prompt`), or `"module:function"`.
+    * `kl_coef=0.1`: weight of the penalty for leaving the reference; 0 loads no reference.
+    * `max_prompt_tokens=24`: columns for the prompt; a longer one is refused.
+    * `max_new_tokens=48`: the budget of a response.
+    * `temperature=0.7`: of the reference's distribution, and of the policies here.
+    * `action_mask=None`: which tokens may come next: `"special"`, `"top_k:N"`, `"top_p:P"`, `"words:A,B"`,
+      `"regex:PATTERN"`, `"module:function"`, or a list of these. It is advice: every token stays legal, and its
+      reward is what it is without masks.
+    * `stop_token_ids=None`: tokens that end a response; None is the model's own.
+    * `dtype="float32"`: of the frozen models' weights; `"bfloat16"` and `"float16"` are the others.
+    * `device="auto"`: `"auto"` is CUDA where there is one.
+    * `render_mode=None`: `"ansi"` (text for a terminal), `"human"` (typed into the terminal while it is written) or
+      `"rgb_array"` (a picture). Tokens are the redder, the less likely the reference found them.
+
+    ```python
+    >>> env = gym.make("TextGen-v0", max_new_tokens=3, kl_coef=0, render_mode="ansi")
+    >>> env
+    <OrderEnforcing<PassiveEnvChecker<TextGenEnv<TextGen-v0>>>>
+    >>> envs = gym.make_vec("TextGen-v0", num_envs=4, max_new_tokens=3, autoreset_mode="SameStep")
+    >>> envs
+    TextGenVectorEnv(TextGen-v0, num_envs=4)
+
+    ```
 
     ## Information
-    At every step `reference_log_prob` (unless `kl_coef` is 0); at the end also `score` (all that the
-    reward paid for the response), `score_parts` (what each reward gave under its name, before weights and
-    normalisation; with normalisation also `raw`, their sum), `finish_reason` and `response`, the text without special
-    tokens.
-
-    With `action_mask`, at reset and at every step also `action_mask`, int8 [V], 1 = may come next. It is advice:
-    every token stays legal, and its reward is what it is without masks. `action_masks()` gives it as bool [V].
+    * `reference_log_prob` (every step, if `kl_coef > 0`): float, log π_ref of the token just written.
+    * `score` (last step): float, all that the reward paid for the response.
+    * `score_parts` (last step): dict of floats, what each reward gave under its name, before weights and
+      normalisation; with normalisation also `raw`, their sum.
+    * `finish_reason` (last step): `"stop"` or `"length"`.
+    * `response` (last step): its text, without special tokens.
+    * `action_mask` (reset and every step, if `action_mask is not None`): int8 [V], 1 = may come next;
+      `action_masks()` gives it as bool [V].
 
     ## Version History
     * v0: first version
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 10}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(VIEWERS), "render_fps": FPS}
 
     def __init__(self, *, render_mode: str | None = None, **settings: Any) -> None:
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode must be None or 'ansi', got {render_mode!r}.")
+        check_render_mode(render_mode, self.metadata["render_modes"])
         self.render_mode = render_mode
         self.task = build_task(TextGenConfig(**settings))
         self.dynamics = TextDynamics(self.task, rows=1)
         self.observation_space, self.action_space = make_spaces(self.task)
+        self.viewer = make_viewer(render_mode, self.task, rows=1)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -90,12 +142,16 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
         """Starts an episode with a prompt drawn by the environment's own generator."""
         super().reset(seed=seed)
         state = self.dynamics.reset([0], [draw_prompt(self.np_random, self.task)])
+        if self.viewer is not None:
+            self.viewer.restart([0], state)
         return observe(state, 0), self._mask_info()
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Writes one token. Raises ValueError for what is no token id, and after the episode's end."""
         tokens = torch.from_numpy(as_tokens(action, 1)).to(self.task.device)
         transition = self.dynamics.step(tokens)
+        if self.viewer is not None:
+            self.viewer.record(transition, torch.ones_like(transition.terminated))
         reward, ended = float(transition.reward[0]), bool(transition.terminated[0])
         info = step_info(self.task, transition, 0) | self._mask_info()
         return observe(transition.state, 0), reward, ended, False, info
@@ -107,9 +163,14 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     def _mask_info(self) -> dict[str, Any]:
         return {"action_mask": self.action_masks().astype(np.int8)} if self.task.masks else {}
 
-    def render(self) -> str | None:  # type: ignore[override]
-        """The text so far, as `render_mode="ansi"` asks."""
-        return ansi(self.dynamics.state, 0, self.task.tokenizer) if self.render_mode == "ansi" else None
+    def render(self) -> Any:
+        """The episode so far: text (`ansi`), a picture (`rgb_array`), or None (`human` types by itself)."""
+        return None if self.viewer is None else self.viewer.frames()[0]
+
+    def close(self) -> None:
+        """Ends what is being shown; there is nothing else to close."""
+        if self.viewer is not None:
+            self.viewer.close()
 
 
 def make_spaces(task: Task) -> tuple[spaces.Dict, spaces.Discrete]:

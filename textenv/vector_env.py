@@ -5,6 +5,7 @@ A face of dynamics.py. Row i seeded with s + i gives the episodes that a single 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,19 +19,27 @@ from numpy.typing import NDArray
 from textenv.config import TextGenConfig
 from textenv.dynamics import TextDynamics, Transition
 from textenv.env import as_tokens, draw_prompt, make_spaces, observe, step_info
-from textenv.render import ansi
 from textenv.state import TextState
 from textenv.task import build_task
+from textenv.viewers import FPS, check_render_mode, make_viewer
 
 Arrays = dict[str, NDArray]
 
 
 class TextGenVectorEnv(VectorEnv):
-    """`num_envs` rows of TextGen-v0. Arguments as in `TextGenEnv`, and `autoreset_mode` (a name or the enum)."""
+    """`num_envs` rows of TextGen-v0, with the arguments of `TextGenEnv` and these.
+
+    ## Arguments
+    * `num_envs=1`: episodes side by side.
+    * `autoreset_mode="NextStep"`: when a row that ended starts anew, also `"SameStep"` or `"Disabled"`, or the enum.
+    * `max_episode_steps=None`: tokens after which an episode is truncated without a score, as Gymnasium's `TimeLimit`
+      does to single environments; None or -1 is never.
+    * `render_mode=None`: `"ansi"` or `"rgb_array"`; `render` gives a tuple, one text or picture a row.
+    """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's own form; each instance has its copy
-        "render_modes": ["ansi"],
-        "render_fps": 10,
+        "render_modes": ["ansi", "rgb_array"],
+        "render_fps": FPS,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
 
@@ -39,14 +48,15 @@ class TextGenVectorEnv(VectorEnv):
         num_envs: int = 1,
         *,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        max_episode_steps: int | None = None,
         render_mode: str | None = None,
         **settings: Any,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode must be None or 'ansi', got {render_mode!r}.")
+        check_render_mode(render_mode, self.metadata["render_modes"], "; to watch one row live, use gym.make")
         self.num_envs, self.render_mode = num_envs, render_mode
+        self.max_episode_steps = _step_limit(max_episode_steps)
         self.autoreset_mode = _mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.task = build_task(TextGenConfig(**settings))
@@ -56,6 +66,7 @@ class TextGenVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._generators = [np_random()[0] for _ in range(num_envs)]
         self._ended = np.zeros(num_envs, dtype=bool)
+        self.viewer = make_viewer(render_mode, self.task, num_envs)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -71,33 +82,46 @@ class TextGenVectorEnv(VectorEnv):
     def step(self, actions: Any) -> tuple[Arrays, NDArray, NDArray, NDArray, dict[str, Any]]:
         """Writes one token a row. A row that ended before starts anew instead, as `autoreset_mode` says."""
         tokens = torch.from_numpy(as_tokens(actions, self.num_envs)).to(self.task.device)
-        next_step = self.autoreset_mode is AutoresetMode.NEXT_STEP
-        resting = self._ended if next_step else np.zeros_like(self._ended)  # rows that take no token now
-        transition = self.dynamics.step(tokens, torch.from_numpy(~resting).to(self.task.device))
+        resting = self._resting()
+        active = torch.from_numpy(~resting).to(self.task.device)
+        transition = self.dynamics.step(tokens, active)
+        if self.viewer is not None:
+            self.viewer.record(transition, active)
         rewards = transition.reward.double().cpu().numpy()
         terminations = transition.terminated.cpu().numpy().copy()
-        infos = self._infos(transition, ~resting)
-        starting = terminations if self.autoreset_mode is AutoresetMode.SAME_STEP else resting
-        self._ended = terminations.copy()
+        truncations = ~resting & (transition.state.length.cpu().numpy() >= self.max_episode_steps)
+        ended = terminations | truncations
+        infos = self._infos(transition, ~resting, ended)
+        starting = ended if self.autoreset_mode is AutoresetMode.SAME_STEP else resting
+        self._ended = ended
         state = self._restart(np.flatnonzero(starting).tolist()) if starting.any() else transition.state
         infos |= self._mask_info(range(self.num_envs))
-        return self._observe(state), rewards, terminations, np.zeros(self.num_envs, dtype=bool), infos
+        return self._observe(state), rewards, terminations, truncations, infos
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Which tokens may come next in each row, bool [n, V]. All of them without `action_mask`."""
         return self.dynamics.action_mask().cpu().numpy().copy()
 
-    def render(self) -> tuple[str, ...] | None:
-        """The texts so far, as `render_mode="ansi"` asks."""
-        if self.render_mode != "ansi":
-            return None
-        state, tokenizer = self.dynamics.state, self.task.tokenizer
-        return tuple(ansi(state, row, tokenizer) for row in range(self.num_envs))
+    def render(self) -> tuple[Any, ...] | None:
+        """The episodes so far, one text (`ansi`) or picture (`rgb_array`) a row."""
+        return None if self.viewer is None else self.viewer.frames()
+
+    def _resting(self) -> NDArray[np.bool_]:
+        """The rows that take no token now, since they start anew."""
+        if self.autoreset_mode is AutoresetMode.DISABLED and self._ended.any():
+            raise ValueError(
+                f"the episode in row {int(self._ended.argmax())} is over; with autoreset_mode='Disabled' call "
+                "reset(options={'reset_mask': terminated | truncated}) first."
+            )
+        return self._ended if self.autoreset_mode is AutoresetMode.NEXT_STEP else np.zeros_like(self._ended)
 
     def _restart(self, rows: list[int]) -> TextState:
         self._ended = self._ended.copy()
         self._ended[rows] = False
-        return self.dynamics.reset(rows, [draw_prompt(self._generators[row], self.task) for row in rows])
+        state = self.dynamics.reset(rows, [draw_prompt(self._generators[row], self.task) for row in rows])
+        if self.viewer is not None:
+            self.viewer.restart(rows, state)
+        return state
 
     def _mask_info(self, rows: Iterable[int]) -> dict[str, Any]:
         if not self.task.masks:
@@ -111,22 +135,34 @@ class TextGenVectorEnv(VectorEnv):
             "attention_mask": state.attention_mask.cpu().numpy().astype(np.int8),
         }
 
-    def _infos(self, transition: Transition, stepped: NDArray) -> dict[str, Any]:
+    def _infos(self, transition: Transition, stepped: NDArray, ended: NDArray) -> dict[str, Any]:
         """Arrays, and masks of the rows that they speak for, laid out as Gymnasium's own vector environments do."""
         same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
-        shown = stepped & ~transition.terminated.cpu().numpy() if same_step else stepped
+        shown = stepped & ~ended if same_step else stepped
         infos: dict[str, Any] = {}
         if self.task.reference is not None and shown.any():
             values = transition.reference_log_prob.double().cpu().numpy()
             infos = {"reference_log_prob": np.where(shown, values, 0.0), "_reference_log_prob": shown.copy()}
-        for row in transition.responses:
+        masks = self.action_masks().astype(np.int8) if same_step and self.task.masks and ended.any() else np.empty(0)
+        for row in np.flatnonzero(ended).tolist() if same_step else transition.responses:
             info = step_info(self.task, transition, row)
             if same_step:
                 if self.task.masks:
-                    info["action_mask"] = np.ones(self.task.vocabulary, np.int8)  # nothing comes next
+                    info["action_mask"] = masks[row]
                 info = {"final_obs": observe(transition.state, row), "final_info": info}
             infos = self._add_info(infos, info, row)
         return infos
+
+
+def _step_limit(given: int | None) -> float:
+    """Tokens after which an episode is truncated; infinite where there is no limit (None or Gymnasium's -1)."""
+    if given is None or given == -1:
+        return math.inf
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(
+            f"max_episode_steps must be a whole number of at least 1, or None for no limit, got {given!r}."
+        )
+    return given
 
 
 def _mode(given: str | AutoresetMode) -> AutoresetMode:
