@@ -10,10 +10,10 @@ FILES = sorted((ROOT / "textenv").rglob("*.py"))
 
 # Each module may import those of earlier lines, and those before it on its own line.
 ORDER = [
-    *("state", "kl", "sampling", "config", "loading"),
-    *("prompts", "rewards", "language_model", "masks", "reward_model"),
+    *("state", "kl", "sampling", "samplers", "config", "loading"),
+    *("prompts", "prompt_sources", "rewards", "language_model", "masks", "reward_model"),
     "task",
-    *("dynamics", "generation"),
+    *("dynamics", "generation", "options"),
     *("render", "env", "vector_env", "torchrl_env", "wrappers"),
     "conformance",
 ]

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from textenv.kl import environment_reward
 from textenv.language_model import Reader
 from textenv.masks import Masker
+from textenv.prompts import Prompts
 from textenv.rewards import Episodes
 from textenv.sampling import chosen_log_probs
 from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
@@ -44,6 +47,9 @@ class TextDynamics:
     def __init__(self, task: Task, rows: int) -> None:
         self.task, self.rows = task, rows
         self.prompt_texts = [""] * rows
+        self.prompt_index = [-1] * rows  # which of the task's prompts each row plays; -1 is one from elsewhere
+        self.prompt_columns: list[dict[str, Any]] = [{} for _ in range(rows)]  # the further fields of that prompt
+        self.samplers = [task.prompt_sampler(task.prompts, "uniform") for _ in range(rows)]
         self.stop_token_ids = torch.tensor(task.stop_token_ids, device=task.device)
         prompts = task.prompts
         self.state = start(
@@ -57,11 +63,23 @@ class TextDynamics:
         self.reference = None if task.reference is None else Reader(task.reference.model, *shape)
         self.masker = Masker(task.masks, task.stop_token_ids, shape) if task.masks else None
 
+    def seed(self, row: int) -> None:
+        """Lets a row's order of prompts begin anew, so that it is decided by the seed alone."""
+        self.samplers[row] = self.task.prompt_sampler(self.task.prompts, "uniform")
+
+    def draw(self, row: int, generator: np.random.Generator) -> int:
+        """The index of the prompt that a row is to play next."""
+        return self.samplers[row].draw(generator, 1)[0]
+
     def reset(self, rows: Sequence[int], prompt_indices: Sequence[int]) -> TextState:
         """Starts new episodes in the given rows, from the prompts of the given indices."""
-        prompts = self.task.prompts.select(prompt_indices)
-        for row, text in zip(rows, prompts.texts, strict=True):
-            self.prompt_texts[row] = text
+        return self.begin(rows, self.task.prompts.select(prompt_indices), prompt_indices)
+
+    def begin(self, rows: Sequence[int], prompts: Prompts, prompt_indices: Sequence[int]) -> TextState:
+        """Starts new episodes in the given rows, from prompts whose indices are -1 where they are not the task's."""
+        for place, (row, index) in enumerate(zip(rows, prompt_indices, strict=True)):
+            self.prompt_texts[row], self.prompt_index[row] = prompts.texts[place], index
+            self.prompt_columns[row] = {name: values[place] for name, values in prompts.columns.items()}
         index = torch.tensor(list(rows), dtype=torch.long, device=self.task.device)
         budget = self.task.config.max_new_tokens
         fresh = start(prompts.input_ids, prompts.attention_mask, budget, self.task.pad_token_id)
@@ -78,6 +96,11 @@ class TextDynamics:
         if self.masker is None:
             return torch.ones(self.rows, self.task.vocabulary, dtype=torch.bool, device=self.task.device)
         return self.masker.allowed(self.state, self.prompt_texts, self.running)
+
+    def cut(self, rows: Sequence[int]) -> None:
+        """Ends episodes from outside, as a time limit does: nothing is paid, and they take no more tokens."""
+        self.running = self.running.clone()
+        self.running[list(rows)] = False
 
     def step(self, tokens: Tensor, active: Tensor | None = None) -> Transition:
         """Writes one token in each active row (all rows unless told).
@@ -133,4 +156,7 @@ class TextDynamics:
         texts = [self.prompt_texts[row] for row in rows.tolist()]
         episodes = Episodes(texts, self.state.select(rows), code[rows] == STOP, self.task.tokenizer)
         score[rows] = self.task.reward(episodes).float()
+        for row, value in zip(rows.tolist(), score[rows].tolist(), strict=True):
+            if self.prompt_index[row] >= 0:
+                self.samplers[row].update([self.prompt_index[row]], [value])
         return score, dict(zip(rows.tolist(), episodes.responses, strict=True))

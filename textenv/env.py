@@ -10,8 +10,9 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from textenv.config import TextGenConfig
+from textenv.config import read_settings
 from textenv.dynamics import TextDynamics, Transition
+from textenv.options import choose_prompts
 from textenv.render import ansi
 from textenv.state import TextState
 from textenv.task import Task, build_task
@@ -41,7 +42,13 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     `kl_coef · log π(a|s)` of its own policy optimises `score − kl_coef · KL(π, π_ref)`.
 
     ## Starting State
-    A prompt drawn uniformly from `prompts`, and an empty response.
+    A prompt drawn from `prompts` as `prompt_sampling` says, and an empty response. A seed decides all prompts that
+    follow it: `reset(seed=...)` also begins a shuffled round, a group or a curriculum anew.
+    `reset(options={"prompt": "..."})` plays a prompt of the caller's own (anything that is one entry of `prompts`),
+    `{"prompt_index": i}` one of the environment's; a vector environment plays it in all rows that are reset, and
+    takes one a row as `"prompts"` or `"prompt_indices"`. Options reach explicit resets only, never automatic ones.
+    In a vector environment rows of equal seeds start from equal prompts: `reset(seed=[7] * 4 + [8] * 4)` makes two
+    groups of four.
 
     ## Episode End
     Termination: a stop token (`finish_reason="stop"`), or the budget of `max_new_tokens` (`"length"`).
@@ -51,14 +58,18 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     `reference`: a causal language model's folder or hub name, or `textenv.shared(LanguageModel(...))`.
     `reward`: a reward model's folder or hub name, `"module:function"`, a function
     `f(prompts, responses) -> list of floats`, or `{name: weight}`. `reward_label`: which label, if it has several.
-    `prompts`: a list, a `.jsonl` path (field `prompt`), or `"module:function"`. `kl_coef=0.1` (0 loads no
+    `prompts`: a list, a `.jsonl` path (field `prompt`), a `datasets.Dataset`, or `"module:function"`; of texts, chats
+    (lists of `{"role", "content"}`), or rows with a field `prompt` and others. `prompt_sampling`: `"uniform"` (with
+    replacement, the default), `"shuffle"` (rounds without), `"weighted"` (by the field `weight`), `"prioritised"` (by
+    low recent scores, Jiang et al. 2021; each row of a vector environment by its own). `group_size=1`: episodes in a
+    row on the same prompt. `chat=False`: put prompts through the tokenizer's chat template. `kl_coef=0.1` (0 loads no
     reference), `max_prompt_tokens=24`, `max_new_tokens=48`, `temperature=0.7`, `action_mask=None` (or
     `"special"`, `"top_k:N"`, `"top_p:P"`, `"words:A,B"`, `"regex:PATTERN"`, `"module:function"`, a list of these),
     `stop_token_ids=None` (the model's own), `dtype="float32"`, `device="auto"`.
 
     ## Information
-    At every step `reference_log_prob` (unless `kl_coef` is 0); at the end also `score`, `finish_reason` and
-    `response`, the text without special tokens.
+    At reset `prompt_index`, -1 for a prompt given by options. At every step `reference_log_prob` (unless `kl_coef`
+    is 0); at the end also `score`, `finish_reason` and `response`, the text without special tokens.
 
     With `action_mask`, at reset and at every step also `action_mask`, int8 [V], 1 = may come next. It is advice:
     every token stays legal, and its reward is what it is without masks. `action_masks()` gives it as bool [V].
@@ -73,17 +84,23 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or 'ansi', got {render_mode!r}.")
         self.render_mode = render_mode
-        self.task = build_task(TextGenConfig(**settings))
+        self.task = build_task(read_settings(settings))
         self.dynamics = TextDynamics(self.task, rows=1)
         self.observation_space, self.action_space = make_spaces(self.task)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Starts an episode with a prompt drawn by the environment's own generator."""
+        """Starts an episode with a prompt drawn by the environment's own generator, or with the one in options."""
+        chosen = choose_prompts(options, self.task, [0], num_envs=0)
         super().reset(seed=seed)
-        state = self.dynamics.reset([0], [draw_prompt(self.np_random, self.task)])
-        return observe(state, 0), self._mask_info()
+        if seed is not None:
+            self.dynamics.seed(0)
+        if chosen is None:
+            state = self.dynamics.reset([0], [self.dynamics.draw(0, self.np_random)])
+        else:
+            state = self.dynamics.begin([0], *chosen)
+        return observe(state, 0), {"prompt_index": self.dynamics.prompt_index[0], **self._mask_info()}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Writes one token. Raises ValueError for what is no token id, and after the episode's end."""
@@ -112,11 +129,6 @@ def make_spaces(task: Task) -> tuple[spaces.Dict, spaces.Discrete]:
         attention_mask=spaces.MultiBinary(task.width),
     )
     return observation, spaces.Discrete(task.vocabulary)
-
-
-def draw_prompt(generator: np.random.Generator, task: Task) -> int:
-    """The index of the next episode's prompt."""
-    return int(generator.integers(len(task.prompts)))
 
 
 def observe(state: TextState, row: int) -> Observation:
