@@ -33,6 +33,12 @@ def make_task(config: TrainConfig) -> Task:
         raise ValueError(f"gym.make cannot make {config.env!r}: {error}") from error
     if not isinstance(env, TextGenEnv):
         raise ValueError(f"the learners here write text, and {config.env!r} is no TextGen environment; use TextGen-v0.")
+    spec = env.spec
+    if spec is not None and spec.max_episode_steps is not None:
+        raise ValueError(
+            f"the learners here write whole responses, and max_episode_steps={spec.max_episode_steps} would cut them "
+            "unscored; use max_new_tokens, whose end is scored."
+        )
     return env.task
 
 

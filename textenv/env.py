@@ -55,6 +55,9 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     Truncation: never, unless by Gymnasium's `TimeLimit`.
 
     ## Arguments
+    Names and numbers, so that `env.spec` goes to JSON and back. Live objects work too, though not through JSON:
+    `textenv.shared(model)` hands one in without the copy that `env.spec` makes of it for every wrapper.
+
     `reference`: a causal language model's folder or hub name, or `textenv.shared(LanguageModel(...))`.
     `reward`: a reward model's folder or hub name, `"module:function"`, a function
     `f(prompts, responses) -> list of floats`, or `{name: weight}`. `reward_label`: which label, if it has several.

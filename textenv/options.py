@@ -25,9 +25,7 @@ def choose_prompts(options: Mapping[str, Any] | None, task: Task, rows: Sequence
     `num_envs` is 0 for a single environment, which has no use for lists. Raises ValueError for unknown options, for
     two at once, and for what is no prompt or index.
     """
-    if not isinstance(options, Mapping | None):
-        raise ValueError(f"options must be a dict, got {type(options).__name__}.")
-    given = {} if options is None else {name: value for name, value in options.items() if name != "reset_mask"}
+    given = {name: value for name, value in _as_mapping(options).items() if name != "reset_mask"}
     known = (*SINGLE, *SEVERAL) if num_envs else SINGLE
     for name in given:
         if name not in known:
@@ -47,6 +45,26 @@ def choose_prompts(options: Mapping[str, Any] | None, task: Task, rows: Sequence
         indices = [_check_index(one, len(task.prompts)) for one in asked]
         return task.prompts.select(indices), indices
     return task.read_prompts(asked), [-1] * len(rows)
+
+
+def rows_to_reset(options: Mapping[str, Any] | None, num_envs: int) -> list[int]:
+    """The rows that `options["reset_mask"]` marks, or all of them."""
+    reset_mask = _as_mapping(options).get("reset_mask")
+    if reset_mask is None:
+        return list(range(num_envs))
+    mask = np.asarray(reset_mask)
+    if mask.dtype != np.bool_ or mask.shape != (num_envs,) or not mask.any():
+        raise ValueError(
+            f"options['reset_mask'] must be a boolean array of shape ({num_envs},) with at least one true value, got "
+            f"{reset_mask!r}."
+        )
+    return np.flatnonzero(mask).tolist()
+
+
+def _as_mapping(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if not isinstance(options, Mapping | None):
+        raise ValueError(f"options must be a dict, got {type(options).__name__}.")
+    return options or {}
 
 
 def _one_a_row(name: str, value: Any, num_envs: int) -> list[Any]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from textenv.config import read_settings
 from textenv.dynamics import TextDynamics, Transition
 from textenv.env import as_tokens, make_spaces, observe, step_info
-from textenv.options import Choice, choose_prompts
+from textenv.options import Choice, choose_prompts, rows_to_reset
 from textenv.render import ansi
 from textenv.state import TextState
 from textenv.task import build_task
@@ -31,7 +31,8 @@ class TextGenVectorEnv(VectorEnv):
     """`num_envs` rows of TextGen-v0. Arguments as in `TextGenEnv`, and those of vector environments.
 
     `autoreset_mode`: a name or the enum. `max_episode_steps`: steps after which an unfinished episode is truncated,
-    as Gymnasium's `TimeLimit` does it for single environments; `make_vec` passes it on.
+    as Gymnasium's `TimeLimit` does it for single environments; `make_vec` passes it on. `make_vec`'s `vector_kwargs`
+    and `wrappers` are for its modes "sync" and "async"; wrap this environment itself with `gymnasium.wrappers.vector`.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's own form; each instance has its copy
@@ -70,7 +71,7 @@ class TextGenVectorEnv(VectorEnv):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Arrays, dict[str, Any]]:
         """Starts new episodes in all rows, or in those of `options["reset_mask"]` (bool array)."""
-        rows = _rows((options or {}).get("reset_mask"), self.num_envs)
+        rows = rows_to_reset(options, self.num_envs)
         chosen = choose_prompts(options, self.task, rows, self.num_envs)
         for row, row_seed in zip(range(self.num_envs), _seeds(seed, self.num_envs), strict=True):
             if row_seed is not None and row in rows:
@@ -89,7 +90,8 @@ class TextGenVectorEnv(VectorEnv):
         terminations = transition.terminated.cpu().numpy().copy()
         self._steps += ~resting
         truncations = ~resting & (self._steps >= self._limit)
-        self.dynamics.cut(np.flatnonzero(truncations).tolist())
+        if truncations.any():
+            self.dynamics.cut(np.flatnonzero(truncations).tolist())
         self._ended = terminations | truncations
         infos = self._infos(transition, ~resting)
         starting = self._ended if self.autoreset_mode is AutoresetMode.SAME_STEP else resting
@@ -182,15 +184,3 @@ def _seeds(seed: int | Sequence[int | None] | None, rows: int) -> list[int | Non
     if len(seed) != rows:
         raise ValueError(f"seed must be one number or {rows} of them (num_envs), got {len(seed)}.")
     return list(seed)
-
-
-def _rows(reset_mask: Any, rows: int) -> list[int]:
-    if reset_mask is None:
-        return list(range(rows))
-    mask = np.asarray(reset_mask)
-    if mask.dtype != np.bool_ or mask.shape != (rows,) or not mask.any():
-        raise ValueError(
-            f"options['reset_mask'] must be a boolean array of shape ({rows},) with at least one true value, got "
-            f"{reset_mask!r}."
-        )
-    return np.flatnonzero(mask).tolist()
