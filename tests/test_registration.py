@@ -155,7 +155,9 @@ def every_argument(tmp_path, folders):
         ),
         dict(common, reward=folders["gpt2_reward"], prompts=str(lines), prompt_sampling="prioritised", kl_coef=0),
         dict(common, reward=reward, prompts=some_prompts(), prompt_sampling="shuffle", max_episode_steps=3),
-        dict(common, reward=reward, prompts=["a", "b"], reward_label=None, chat=False),
+        dict(
+            common, reward=reward, prompts=["a", "b"], reward_label=None, chat=False, action_mask=["special", "top_k:9"]
+        ),
     ]
 
 

@@ -30,9 +30,11 @@ def quick(settings):
     return {**settings, "reward": length_reward, "stop_token_ids": STOPS, "max_new_tokens": 6}
 
 
+@pytest.mark.parametrize("action_mask", [None, "top_k:40"])
 @pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_time_limit_equals_sync(quick, mode):
+def test_time_limit_equals_sync(quick, mode, action_mask):
     """`max_episode_steps` truncates the native environment's rows as TimeLimit does single ones, infos included."""
+    quick = {**quick, "action_mask": action_mask}
     native = gym.make_vec("TextGen-v0", 3, max_episode_steps=3, autoreset_mode=mode.value, **quick)
     assert isinstance(native, TextGenVectorEnv)
     sync = gym.make_vec("TextGen-v0", 3, "sync", vector_kwargs={"autoreset_mode": mode}, max_episode_steps=3, **quick)

@@ -90,8 +90,6 @@ class TextGenVectorEnv(VectorEnv):
         terminations = transition.terminated.cpu().numpy().copy()
         self._steps += ~resting
         truncations = ~resting & (self._steps >= self._limit)
-        if truncations.any():
-            self.dynamics.cut(np.flatnonzero(truncations).tolist())
         self._ended = terminations | truncations
         infos = self._infos(transition, ~resting)
         starting = self._ended if self.autoreset_mode is AutoresetMode.SAME_STEP else resting
@@ -100,6 +98,8 @@ class TextGenVectorEnv(VectorEnv):
             state = self._restart(rows, None)
             infos = self._started(rows, infos)
         infos |= self._mask_info(range(self.num_envs))
+        if truncations.any():  # last, since infos show such rows as they were when the limit fell
+            self.dynamics.cut(np.flatnonzero(truncations & self._ended).tolist())
         return self._observe(state), rewards, terminations, truncations, infos
 
     def action_masks(self) -> NDArray[np.bool_]:
@@ -146,11 +146,13 @@ class TextGenVectorEnv(VectorEnv):
         if self.task.reference is not None and shown.any():
             values = transition.reference_log_prob.double().cpu().numpy()
             infos = {"reference_log_prob": np.where(shown, values, 0.0), "_reference_log_prob": shown.copy()}
-        for row in np.flatnonzero(self._ended).tolist() if same_step else transition.responses:
+        rows = np.flatnonzero(self._ended).tolist() if same_step else list(transition.responses)
+        masks = self.action_masks().astype(np.int8) if same_step and rows and self.task.masks else None
+        for row in rows:
             info = step_info(self.task, transition, row)
             if same_step:
-                if self.task.masks:
-                    info["action_mask"] = np.ones(self.task.vocabulary, np.int8)  # nothing comes next
+                if masks is not None:
+                    info["action_mask"] = masks[row].copy()
                 info = {"final_obs": observe(transition.state, row), "final_info": info}
             infos = self._add_info(infos, info, row)
         return infos
