@@ -21,7 +21,6 @@ from agents.config import TrainConfig
 from agents.evaluation import find_gold, split_prompts
 from textenv.generation import generate, judge
 from textenv.loading import load_model
-from textenv.prompts import tokenise
 from textenv.reward_training import DEFAULT, RewardConfig, train_reward_model
 from textenv.sampling import Sampling
 
@@ -108,10 +107,10 @@ def generate_command(
     sampling = Sampling(
         temperature=task.config.temperature if temperature is None else temperature, top_k=top_k, top_p=top_p
     )
-    prompts = tokenise([prompt] * samples, task.tokenizer, task.config.max_prompt_tokens).to(task.device)
+    prompts = task.read_prompts([prompt] * samples)
     generator = torch.Generator(task.device).manual_seed(seed)
     state = generate(task, _load_actor(run_folder, task.device), prompts, sampling, generator).state
-    judged = judge(task.measured(), state, prompts.texts)
+    judged = judge(task.measured(), state, prompts.texts, columns=prompts.columns)
     for score, response in zip(judged.score.tolist(), judged.responses, strict=True):
         print(f"[score {score:+.2f}] {prompt}{response}")
 

@@ -14,7 +14,7 @@ from agents.config import TrainConfig
 from textenv import reviews
 from textenv.generation import generate, judge, response_log_probs
 from textenv.loading import load_function
-from textenv.prompts import Prompts, read_prompts, tokenise
+from textenv.prompts import Prompts
 from textenv.sampling import Sampling
 from textenv.state import STOP
 from textenv.task import Task
@@ -84,7 +84,7 @@ def _evaluate(
     """One batch, without gold scores; models: the policy and the reference."""
     temperature = task.config.temperature
     generation = generate(task, models[0], prompts, Sampling(temperature=temperature), generator)
-    judgement = judge(task, generation.state, prompts.texts, rows_per_pass)
+    judgement = judge(task, generation.state, prompts.texts, rows_per_pass, prompts.columns)
     reference_log_prob = response_log_probs(models[1], generation.state, temperature, rows_per_pass)
     return Evaluation(
         prompts=list(prompts.texts),
@@ -106,8 +106,8 @@ def split_prompts(task: Task, config: TrainConfig) -> tuple[Prompts, Prompts]:
     own = task.config.prompts is None
     if config.held_out is not None or own:
         source = reviews.held_out_prompts if config.held_out is None else config.held_out
-        texts = read_prompts(source)[: config.evaluation_prompts]
-        held_out = tokenise(texts, task.tokenizer, task.config.max_prompt_tokens).to(task.device)
+        held_out = task.read_prompts(source)
+        held_out = held_out.select(range(min(config.evaluation_prompts, len(held_out))))
         seen = set(held_out.texts)
         kept = [index for index, text in enumerate(task.prompts.texts) if text not in seen]
         if not kept:

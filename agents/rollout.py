@@ -44,7 +44,7 @@ def collect(
     sampling = Sampling(temperature=task.config.temperature)
     generation = generate(task, model, prompts, sampling, generator)
     state = generation.state
-    judgement = judge(task, state, prompts.texts, rows_per_pass)
+    judgement = judge(task, state, prompts.texts, rows_per_pass, prompts.columns)
     mask = state.response_mask
     kl = estimate_kl(task, model, generation, judgement.reference_log_prob, penalty.estimator, rows_per_pass)
     shaped = shaped_reward(judgement.reward, judgement.reference_log_prob, task.config.kl_coef, penalty.coef * kl)

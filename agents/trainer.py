@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -19,7 +21,7 @@ from agents.networks import language_model_of, make_actor, make_critic
 from agents.penalty import Penalty, make_controller
 from agents.rollout import Rollout, collect, trim
 from textenv.masks import MaskPolicy
-from textenv.prompts import Prompts, PromptSampler
+from textenv.prompts import Prompts
 from textenv.task import Task
 
 
@@ -52,7 +54,9 @@ class Trainer:
         self.mask_policies = [mask for mask in task.masks if isinstance(mask, MaskPolicy)]
         for mask in self.mask_policies:
             mask.refresh(language_model_of(self.actor))  # its own weights from the start, for checkpoints to fill
-        self.sampler = PromptSampler(len(prompts), config.seed)
+        check_groups(config, task)
+        self.sampler = task.prompt_sampler(prompts, "shuffle")
+        self.prompt_generator = np.random.default_rng(config.seed)
         self.sampling_generator = torch.Generator(task.device).manual_seed(config.seed)
         self.shuffling_generator = torch.Generator().manual_seed(config.seed)
         self.iteration = 0  # passes of the loop so far
@@ -72,6 +76,7 @@ class Trainer:
             "seconds": self.seconds,
             "kl_controller": self.controller.state_dict(),
             "sampler": self.sampler.state_dict(),
+            "prompt_generator": json.dumps(self.prompt_generator.bit_generator.state),
             "sampling_generator": self.sampling_generator.get_state(),
             "shuffling_generator": self.shuffling_generator.get_state(),
         }
@@ -85,6 +90,7 @@ class Trainer:
         self.seconds = float(state["seconds"])
         self.controller.load_state_dict(state["kl_controller"])
         self.sampler.load_state_dict(state["sampler"])
+        self.prompt_generator.bit_generator.state = json.loads(state["prompt_generator"])
         self.sampling_generator.set_state(state["sampling_generator"].cpu())
         self.shuffling_generator.set_state(state["shuffling_generator"].cpu())
         if self.task.normaliser is not None:
@@ -96,10 +102,12 @@ class Trainer:
 
     def _iterate(self) -> Iteration:
         started = time.perf_counter()
-        prompts = self.prompts.select(self.sampler.draw(self.config.rollout))
+        indices = self.sampler.draw(self.prompt_generator, self.config.rollout)
+        prompts = self.prompts.select(indices)
         model = language_model_of(self.actor)
         penalty = self.penalty()
         rollout = collect(self.task, model, prompts, self.sampling_generator, self.config.micro_batch, penalty)
+        self.sampler.update(indices, rollout.data["score"].tolist())
         sampled = time.perf_counter()
         metrics = rollout_metrics(rollout.data) | part_metrics(rollout.judgement.score_parts)
         if self.task.reference is not None:
@@ -162,6 +170,15 @@ class Trainer:
         self.optimizer.zero_grad()
         self.algorithm.after_step()
         return dict(metrics)
+
+
+def check_groups(config: TrainConfig, task: Task) -> None:
+    """Refuses rollouts that would cut a group of responses to one prompt in two."""
+    if config.rollout % task.config.group_size:
+        raise ValueError(
+            f"a rollout must hold whole groups; got rollout={config.rollout} and group_size="
+            f"{task.config.group_size}. Make rollout a multiple of group_size."
+        )
 
 
 def rollout_metrics(data: TensorDict) -> dict[str, float]:

@@ -300,7 +300,8 @@ def test_observation_layout(settings):
     observation, info = env.reset(seed=0)
     assert env.action_space == gym.spaces.Discrete(tiny.VOCABULARY)
     assert observation["input_ids"].dtype == np.int64 and observation["attention_mask"].dtype == np.int8
-    assert observation["attention_mask"].tolist() == [0] * 9 + [1] * 7 + [0] * 12 and info == {}
+    assert observation["attention_mask"].tolist() == [0] * 9 + [1] * 7 + [0] * 12
+    assert info == {"prompt_index": 0}
     ids = tiny.tokenizer()("the cat").input_ids
     assert observation["input_ids"][9:16].tolist() == ids
     for step, token in enumerate([299, 257, 0]):

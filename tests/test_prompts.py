@@ -1,14 +1,17 @@
-"""Prompts: where they come from, how they are padded, in which order they are drawn."""
+"""Prompts: where they come from, what else their rows hold, how texts and chats become padded tokens."""
 
+import json
 import sys
 import types
-from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from tests import tiny
+from textenv import TextGenConfig, build_task
 from textenv.loading import shared
-from textenv.prompts import PromptSampler, read_prompts, tokenise
+from textenv.prompt_sources import read_prompts
+from textenv.prompts import tokenise, tokenise_chats
 
 
 @pytest.fixture
@@ -20,6 +23,7 @@ def module(monkeypatch):
     made.empty = lambda: []  # type: ignore[attr-defined]
     made.number = 7  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_prompts", made)
+    return made
 
 
 def write(folder, text):
@@ -31,24 +35,25 @@ def write(folder, text):
 
 def test_sources(tmp_path, module):
     """A list, a tuple, a shared list, a function by value or by name and a .jsonl give the same texts."""
-    path = write(tmp_path, '{"prompt": "one", "more": 1}\n\n{"prompt": "two"}\n')
+    path = write(tmp_path, '{"prompt": "one"}\n\n{"prompt": "two"}\n')
     sources = [["one", "two"], ("one", "two"), shared(["one", "two"]), lambda: ["one", "two"]]
     for source in [*sources, "my_prompts:good", str(path), path]:
-        assert read_prompts(source) == ["one", "two"]
+        rows = read_prompts(source)
+        assert rows.prompts == ("one", "two") and rows.columns == {}
 
 
 def test_unicode_lines(tmp_path):
     """A .jsonl is UTF-8, whatever the locale."""
-    assert read_prompts(write(tmp_path, '{"prompt": "naïve ☃"}\n')) == ["naïve ☃"]
+    assert read_prompts(write(tmp_path, '{"prompt": "naïve ☃"}\n')).prompts == ("naïve ☃",)
 
 
 def test_datasets_column():
-    """A column of a Hugging Face dataset is a list of prompts."""
+    """A Hugging Face dataset, or a column of it, is a source of prompts."""
     datasets = pytest.importorskip("datasets")
     pyarrow = pytest.importorskip("pyarrow")
     table = datasets.Dataset(pyarrow.table({"prompt": ["one", "two"]}), fingerprint="prompts")
-    assert read_prompts(table["prompt"]) == ["one", "two"]
-    assert read_prompts(shared(table["prompt"])) == ["one", "two"]
+    for source in (table["prompt"], shared(table["prompt"]), shared(table)):
+        assert read_prompts(source).prompts == ("one", "two")
 
 
 @pytest.mark.parametrize(
@@ -80,8 +85,8 @@ def test_bad_lines(tmp_path, lines, says):
         ("my_prompts:text", "my_prompts:text must return a list of prompts, got str"),
         ("my_prompts:empty", "prompts are empty"),
         ([], "prompts are empty"),
-        (["a", 3], "prompts must be texts; number 1 is a int: 3"),
-        (b"ab", "prompts must be texts; number 0 is a int"),
+        (["a", 3], "prompts must be texts, chats .*; number 1 is a int: .3"),
+        (b"ab", "prompts must be texts, chats .*; number 0 is a int"),
         (7, "prompts must be a list of texts.*got int"),
         ({"prompt": ["a"]}, "prompts must be a list of texts.*got dict"),
     ],
@@ -135,24 +140,114 @@ def test_bad_prompts(texts, says):
         tokenise(texts, tiny.tokenizer(), 5)
 
 
-def test_sampler_rounds():
-    """Each prompt comes once a round, in another order every round, however the draws are cut."""
-    sampler = PromptSampler(7, seed=0)
-    drawn = [index for count in (3, 5, 1, 12) for index in sampler.draw(count)]
-    rounds = [drawn[start : start + 7] for start in (0, 7, 14)]
-    assert all(Counter(one) == Counter(range(7)) for one in rounds)
-    assert rounds[0] != rounds[1] != rounds[2] and rounds[0] != list(range(7))
-    assert len(PromptSampler(3, seed=0).draw(8)) == 8
+# ---- rows with further fields
+
+ROWS = [
+    {"prompt": "2+2=", "answer": "4", "weight": 1.0},
+    {"prompt": "3+3=", "answer": "6", "weight": 0.0},
+    {"prompt": "4+4=", "answer": None, "weight": 2.5},
+]
 
 
-def test_sampler_seed_and_resume():
-    """Same seed, same draws; a sampler that takes back a saved state goes on where it was."""
-    first, second = PromptSampler(50, seed=1), PromptSampler(50, seed=1)
-    assert first.draw(70) == second.draw(70) != PromptSampler(50, seed=2).draw(70)
-    saved = first.state_dict()
-    onward = first.draw(90)
-    resumed = PromptSampler(50, seed=9)
-    resumed.load_state_dict(saved)
-    assert resumed.draw(90) == onward
-    resumed.load_state_dict(saved)  # the state that was saved is a copy, not a view
-    assert resumed.draw(90) == onward
+def test_columns(tmp_path, module):
+    """Further fields of rows become columns, whatever the source; `select` and the device move carry them."""
+    pyarrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
+    lines = "\n".join(json.dumps(row) for row in ROWS)
+    module.rows = lambda: ROWS
+    table = datasets.Dataset(pyarrow.Table.from_pylist(ROWS), fingerprint="rows")
+    for source in (ROWS, tuple(ROWS), str(write(tmp_path, lines)), "my_prompts:rows", table, lambda: table):
+        rows = read_prompts(source)
+        assert rows.prompts == ("2+2=", "3+3=", "4+4=")
+        assert rows.columns == {"answer": ("4", "6", None), "weight": (1.0, 0.0, 2.5)}
+    prompts = replace(tokenise(rows.prompts, tiny.tokenizer(), 8), columns=rows.columns)
+    chosen = prompts.to(prompts.input_ids.device).select([2, 0, 2])
+    assert chosen.columns == {"answer": (None, "4", None), "weight": (2.5, 1.0, 2.5)}
+    assert chosen.texts == ("4+4=", "2+2=", "4+4=")
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (
+            [*ROWS[:2], {"prompt": "x"}],
+            r"number 0 has \['answer', 'prompt', 'weight'\], number 2 has \['prompt'\]; give",
+        ),
+        ([ROWS[0], "x"], "all prompts must have the same fields.*number 1 has .'prompt'"),
+        ([{"text": "x"}], 'prompts must be texts, chats .* or rows .*"prompt".*number 0 is a dict'),
+        ([[]], "number 0 is a list"),
+        ([[{"role": "user"}]], "number 0 is a list"),
+        ([[{"role": "user", "content": 3}]], "number 0 is a list"),
+        ([None], "number 0 is a NoneType"),
+        ({"a", "b"}, "prompts must be a list.*got set"),
+        (iter(["a"]), "prompts must be a list.*got list_iterator"),
+        (lambda: {"a"}, "<lambda> must return a list of prompts, got set"),
+    ],
+)
+def test_bad_rows(source, says):
+    """Rows that differ in their fields, or hold no prompt, are refused by number; what has no order is no source."""
+    with pytest.raises(ValueError, match=says):
+        read_prompts(source)
+
+
+def test_uneven_lines_and_tables(tmp_path):
+    """A line with other fields is named by its line; a table that iterates over column names is refused."""
+    path = write(tmp_path, '{"prompt": "a", "answer": 1}\n\n{"prompt": "b"}\n')
+    with pytest.raises(ValueError, match=r"line 1 has \['answer', 'prompt'\], .*line 3 has \['prompt'\]"):
+        read_prompts(path)
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(ValueError, match=r"must be a list.*got DataFrame"):
+        read_prompts(pandas.DataFrame(ROWS))
+
+
+# ---- chats
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "[{{ m.role[0] }}]{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+)
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}, {"role": "user", "content": "so"}]
+
+
+def chat_tokenizer():
+    """A tokenizer that has a chat template, and writes an end token of its own after plain texts."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def test_chats():
+    """A text is one message of the user; tokens are the template's, up to where the assistant speaks."""
+    tokenizer = chat_tokenizer()
+    prompts = tokenise_chats(["hi", CHAT], tokenizer, 32)
+    rendered = ["[u]hi<end>[a]", "[u]hi<end>[a]yo<end>[u]so<end>[a]"]
+    for row, text in enumerate(rendered):
+        real = prompts.input_ids[row][prompts.attention_mask[row]].tolist()
+        assert real == tokenizer(text).input_ids and tokenizer.decode(real) == text
+    assert (prompts.input_ids == tiny.END).sum(1).tolist() == [1, 3]
+    assert prompts.texts == ("hi", "hi\nyo\nso")  # what people and rewards read
+
+
+def test_bad_chats():
+    """No template, chats where chat is off, and what the template refuses: each gets a sentence."""
+    with pytest.raises(ValueError, match=r"no chat template; choose a chat model .*or pass chat=False"):
+        tokenise_chats(["hi"], tiny.tokenizer(), 32)
+    with pytest.raises(ValueError, match=r"prompt number 1 is a chat .*pass chat=True"):
+        tokenise(["hi", CHAT], tiny.tokenizer(), 32)
+    with pytest.raises(ValueError, match=r"chat template refuses prompt number 1 \(no system role\); give messages"):
+        tokenise_chats(["hi", [{"role": "system", "content": "x"}]], chat_tokenizer(), 32)
+    with pytest.raises(ValueError, match="prompt number 0 is empty"):
+        tokenise_chats([" "], chat_tokenizer(), 32)
+    with pytest.raises(ValueError, match="prompt number 0 has 9 tokens, more than max_prompt_tokens=8"):
+        tokenise_chats(["hi"], chat_tokenizer(), 8)
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_chat_task(settings, tmp_path):
+    """`chat=True` in the settings: the task's prompts, held-out ones and those of options go through the template."""
+    folder = tiny.save(tiny.language_model("gpt2"), tmp_path)
+    chat_tokenizer().save_pretrained(folder)
+    settings = {**settings, "reference": folder, "prompts": ["hi", "you"], "chat": True}
+    task = build_task(TextGenConfig(**settings))
+    for prompts in (task.prompts, task.read_prompts(["hi"])):
+        real = prompts.input_ids[0][prompts.attention_mask[0]]
+        assert task.tokenizer.decode(real) == "[u]hi<end>[a]"

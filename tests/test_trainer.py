@@ -9,6 +9,7 @@ from agents.checkpoint import check_same, load_checkpoint, save_checkpoint, save
 from agents.config import TrainConfig
 from agents.evaluation import split_prompts
 from agents.networks import language_model_of
+from agents.run import make_task
 from tests.learning import make_rollout, make_trainer, same, weights
 from textenv import TextGenConfig, build_task
 
@@ -25,10 +26,17 @@ def test_optimiser_steps(settings, minibatch, micro_batch):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, dict(kl_controller="adaptive", kl_target=0.5, kl_horizon=20)], ids=["fixed", "adaptive"]
+    ("task", "changes"),
+    [
+        ({}, {}),
+        ({}, dict(kl_controller="adaptive", kl_target=0.5, kl_horizon=20)),
+        ({"prompt_sampling": "prioritised", "group_size": 2}, {}),
+    ],
+    ids=["fixed", "adaptive", "curriculum"],
 )
-def test_resumed_equals_uninterrupted(settings, tmp_path, changes):
+def test_resumed_equals_uninterrupted(settings, tmp_path, task, changes):
     """A run stopped after one iteration and resumed gives the same weights and β, to the bit, as one never stopped."""
+    settings = {**settings, **task}
     whole = make_trainer(settings, **changes)
     expected = [iteration.metrics["score"] for iteration in whole.iterate()]
     stopped = make_trainer(settings, **changes)
@@ -42,6 +50,35 @@ def test_resumed_equals_uninterrupted(settings, tmp_path, changes):
     assert (whole.controller.coef == settings["kl_coef"]) == (not changes)
     assert same(weights(whole.actor), weights(resumed.actor))
     assert same(weights(whole.critic), weights(resumed.critic))
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_order_of_prompts(settings):
+    """Shuffled rounds unless the environment's settings name another order; groups are neighbours in a rollout."""
+    first = next(make_trainer(settings).iterate()).rollout.prompts
+    assert sorted(first) == sorted(settings["prompts"] * 2) and sorted(first[:4]) == sorted(first[4:])
+    rows = [{"prompt": text, "weight": float(len(text) > 7)} for text in settings["prompts"]]  # the last two
+    weighted = {**settings, "prompts": rows, "prompt_sampling": "weighted", "group_size": 4}
+    iterations = make_trainer(weighted).iterate()
+    drawn = [next(iterations).rollout.prompts for _ in range(3)]
+    assert {text for rollout in drawn for text in rollout} == {"two words more", "it is late"}
+    assert all(rollout[start] == text for rollout in drawn for start in (0, 4) for text in rollout[start : start + 4])
+    with pytest.raises(ValueError, match=r"whole groups; got rollout=8 and group_size=3. Make rollout a multiple"):
+        make_trainer({**settings, "group_size": 3})
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_curriculum_learns_from_the_scores(settings):
+    """The trainer tells its sampler what each prompt's responses scored in the rollout."""
+    trainer = make_trainer({**settings, "prompt_sampling": "prioritised", "group_size": 2})
+    rollout = next(trainer.iterate()).rollout
+    means: dict[str, list[float]] = {}
+    for text, score in zip(rollout.prompts, rollout.data["score"].tolist(), strict=True):
+        means.setdefault(text, []).append(score)
+    state = trainer.state_dict()["sampler"]["sampler"]
+    for text, returns in zip(trainer.prompts.texts, state["returns"], strict=True):
+        assert returns == ([pytest.approx(sum(means[text]) / len(means[text]))] if text in means else [])
+    assert state["episodes"] == 8
 
 
 def test_same_seed_same_run_other_seed_another(settings):
@@ -160,6 +197,20 @@ def test_bad_settings(changes, message):
     """Bad settings are refused before any work, with the value and the remedy."""
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("max_episode_steps=3", "max_episode_steps=3 would cut them unscored; use max_new_tokens"),
+        ("kl_coeff=1", "cannot make 'TextGen-v0': TextGen-v0 has no argument 'kl_coeff'; did you mean 'kl_coef'"),
+        ("prompt_sampling=best", r"prompt_sampling must be None or one of \['uniform', 'shuffle'"),
+    ],
+)
+def test_environments_that_cannot_be_learned_on(argument, says):
+    """What --env-arg cannot mean is refused in a sentence."""
+    with pytest.raises(ValueError, match=says):
+        make_task(TrainConfig(env_arg=("kl_coef=0", "device=cpu", argument)))
 
 
 def test_environment_arguments():

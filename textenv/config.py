@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+
+from textenv.samplers import SAMPLERS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,7 +27,11 @@ class TextGenConfig:
     score_mean: float = 0.0  # subtracted by "fixed"
     score_std: float = 1.0  # divided by, by "fixed"
     score_clip: float | None = None  # the score that is paid stays within ± this
-    prompts: str | Sequence[str] | Any = None  # list, .jsonl path (field "prompt"), or "module:function"
+    prompts: str | Sequence[Any] | Any = None  # list, .jsonl path (field "prompt"), or "module:function"
+    prompt_sampling: str | None = None  # their order: "uniform", "shuffle", "weighted", "prioritised"; None is
+    # each user's own habit: uniform in the environment, shuffled rounds for the learners
+    group_size: int = 1  # G, episodes in a row on the same prompt
+    chat: bool = False  # put prompts through the tokenizer's chat template
     kl_coef: float = 0.1  # β, weight of the penalty; 0 runs no reference
     max_prompt_tokens: int = 24  # P; prompts are left-padded to it
     max_new_tokens: int = 48  # R; the token budget of a response
@@ -35,7 +42,7 @@ class TextGenConfig:
     device: str = "auto"  # "auto" is CUDA where there is one
 
     def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "max_new_tokens"):
+        for name in ("max_prompt_tokens", "max_new_tokens", "group_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
@@ -50,6 +57,10 @@ class TextGenConfig:
             )
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}; 1.0 is the model's own.")
+        if self.prompt_sampling is not None and self.prompt_sampling not in tuple(SAMPLERS):
+            raise ValueError(f"prompt_sampling must be None or one of {list(SAMPLERS)}, got {self.prompt_sampling!r}.")
+        if not isinstance(self.chat, bool):
+            raise ValueError(f"chat must be True or False, got {self.chat!r}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
         _check_scores(self)
@@ -84,3 +95,14 @@ def _check_scores(config: TextGenConfig) -> None:
             f"score_mean={config.score_mean} and score_std={config.score_std} count with score_normalisation='fixed' "
             f"only, got {config.score_normalisation!r}; set it, or leave them out."
         )
+
+
+def read_settings(settings: Mapping[str, Any]) -> TextGenConfig:
+    """The keyword arguments of `gym.make` as settings. Raises TypeError for one that there is not."""
+    known = [field.name for field in fields(TextGenConfig)]
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise TypeError(f"TextGen-v0 has no argument {name!r}{hint} It takes {', '.join(known)} and render_mode.")
+    return TextGenConfig(**settings)

@@ -131,7 +131,7 @@ def _fast_path(task: Task, starts: list[int], episodes: Sequence[list[Event]]) -
     for step in range(budget):
         column = torch.tensor([row[step] if step < len(row) else -1 for row in written], device=task.device)
         state = state.append(column, column >= 0)
-    judged = judge(task, state, prompts.texts)
+    judged = judge(task, state, prompts.texts, columns=prompts.columns)
     stories = []
     for row, tokens in enumerate(written):
         prompt = _text(vars(prompts), row)

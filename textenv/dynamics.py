@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from textenv.kl import environment_reward
 from textenv.language_model import Reader
 from textenv.masks import Masker
+from textenv.prompts import Prompts
 from textenv.rewards import Episodes, Scores, last_token_rewards, read_scores, token_members
 from textenv.sampling import chosen_log_probs
 from textenv.score_normalisation import normalise
@@ -47,6 +50,9 @@ class TextDynamics:
         self.task, self.rows = task, rows
         self.prompt_texts = [""] * rows
         self.token_members = token_members(task.reward)
+        self.prompt_index = [-1] * rows  # which of the task's prompts each row plays; -1 is one from elsewhere
+        self.prompt_columns: list[dict[str, Any]] = [{} for _ in range(rows)]  # the further fields of that prompt
+        self.samplers = [task.prompt_sampler(task.prompts, "uniform") for _ in range(rows)]
         self.stop_token_ids = torch.tensor(task.stop_token_ids, device=task.device)
         prompts = task.prompts
         self.state = start(
@@ -60,11 +66,23 @@ class TextDynamics:
         self.reference = None if task.reference is None else Reader(task.reference.model, *shape)
         self.masker = Masker(task.masks, task.stop_token_ids, shape) if task.masks else None
 
+    def seed(self, row: int) -> None:
+        """Lets a row's order of prompts begin anew, so that it is decided by the seed alone."""
+        self.samplers[row] = self.task.prompt_sampler(self.task.prompts, "uniform")
+
+    def draw(self, row: int, generator: np.random.Generator) -> int:
+        """The index of the prompt that a row is to play next."""
+        return self.samplers[row].draw(generator, 1)[0]
+
     def reset(self, rows: Sequence[int], prompt_indices: Sequence[int]) -> TextState:
         """Starts new episodes in the given rows, from the prompts of the given indices."""
-        prompts = self.task.prompts.select(prompt_indices)
-        for row, text in zip(rows, prompts.texts, strict=True):
-            self.prompt_texts[row] = text
+        return self.begin(rows, self.task.prompts.select(prompt_indices), prompt_indices)
+
+    def begin(self, rows: Sequence[int], prompts: Prompts, prompt_indices: Sequence[int]) -> TextState:
+        """Starts new episodes in the given rows, from prompts whose indices are -1 where they are not the task's."""
+        for place, (row, index) in enumerate(zip(rows, prompt_indices, strict=True)):
+            self.prompt_texts[row], self.prompt_index[row] = prompts.texts[place], index
+            self.prompt_columns[row] = {name: values[place] for name, values in prompts.columns.items()}
         index = torch.tensor(list(rows), dtype=torch.long, device=self.task.device)
         budget = self.task.config.max_new_tokens
         fresh = start(prompts.input_ids, prompts.attention_mask, budget, self.task.pad_token_id)
@@ -99,6 +117,7 @@ class TextDynamics:
         token_reward = self._token_reward(state, active & ~ended, scores)
         # From here on no reward is called, so that one that raises leaves the step undone.
         self.state, self.running = state, self.running & ~ended
+        self._tell_samplers(ended, scores.total)
         if bool(self.running.any()):
             self._read()
         reward = environment_reward(scores.final, ended, reference_log_prob, self.task.config.kl_coef) + token_reward
@@ -117,6 +136,11 @@ class TextDynamics:
             raise ValueError(
                 f"the episode in row {int(over.nonzero()[0])} is over or was never started; call reset() first."
             )
+
+    def _tell_samplers(self, ended: Tensor, score: Tensor) -> None:
+        for row in ended.nonzero()[:, 0].tolist():
+            if self.prompt_index[row] >= 0:
+                self.samplers[row].update([self.prompt_index[row]], [float(score[row])])
 
     def _read(self) -> None:
         if self.reference is not None:
@@ -158,8 +182,20 @@ class TextDynamics:
         return paid
 
     def _episodes(self, state: TextState, rows: Tensor, code: Tensor) -> Episodes:
-        texts = [self.prompt_texts[row] for row in rows.tolist()]
-        return Episodes(texts, state.select(rows), code[rows] == STOP, self.task.tokenizer, rows=rows.tolist())
+        return Episodes(
+            [self.prompt_texts[row] for row in rows.tolist()],
+            state.select(rows),
+            code[rows] == STOP,
+            self.task.tokenizer,
+            columns=self._columns(rows.tolist()),
+            rows=rows.tolist(),
+        )
+
+    def _columns(self, rows: Sequence[int]) -> dict[str, list[Any]]:
+        """The further fields of the prompts in these rows, as far as all of them have them."""
+        fields = [self.prompt_columns[row] for row in rows]
+        names = [name for name in fields[0] if all(name in field for field in fields)]
+        return {name: [field[name] for field in fields] for name in names}
 
     def _spread(self, values: Tensor, rows: Tensor) -> Tensor:
         """Values of these rows among zeros for the others: [b, ...] -> [B, ...]."""

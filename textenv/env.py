@@ -10,8 +10,9 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from textenv.config import TextGenConfig
+from textenv.config import read_settings
 from textenv.dynamics import TextDynamics, Transition
+from textenv.options import choose_prompts
 from textenv.state import TextState
 from textenv.task import Task, build_task
 from textenv.viewers import FPS, VIEWERS, check_render_mode, make_viewer
@@ -64,7 +65,13 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     `kl_coef · log π(a|s)` of its own policy optimises `score − kl_coef · KL(π, π_ref)`.
 
     ## Starting State
-    A prompt drawn uniformly from `prompts`, and an empty response.
+    A prompt drawn from `prompts` as `prompt_sampling` says, and an empty response. A seed decides all prompts that
+    follow it: `reset(seed=...)` also begins a shuffled round, a group or a curriculum anew.
+    `reset(options={"prompt": "..."})` plays a prompt of the caller's own (anything that is one entry of `prompts`),
+    `{"prompt_index": i}` one of the environment's; a vector environment plays it in all rows that are reset, and
+    takes one a row as `"prompts"` or `"prompt_indices"`. Options reach explicit resets only, never automatic ones.
+    In a vector environment rows of equal seeds start from equal prompts: `reset(seed=[7] * 4 + [8] * 4)` makes two
+    groups of four.
 
     ## Episode End
     Termination:
@@ -75,6 +82,9 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     * never by the environment itself; `max_episode_steps` of `gym.make` and `gym.make_vec` truncates, without a score.
 
     ## Arguments
+    Names and numbers, so that `env.spec` goes to JSON and back. Live objects work too, though not through JSON:
+    `textenv.shared(model)` hands one in without the copy that `env.spec` makes of it for every wrapper.
+
     * `reference=None`: a causal language model's folder or hub name, or `textenv.shared(LanguageModel(...))`; None is
       the embedded task's own, as for `reward` and `prompts`.
     * `reward=None`: a reward model's folder or hub name, `"module:function"`, a function
@@ -88,7 +98,13 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     * `score_mean=0.0`: subtracted by `"fixed"`.
     * `score_std=1.0`: divided by, in `"fixed"`.
     * `score_clip=None`: the greatest size of a normalised score.
-    * `prompts=None`: a list, a `.jsonl` path (field `prompt`), or `"module:function"`.
+    * `prompts=None`: a list, a `.jsonl` path (field `prompt`), a `datasets.Dataset`, or `"module:function"`; of texts,
+      chats (lists of `{"role", "content"}`), or rows with a field `prompt` and others, which reward functions may read.
+    * `prompt_sampling=None`: `"uniform"` (with replacement; what None means here), `"shuffle"` (rounds without),
+      `"weighted"` (by the field `weight`), or `"prioritised"` (by low recent scores, Jiang et al. 2021; each row of a
+      vector environment by its own).
+    * `group_size=1`: episodes in a row on the same prompt.
+    * `chat=False`: put prompts through the tokenizer's chat template.
     * `kl_coef=0.1`: weight of the penalty for leaving the reference; 0 loads no reference.
     * `max_prompt_tokens=24`: columns for the prompt; a longer one is refused.
     * `max_new_tokens=48`: the budget of a response.
@@ -113,6 +129,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     ```
 
     ## Information
+    * `prompt_index` (reset): int, which of `prompts` is played; -1 for a prompt given by options.
     * `reference_log_prob` (every step, if `kl_coef > 0`): float, log π_ref of the token just written.
     * `score` (last step): float, all that the reward paid for the response.
     * `score_parts` (last step): dict of floats, what each reward gave under its name, before weights and
@@ -131,7 +148,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     def __init__(self, *, render_mode: str | None = None, **settings: Any) -> None:
         check_render_mode(render_mode, self.metadata["render_modes"])
         self.render_mode = render_mode
-        self.task = build_task(TextGenConfig(**settings))
+        self.task = build_task(read_settings(settings))
         self.dynamics = TextDynamics(self.task, rows=1)
         self.observation_space, self.action_space = make_spaces(self.task)
         self.viewer = make_viewer(render_mode, self.task, rows=1)
@@ -139,12 +156,18 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Starts an episode with a prompt drawn by the environment's own generator."""
+        """Starts an episode with a prompt drawn by the environment's own generator, or with the one in options."""
+        chosen = choose_prompts(options, self.task, [0], num_envs=0)
         super().reset(seed=seed)
-        state = self.dynamics.reset([0], [draw_prompt(self.np_random, self.task)])
+        if seed is not None:
+            self.dynamics.seed(0)
+        if chosen is None:
+            state = self.dynamics.reset([0], [self.dynamics.draw(0, self.np_random)])
+        else:
+            state = self.dynamics.begin([0], *chosen)
         if self.viewer is not None:
             self.viewer.restart([0], state)
-        return observe(state, 0), self._mask_info()
+        return observe(state, 0), {"prompt_index": self.dynamics.prompt_index[0], **self._mask_info()}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Writes one token. Raises ValueError for what is no token id, and after the episode's end."""
@@ -180,11 +203,6 @@ def make_spaces(task: Task) -> tuple[spaces.Dict, spaces.Discrete]:
         attention_mask=spaces.MultiBinary(task.width),
     )
     return observation, spaces.Discrete(task.vocabulary)
-
-
-def draw_prompt(generator: np.random.Generator, task: Task) -> int:
-    """The index of the next episode's prompt."""
-    return int(generator.integers(len(task.prompts)))
 
 
 def observe(state: TextState, row: int) -> Observation:

@@ -7,8 +7,9 @@ dynamics.py gives, at a fraction of the cost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,15 +105,33 @@ def _padded(sets: list[TokenSets], rows: int, budget: int) -> TokenSets:
 
 
 @torch.no_grad()
-def judge(task: Task, state: TextState, prompt_texts: Sequence[str], rows_per_pass: int = 64) -> Judgement:
-    """Scores and rewards of finished responses, some rows at a time."""
+def judge(
+    task: Task,
+    state: TextState,
+    prompt_texts: Sequence[str],
+    rows_per_pass: int = 64,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> Judgement:
+    """Scores and rewards of finished responses, some rows at a time.
+
+    columns: the prompts' further fields (`Prompts.columns`), one value a response, for rewards that read them.
+    """
     rows_given = len(state.length)
     if len(prompt_texts) != rows_given:
         raise ValueError(
             f"judge got {rows_given} responses and {len(prompt_texts)} prompt texts; give one text a response."
         )
     chunks = torch.arange(rows_given, device=task.device).split(rows_per_pass)
-    read = [_read(task, state.select(rows), [prompt_texts[int(row)] for row in rows], rows) for rows in chunks]
+    fields = {"": prompt_texts, **(columns or {})}
+    read = [
+        _read(
+            task,
+            state.select(rows),
+            {name: [values[int(row)] for row in rows] for name, values in fields.items()},
+            rows,
+        )
+        for rows in chunks
+    ]
     # All rows at once: what a score is measured by must not depend on how many are read at a time.
     scores = normalise(task.normaliser, concatenate([one.scores for one in read]))
     reference_log_prob = torch.cat([one.reference_log_prob for one in read])
@@ -184,7 +203,8 @@ class _Reading:
     responses: list[str]
 
 
-def _read(task: Task, state: TextState, prompt_texts: list[str], rows: Tensor) -> _Reading:
+def _read(task: Task, state: TextState, fields: dict[str, list[Any]], rows: Tensor) -> _Reading:
+    """Some rows read by all frozen models; fields: the prompts' texts under "", and their further fields."""
     stops = torch.tensor(task.stop_token_ids, device=task.device)
     mask = state.response_mask  # [B, R]
     last_tokens = state.response_ids.gather(1, (state.length[:, None] - 1).clamp_min(0))[:, 0]
@@ -194,7 +214,8 @@ def _read(task: Task, state: TextState, prompt_texts: list[str], rows: Tensor) -
             f"judge reads finished responses, and row {int(rows[code == RUNNING][0])} has neither a stop token at its "
             "end nor the whole budget of tokens; write it to its end first."
         )
-    episodes = Episodes(prompt_texts, state, code == STOP, task.tokenizer, rows=rows.tolist())
+    prompt_texts, columns = fields[""], {name: values for name, values in fields.items() if name}
+    episodes = Episodes(prompt_texts, state, code == STOP, task.tokenizer, columns, rows.tolist())
     scores = read_scores(task.reward, episodes)
     if task.reference is None:
         reference_log_prob = torch.zeros(mask.shape, device=mask.device)

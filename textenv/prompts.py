@@ -1,71 +1,47 @@
-"""Sources of prompts, tokenised once, and a seeded sampler whose state can be saved."""
+"""Prompts as tokens, read once: texts, or chats through a tokenizer's chat template.
+
+Where they come from is in prompt_sources.py, in which order they are played in samplers.py.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from textenv.loading import load_function, unwrap
+Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat, each {role, content}
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """N prompts as texts and as left-padded tokens."""
+    """N prompts as texts and as left-padded tokens, and what else their source says of each."""
 
-    texts: tuple[str, ...]
+    texts: tuple[str, ...]  # as given; of a chat, the contents of its messages, one a line
     input_ids: Tensor  # int64 [N, P]
     attention_mask: Tensor  # bool [N, P]
+    columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # further fields by name, N values each
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def to(self, device: torch.device) -> Prompts:
         """The same prompts on a device."""
-        return Prompts(self.texts, self.input_ids.to(device), self.attention_mask.to(device))
+        return Prompts(self.texts, self.input_ids.to(device), self.attention_mask.to(device), self.columns)
 
     def select(self, indices: Sequence[int]) -> Prompts:
         """The prompts of these indices alone."""
         chosen = torch.as_tensor(list(indices), dtype=torch.long, device=self.input_ids.device)
         return Prompts(
-            tuple(self.texts[index] for index in indices), self.input_ids[chosen], self.attention_mask[chosen]
+            tuple(self.texts[index] for index in indices),
+            self.input_ids[chosen],
+            self.attention_mask[chosen],
+            {name: tuple(values[index] for index in indices) for name, values in self.columns.items()},
         )
-
-
-def read_prompts(source: Any) -> list[str]:
-    """Texts from a list (or a `datasets` column), a `.jsonl` path, or `"module:function"`."""
-    source = unwrap(source)
-    if isinstance(source, str | Path):
-        name = str(source)
-        if name.endswith(".jsonl"):
-            texts = _read_jsonl(Path(name))
-        elif ":" in name:
-            texts = _call(load_function(name), name)
-        else:
-            raise ValueError(
-                f"prompts must be a list of texts, a path that ends in .jsonl, or 'module:function', got {name!r}."
-            )
-    elif callable(source):
-        texts = _call(source, getattr(source, "__name__", repr(source)))
-    elif isinstance(source, Sequence):
-        texts = list(source)
-    else:
-        raise ValueError(
-            f"prompts must be a list of texts, a .jsonl path or 'module:function', got {type(source).__name__}."
-        )
-    if not texts:
-        raise ValueError("prompts are empty; give at least one.")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"prompts must be texts; number {index} is a {type(text).__name__}: {text!r}.")
-    return texts
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -74,9 +50,50 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0 if pad is None else pad
 
 
-def tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> Prompts:
-    """Left-padded tokens of the texts. Refuses a prompt that is empty or longer than the budget."""
-    encoded = [list(ids) for ids in tokenizer(list(texts)).input_ids]
+def tokenise(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> Prompts:
+    """Left-padded tokens of texts. Refuses a prompt that is empty, longer than the budget, or a chat."""
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"prompt number {index} is a chat (a list of messages), and chat is off; pass chat=True, or a text."
+            )
+    texts = [str(prompt) for prompt in prompts]
+    return _pad(texts, [list(ids) for ids in tokenizer(texts).input_ids], tokenizer, max_prompt_tokens)
+
+
+def tokenise_chats(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> Prompts:
+    """Left-padded tokens of chats up to where the assistant is to speak, by the tokenizer's chat template.
+
+    A text is put as one message of the user. Refuses what `tokenise` refuses, a tokenizer without a template, and
+    messages that its template does not take.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "chat is on and the reference's tokenizer has no chat template; choose a chat model (often named "
+            '"...-Instruct"), set tokenizer.chat_template and save it beside the model, or pass chat=False.'
+        )
+    rendered = []
+    for index, prompt in enumerate(prompts):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*map(dict, prompt)]
+        try:
+            rendered.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template refuses prompt number {index} ({error}); give messages with roles and in an "
+                "order that the model was trained on."
+            ) from error
+    # The template writes the special tokens itself.
+    encoded = [list(ids) for ids in tokenizer(rendered, add_special_tokens=False).input_ids]
+    return _pad([_chat_text(prompt) for prompt in prompts], encoded, tokenizer, max_prompt_tokens)
+
+
+def _chat_text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+
+def _pad(
+    texts: Sequence[str], encoded: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
+) -> Prompts:
     input_ids = torch.full((len(texts), max_prompt_tokens), pad_token_id(tokenizer), dtype=torch.long)
     attention_mask = torch.zeros(len(texts), max_prompt_tokens, dtype=torch.bool)
     for index, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
@@ -90,56 +107,3 @@ def tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_promp
         input_ids[index, -len(ids) :] = torch.tensor(ids)
         attention_mask[index, -len(ids) :] = True
     return Prompts(tuple(texts), input_ids, attention_mask)
-
-
-class PromptSampler:
-    """Draws prompts in shuffled rounds, each prompt once a round; its state goes into checkpoints."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.generator = np.random.default_rng(seed)
-        self.queue: list[int] = []
-
-    def draw(self, count: int) -> list[int]:
-        """The next `count` prompt indices."""
-        while len(self.queue) < count:
-            self.queue.extend(self.generator.permutation(self.size).tolist())
-        drawn, self.queue = self.queue[:count], self.queue[count:]
-        return drawn
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on as if never stopped."""
-        return {"queue": list(self.queue), "generator": json.dumps(self.generator.bit_generator.state)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
-        self.queue = list(state["queue"])
-        self.generator.bit_generator.state = json.loads(state["generator"])
-
-
-def _call(function: Callable, name: str) -> list[str]:
-    texts = function()
-    if not isinstance(texts, Sequence) or isinstance(texts, str):
-        raise ValueError(f"{name} must return a list of prompts, got {type(texts).__name__}.")
-    return list(texts)
-
-
-def _read_jsonl(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f'no prompts file at {str(path)!r}; give a .jsonl with one {{"prompt": ...}} a line.')
-    texts = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                texts.append(_read_line(path, number, line))
-    return texts
-
-
-def _read_line(path: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error}); write one object a line.") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f'{path}, line {number}: no text in the field "prompt", got {line.strip()[:80]!r}.')
-    return row["prompt"]

@@ -14,9 +14,11 @@ from textenv.config import DTYPES, TextGenConfig
 from textenv.language_model import LanguageModel
 from textenv.loading import check_room, load_causal_lm, load_config, load_function, load_tokenizer, unwrap
 from textenv.masks import MaskParts, TokenMask, build_masks
-from textenv.prompts import Prompts, pad_token_id, read_prompts, tokenise
+from textenv.prompt_sources import PromptRows, read_prompts
+from textenv.prompts import Prompts, pad_token_id, tokenise, tokenise_chats
 from textenv.reward_building import Surroundings, build_reward
 from textenv.rewards import Reward
+from textenv.samplers import PromptSampler, make_sampler
 from textenv.score_normalisation import Normaliser, make_normaliser, paid_part_names
 
 
@@ -62,10 +64,20 @@ class Task:
         """The reference, loaded even where `kl_coef` is 0 and the environment never runs it."""
         return self.reference or _load_reference(self.config, self.device)
 
+    def read_prompts(self, source: Any) -> Prompts:
+        """Prompts from any source that the argument `prompts` takes, as this task's models read them."""
+        return _tokenise(read_prompts(source), self.config, self.tokenizer).to(self.device)
+
+    def prompt_sampler(self, prompts: Prompts, default: str) -> PromptSampler:
+        """The strategy that the settings name, or else the default, over these prompts."""
+        strategy = self.config.prompt_sampling or default
+        return make_sampler(strategy, len(prompts), prompts.columns.get("weight"), self.config.group_size)
+
 
 def build_task(config: TextGenConfig) -> Task:
     """Loads models and prompts. Raises ValueError for all that would fail later."""
-    texts = read_prompts(reviews.train_prompts if config.prompts is None else config.prompts)
+    rows = read_prompts(reviews.train_prompts if config.prompts is None else config.prompts)
+    make_sampler(config.prompt_sampling or "uniform", len(rows.prompts), rows.columns.get("weight"), 1)  # may refuse
     given = unwrap(config.reference)
     device = config.torch_device()
     if isinstance(given, LanguageModel) and config.device == "auto":
@@ -82,7 +94,6 @@ def build_task(config: TextGenConfig) -> Task:
         check_room("reference", model_config, config)
         reference = None
     _check_stop_token_ids(stops, vocabulary)
-    prompts = tokenise(texts, tokenizer, config.max_prompt_tokens)
     reward = build_reward(config.reward, Surroundings(config, tokenizer, vocabulary, device))
     normaliser = make_normaliser(config)
     paid_part_names(reward, normaliser)  # refuses names that collide
@@ -94,7 +105,7 @@ def build_task(config: TextGenConfig) -> Task:
         reference=reference if config.kl_coef > 0 else None,
         reward=reward,
         normaliser=normaliser,
-        prompts=prompts.to(device),
+        prompts=_tokenise(rows, config, tokenizer).to(device),
         device=device,
         masks=_build_masks(config, tokenizer, stops, vocabulary, device),
     )
@@ -109,6 +120,11 @@ def _build_masks(
 ) -> tuple[TokenMask, ...]:
     parts = MaskParts(tokenizer, stops, vocabulary, lambda: _load_reference(config, device).model)
     return build_masks(unwrap(config.action_mask), parts, load_function)
+
+
+def _tokenise(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    read = tokenise_chats if config.chat else tokenise
+    return replace(read(rows.prompts, tokenizer, config.max_prompt_tokens), columns=rows.columns)
 
 
 def _reference_name(given: Any) -> str:

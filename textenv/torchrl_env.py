@@ -5,13 +5,18 @@ A face of dynamics.py, and the only file of textenv that imports torchrl.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from gymnasium.utils.seeding import np_random
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from textenv.dynamics import TextDynamics, Transition
+from textenv.options import choose_prompts
 from textenv.state import LENGTH, TextState
 from textenv.task import Task
 
@@ -20,9 +25,12 @@ class TextGenTorchEnv(EnvBase):
     """TextGen-v0 over `rows` episodes. Its reward is the environment's half of the penalty (DESIGN §2).
 
     Observations: `input_ids` int64 [B, L], `attention_mask` bool [B, L], and what `info` holds in the other
-    faces: `reference_log_prob` [B, 1], `score` [B, 1] and `("score_parts", name)` [B, 1] (zero before the end),
-    `finish_code` int64 [B, 1] (0 running, 1 stop, 2 length). Whoever samples the action writes `action_log_prob`
-    beside it.
+    faces: `prompt_index` int64 [B, 1] (-1 for a prompt given by options), `reference_log_prob` [B, 1], `score` [B, 1]
+    and `("score_parts", name)` [B, 1] (zero before the end), `finish_code` int64 [B, 1] (0 running, 1 stop,
+    2 length). Whoever samples the action writes `action_log_prob` beside it.
+
+    Seeded alike it plays the prompts of the vector environment. `reset(options={...})` takes the same options, which
+    reach that reset only.
     """
 
     def __init__(self, task: Task, rows: int, seed: int = 0) -> None:
@@ -33,6 +41,7 @@ class TextGenTorchEnv(EnvBase):
         self.observation_spec = Composite(
             input_ids=Bounded(0, task.vocabulary - 1, shape=text, dtype=torch.int64, device=device),
             attention_mask=Binary(n=task.width, shape=text, dtype=torch.bool, device=device),
+            prompt_index=Bounded(-1, len(task.prompts) - 1, shape=flag, dtype=torch.int64, device=device),
             reference_log_prob=Unbounded(shape=flag, device=device),
             score=Unbounded(shape=flag, device=device),
             score_parts=Composite(
@@ -59,14 +68,22 @@ class TextGenTorchEnv(EnvBase):
         self._set_seed(seed)
 
     def _set_seed(self, seed: int | None) -> None:
-        self.generator = torch.Generator().manual_seed(0 if seed is None else int(seed))
+        first = 0 if seed is None else int(seed)
+        self.generators = [np_random(first + row)[0] for row in range(self.batch_size[0])]
+        for row in range(self.batch_size[0]):
+            self.dynamics.seed(row)
 
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
+    def _reset(
+        self, tensordict: TensorDictBase | None = None, options: Mapping[str, Any] | None = None, **kwargs: object
+    ) -> TensorDictBase:
         mask = None if tensordict is None else tensordict.get("_reset", None)
         count = self.batch_size[0]
         rows = list(range(count)) if mask is None else mask.reshape(count).nonzero()[:, 0].tolist()
-        drawn = torch.randint(len(self.task.prompts), (len(rows),), generator=self.generator)
-        state = self.dynamics.reset(rows, drawn.tolist())
+        chosen = choose_prompts(options, self.task, rows, count)
+        if chosen is None:
+            state = self.dynamics.reset(rows, [self.dynamics.draw(row, self.generators[row]) for row in rows])
+        else:
+            state = self.dynamics.begin(rows, *chosen)
         zeros = torch.zeros(count, device=self.device)
         parts = {name: zeros.clone() for name in self.task.score_part_names}
         return self._pack(state, zeros, (zeros.clone(), parts), zeros.long(), zeros.bool())
@@ -97,6 +114,7 @@ class TextGenTorchEnv(EnvBase):
                 **masks,
                 "input_ids": state.input_ids,
                 "attention_mask": state.attention_mask,
+                "prompt_index": torch.tensor(self.dynamics.prompt_index, device=self.device)[:, None],
                 "reference_log_prob": reference_log_prob[:, None],
                 "score": whole[:, None],
                 "score_parts": {name: part[:, None] for name, part in parts.items()},

@@ -16,9 +16,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from textenv.config import TextGenConfig
+from textenv.config import read_settings
 from textenv.dynamics import TextDynamics, Transition
-from textenv.env import as_tokens, draw_prompt, make_spaces, observe, step_info
+from textenv.env import as_tokens, make_spaces, observe, step_info
+from textenv.options import Choice, choose_prompts, rows_to_reset
 from textenv.state import TextState
 from textenv.task import build_task
 from textenv.viewers import FPS, check_render_mode, make_viewer
@@ -35,6 +36,9 @@ class TextGenVectorEnv(VectorEnv):
     * `max_episode_steps=None`: tokens after which an episode is truncated without a score, as Gymnasium's `TimeLimit`
       does to single environments; None or -1 is never.
     * `render_mode=None`: `"ansi"` or `"rgb_array"`; `render` gives a tuple, one text or picture a row.
+
+    `make_vec`'s `vector_kwargs` and `wrappers` are for its modes "sync" and "async"; wrap this environment itself with
+    `gymnasium.wrappers.vector`.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's own form; each instance has its copy
@@ -59,7 +63,7 @@ class TextGenVectorEnv(VectorEnv):
         self.max_episode_steps = _step_limit(max_episode_steps)
         self.autoreset_mode = _mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
-        self.task = build_task(TextGenConfig(**settings))
+        self.task = build_task(read_settings(settings))
         self.dynamics = TextDynamics(self.task, num_envs)
         self.single_observation_space, self.single_action_space = make_spaces(self.task)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -72,12 +76,14 @@ class TextGenVectorEnv(VectorEnv):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Arrays, dict[str, Any]]:
         """Starts new episodes in all rows, or in those of `options["reset_mask"]` (bool array)."""
-        rows = _rows((options or {}).get("reset_mask"), self.num_envs)
+        rows = rows_to_reset(options, self.num_envs)
+        chosen = choose_prompts(options, self.task, rows, self.num_envs)
         for row, row_seed in zip(range(self.num_envs), _seeds(seed, self.num_envs), strict=True):
             if row_seed is not None and row in rows:
                 self._generators[row] = np_random(row_seed)[0]
-        observation = self._observe(self._restart(rows))
-        return observation, self._mask_info(rows)
+                self.dynamics.seed(row)
+        observation = self._observe(self._restart(rows, chosen))
+        return observation, self._started(rows, {}) | self._mask_info(rows)
 
     def step(self, actions: Any) -> tuple[Arrays, NDArray, NDArray, NDArray, dict[str, Any]]:
         """Writes one token a row. A row that ended before starts anew instead, as `autoreset_mode` says."""
@@ -94,7 +100,10 @@ class TextGenVectorEnv(VectorEnv):
         infos = self._infos(transition, ~resting, ended)
         starting = ended if self.autoreset_mode is AutoresetMode.SAME_STEP else resting
         self._ended = ended
-        state = self._restart(np.flatnonzero(starting).tolist()) if starting.any() else transition.state
+        state, rows = transition.state, np.flatnonzero(starting).tolist()
+        if rows:
+            state = self._restart(rows, None)
+            infos = self._started(rows, infos)
         infos |= self._mask_info(range(self.num_envs))
         return self._observe(state), rewards, terminations, truncations, infos
 
@@ -115,13 +124,22 @@ class TextGenVectorEnv(VectorEnv):
             )
         return self._ended if self.autoreset_mode is AutoresetMode.NEXT_STEP else np.zeros_like(self._ended)
 
-    def _restart(self, rows: list[int]) -> TextState:
+    def _restart(self, rows: list[int], chosen: Choice | None) -> TextState:
         self._ended = self._ended.copy()
         self._ended[rows] = False
-        state = self.dynamics.reset(rows, [draw_prompt(self._generators[row], self.task) for row in rows])
+        if chosen is not None:
+            state = self.dynamics.begin(rows, *chosen)
+        else:
+            state = self.dynamics.reset(rows, [self.dynamics.draw(row, self._generators[row]) for row in rows])
         if self.viewer is not None:
             self.viewer.restart(rows, state)
         return state
+
+    def _started(self, rows: list[int], infos: dict[str, Any]) -> dict[str, Any]:
+        """The infos, and what a reset says of these rows."""
+        for row in rows:
+            infos = self._add_info(infos, {"prompt_index": self.dynamics.prompt_index[row]}, row)
+        return infos
 
     def _mask_info(self, rows: Iterable[int]) -> dict[str, Any]:
         if not self.task.masks:
@@ -143,12 +161,13 @@ class TextGenVectorEnv(VectorEnv):
         if self.task.reference is not None and shown.any():
             values = transition.reference_log_prob.double().cpu().numpy()
             infos = {"reference_log_prob": np.where(shown, values, 0.0), "_reference_log_prob": shown.copy()}
-        masks = self.action_masks().astype(np.int8) if same_step and self.task.masks and ended.any() else np.empty(0)
-        for row in np.flatnonzero(ended).tolist() if same_step else transition.responses:
+        rows = np.flatnonzero(ended).tolist() if same_step else list(transition.responses)
+        masks = self.action_masks().astype(np.int8) if same_step and rows and self.task.masks else None
+        for row in rows:
             info = step_info(self.task, transition, row)
             if same_step:
-                if self.task.masks:
-                    info["action_mask"] = masks[row]
+                if masks is not None:
+                    info["action_mask"] = masks[row].copy()
                 info = {"final_obs": observe(transition.state, row), "final_info": info}
             infos = self._add_info(infos, info, row)
         return infos
@@ -182,15 +201,3 @@ def _seeds(seed: int | Sequence[int | None] | None, rows: int) -> list[int | Non
     if len(seed) != rows:
         raise ValueError(f"seed must be one number or {rows} of them (num_envs), got {len(seed)}.")
     return list(seed)
-
-
-def _rows(reset_mask: Any, rows: int) -> list[int]:
-    if reset_mask is None:
-        return list(range(rows))
-    mask = np.asarray(reset_mask)
-    if mask.dtype != np.bool_ or mask.shape != (rows,) or not mask.any():
-        raise ValueError(
-            f"options['reset_mask'] must be a boolean array of shape ({rows},) with at least one true value, got "
-            f"{reset_mask!r}."
-        )
-    return np.flatnonzero(mask).tolist()

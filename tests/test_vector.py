@@ -1,0 +1,121 @@
+"""The native vector environment's own promises: time limits, batched rewards, the last observation of an episode."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+
+from tests import tiny
+from tests.test_faces import assert_same, random_tokens
+from textenv.vector_env import TextGenVectorEnv
+
+STOPS = list(range(75))  # a quarter of all ids
+
+
+def length_reward(prompts, responses):
+    """The number of characters."""
+    return [float(len(response)) for response in responses]
+
+
+@pytest.fixture
+def kind():
+    """One architecture: nothing here depends on it."""
+    return "gpt2"
+
+
+@pytest.fixture
+def quick(settings):
+    """A task with a reward in Python and ragged responses."""
+    return {**settings, "reward": length_reward, "stop_token_ids": STOPS, "max_new_tokens": 6}
+
+
+@pytest.mark.parametrize("action_mask", [None, "top_k:40"])
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_time_limit_equals_sync(quick, mode, action_mask):
+    """`max_episode_steps` truncates the native environment's rows as TimeLimit does single ones, infos included."""
+    quick = {**quick, "action_mask": action_mask}
+    native = gym.make_vec("TextGen-v0", 3, max_episode_steps=3, autoreset_mode=mode.value, **quick)
+    assert isinstance(native, TextGenVectorEnv)
+    sync = gym.make_vec("TextGen-v0", 3, "sync", vector_kwargs={"autoreset_mode": mode}, max_episode_steps=3, **quick)
+    assert_same(native.reset(seed=7), sync.reset(seed=7), "reset")
+    ends = {"terminated": 0, "truncated": 0, "both": 0}
+    tokens = random_tokens(30, 3)
+    tokens[2] = 5  # a stop token at the limit
+    for step, actions in enumerate(tokens):
+        got, wanted = native.step(actions), sync.step(actions)
+        assert_same(got, wanted, f"step {step}")
+        ended = got[2] | got[3]
+        for name, which in (
+            ("terminated", got[2] & ~got[3]),
+            ("truncated", got[3] & ~got[2]),
+            ("both", got[2] & got[3]),
+        ):
+            ends[name] += int(which.sum())
+        if mode is AutoresetMode.DISABLED and ended.any():
+            again = [env.reset(options={"reset_mask": ended.copy()}) for env in (native, sync)]
+            assert_same(*again, f"reset after step {step}")
+    assert min(ends.values()) > 0
+
+
+def test_a_row_cut_by_the_limit_is_over(quick):
+    """Without automatic resets a truncated row takes no token until it is reset, and has paid no score."""
+    env = TextGenVectorEnv(2, max_episode_steps=1, autoreset_mode="Disabled", **{**quick, "kl_coef": 0})
+    env.reset(seed=0)
+    _, rewards, terminated, truncated, info = env.step(np.array([200, 200]))
+    assert (rewards.tolist(), terminated.tolist(), truncated.tolist(), info) == ([0, 0], [False] * 2, [True] * 2, {})
+    with pytest.raises(ValueError, match=r"row 0 is over.*call reset\(\)"):
+        env.step(np.array([200, 200]))
+    env.reset(options={"reset_mask": np.array([True, True])})
+    env.step(np.array([200, 200]))
+
+
+@pytest.mark.parametrize("limit", [0, -2, 2.5, "3", True])
+def test_bad_time_limits(quick, limit):
+    """A limit that is no number of steps is refused."""
+    with pytest.raises(ValueError, match=r"max_episode_steps must be a whole number of at least 1, or None .*got"):
+        TextGenVectorEnv(2, max_episode_steps=limit, **quick)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_one_reward_call_a_step(quick, mode):
+    """All rows that end in one step are judged in one call, and none that goes on is."""
+    batches = []
+
+    def counting(prompts, responses):
+        batches.append(len(responses))
+        return [0.0] * len(responses)
+
+    env = TextGenVectorEnv(4, autoreset_mode=mode, **{**quick, "reward": counting, "kl_coef": 0})
+    env.reset(seed=0)
+    ended = []
+    for actions in random_tokens(25, 4):
+        _, _, done, _, _ = env.step(actions)
+        ended += [int(done.sum())] if done.any() else []
+        if mode is AutoresetMode.DISABLED and done.any():
+            env.reset(options={"reset_mask": done})
+    assert batches == ended and max(batches) > 1
+
+
+def test_final_observation(quick):
+    """In mode SAME_STEP `final_obs` shows the whole response, and the observation the next prompt."""
+    env = TextGenVectorEnv(2, autoreset_mode="SameStep", **{**quick, "prompts": ["ab"]})
+    env.reset(seed=0)
+    env.step(np.array([200, 201]))
+    observation, _, ended, _, info = env.step(np.array([tiny.PAD, STOPS[3]]))
+    assert ended.tolist() == [False, True] and info["final_obs"][0] is None
+    last = info["final_obs"][1]
+    assert last["input_ids"][16:18].tolist() == [201, STOPS[3]] and last["attention_mask"].sum() == 4
+    assert observation["attention_mask"].sum(1).tolist() == [4, 2]
+    assert info["final_info"]["finish_reason"].tolist() == [None, "stop"]
+    assert "score" not in info and info["_final_info"].tolist() == [False, True]
+
+
+def test_partial_resets_leave_the_mask_to_the_caller(quick):
+    """Gymnasium's statistics read the mask after the environment: rows that go on keep their episode's count."""
+    env = RecordEpisodeStatistics(TextGenVectorEnv(2, autoreset_mode="Disabled", **{**quick, "kl_coef": 0}))
+    env.reset(seed=0)
+    env.step(np.array([200, STOPS[0]]))
+    env.reset(options={"reset_mask": np.array([False, True])})
+    _, _, ended, _, info = env.step(np.array([STOPS[0], STOPS[0]]))
+    assert ended.all() and info["episode"]["l"].tolist() == [2, 1]
