@@ -1,0 +1,149 @@
+"""What the examples of clients share: a policy that starts as the supervised model, and one way to keep score.
+
+A client's networks want vectors. Here a vector is what the language model makes of the context just before it
+chooses a token, its last hidden state; and the layer that turns it into logits starts as the model's own. So every
+client starts where RLHF starts, at the reference, and its gain can be given in standard deviations of the
+reference's scores.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributions import Categorical
+
+import textenv
+from textenv.generation import generate, judge
+from textenv.sampling import Sampling
+from textenv.state import position_ids
+
+# The embedded reviews, a little shorter. The environment's half of the penalty is paid in the reward; what stands for
+# the policy's half is each client's to say.
+HELD_OUT = "textenv.reviews:held_out_prompts"
+SETTINGS: dict[str, Any] = {"max_new_tokens": 24, "kl_coef": 0.05}
+
+
+class Reader(nn.Module):
+    """The reference's transformer: texts [..., L] to hidden states [..., H]; the last `trainable` layers learn."""
+
+    def __init__(self, trainable: int = 1) -> None:
+        super().__init__()
+        config = textenv.TextGenConfig(**SETTINGS, prompts=["unread"])
+        reference: Any = textenv.build_task(config).load_reference().model
+        self.body = copy.deepcopy(reference.transformer).requires_grad_(False)
+        self.body.h[len(self.body.h) - trainable :].requires_grad_(True)
+        self.width = reference.config.n_embd  # H
+        self.output = reference.lm_head.weight / config.temperature  # [V, H], to start an output layer with
+
+    def forward(self, input_ids: Any, attention_mask: Any) -> Tensor:
+        """Hidden state of the last real token [..., H] of texts [..., L]; clients hand over arrays, ints or floats."""
+        shape, width = np.shape(input_ids)[:-1], np.shape(input_ids)[-1]
+        ids, mask = (torch.as_tensor(one).reshape(-1, width).long() for one in (input_ids, attention_mask))
+        used = mask.any(0)  # columns that are padding in every row cost work for nothing
+        ids, mask = ids[:, used], mask[:, used]
+        positions = position_ids(mask)  # [B, l]
+        hidden = self.body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        last = (mask * torch.arange(ids.shape[1])).argmax(1)
+        return hidden.last_hidden_state[torch.arange(len(ids)), last].view(*shape, self.width)
+
+    def start(self, layer: nn.Linear) -> nn.Linear:
+        """Makes an output layer, H to V, give the reference's logits."""
+        with torch.no_grad():
+            layer.weight.copy_(self.output)
+            layer.bias.zero_()
+        return layer
+
+    def output_layer(self) -> nn.Linear:
+        """A new one, H to V, that gives the reference's logits."""
+        return self.start(nn.Linear(self.width, len(self.output)))
+
+
+class ActorCritic(nn.Module):
+    """A policy and its critic on one reader, for clients that take any module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader = Reader()
+        self.actor, self.critic = self.reader.output_layer(), nn.Linear(self.reader.width, 1)
+
+    @torch.no_grad()
+    def act(self, observation: Any, infos: Any = None) -> NDArray:
+        """One sampled token a row."""
+        return self(observation)[0].sample().numpy()
+
+    def forward(self, observation: Any) -> tuple[Categorical, Tensor]:
+        """The distribution of the next token and the value of the context, [n] each."""
+        hidden = self.reader(observation["input_ids"], observation["attention_mask"])
+        return Categorical(logits=self.actor(hidden), validate_args=False), self.critic(hidden)[:, 0]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of some responses, and what they said."""
+
+    values: NDArray[np.float64]
+    responses: list[str]
+
+    def __str__(self) -> str:
+        return f"score {self.values.mean():+.2f}, standard deviation {self.values.std():.2f}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A policy before and after it learned, and the reference."""
+
+    before: Scores
+    after: Scores
+    reference: Scores
+
+    @property
+    def gain(self) -> float:
+        """By how much the mean score rose, in standard deviations of the reference's scores."""
+        return float((self.after.values.mean() - self.before.values.mean()) / self.reference.values.std())
+
+
+Act = Callable[[dict[str, NDArray], dict[str, Any]], NDArray]  # observations and infos of n rows -> n tokens
+
+
+def compare(act: Act, learn: Callable[[], object], episodes: int, settings: Mapping[str, Any] = SETTINGS) -> Comparison:
+    """Measures a policy on held-out prompts, lets it learn, measures again, and prints what came of it."""
+    reference, before = score_reference(episodes, settings), score(act, episodes, settings)
+    started = time.perf_counter()
+    learn()
+    seconds = time.perf_counter() - started
+    found = Comparison(before, score(act, episodes, settings), reference)
+    print(f"reference  {reference}\nbefore     {before}\nafter      {found.after}")
+    print(f"gain: {found.gain:.2f} standard deviations of the reference's scores, in {seconds:.0f} seconds")
+    print("\n".join(f"    {text.strip()!r}" for text in found.after.responses[:4]))
+    return found
+
+
+def score(act: Act, episodes: int, settings: Mapping[str, Any]) -> Scores:
+    """The first episode of each of `episodes` rows, on held-out prompts."""
+    env = gym.make_vec("TextGen-v0", num_envs=episodes, **{**settings, "prompts": HELD_OUT, "kl_coef": 0})
+    observation, infos = env.reset(seed=0)
+    values, responses = np.full(episodes, np.nan), [""] * episodes
+    while np.isnan(values).any():
+        observation, _, _, _, infos = env.step(act(observation, infos))
+        for row in np.flatnonzero(infos.get("_score", False) & np.isnan(values)):
+            values[row], responses[row] = infos["score"][row], infos["response"][row]
+    return Scores(values, responses)
+
+
+def score_reference(episodes: int, settings: Mapping[str, Any]) -> Scores:
+    """The supervised model itself on held-out prompts."""
+    task = textenv.build_task(textenv.TextGenConfig(**{**settings, "prompts": HELD_OUT}))
+    prompts = task.prompts.select([row % len(task.prompts) for row in range(episodes)])
+    sampling, generator = Sampling(temperature=task.config.temperature), torch.Generator().manual_seed(0)
+    state = generate(task, task.load_reference().model, prompts, sampling, generator).state
+    judged = judge(task, state, prompts.texts)
+    return Scores(judged.score.double().numpy(), judged.responses)
