@@ -306,17 +306,15 @@ def test_prompt_and_response_tokens_join(tokenizer) -> None:
 def test_supervised_model_writes_the_grammar(samples: list[Sample]) -> None:
     """At least 90% of plain samples on held-out prompts end in time and parse.
 
-    The card's figure comes from 2048 samples; here are 512, with a standard error of 0.013, so the bound
-    is two of them lower.
+    The card has 96% of 2048 samples, at the task's temperature; here are 512, with a standard error of 0.01.
     """
-    assert statistics.mean(s.finished and parses(s.text) for s in samples) >= 0.875
+    assert statistics.mean(s.finished and parses(s.text) for s in samples) >= 0.9
 
 
 def test_reward_model_orders_fresh_pairs(tokenizer, samples: list[Sample]) -> None:
     """Where the gold scores differ by more than the rater's noise hides, the reward model sees it.
 
-    85% of the pairs that the rater is 95% sure of; the target set beforehand, 85% at 90% sure, is missed (see the
-    card). Here are about 70, with a standard error of 0.045, so the bound is 0.76.
+    At least 85% of the pairs that the rater is 90% sure of; the card has 94%.
     """
     model = AutoModelForSequenceClassification.from_pretrained(REWARD_MODEL)
     choices = compare(list(zip(samples[::2], samples[1::2], strict=True)), noise=0.5, seed=11)
@@ -326,8 +324,8 @@ def test_reward_model_orders_fresh_pairs(tokenizer, samples: list[Sample]) -> No
     ]
     figures = measure_reward_model(choices, score_tokens(model, sequences).tolist(), noise=0.5)
     assert figures["sure_pairs"] > 50
-    assert figures["accuracy_sure"] >= 0.76
-    assert figures["correlation"] > 0.4
+    assert figures["accuracy_sure"] >= 0.85
+    assert figures["correlation"] > 0.6
 
 
 def test_shipped_folders_are_small_and_sane() -> None:
@@ -361,8 +359,7 @@ def test_reward_model_figures_by_hand() -> None:
     assert figures["accuracy_noisy"] == pytest.approx(1 / 3)
     assert figures["accuracy_true"] == pytest.approx(2 / 3)
     assert figures["ceiling"] == pytest.approx(2 / 3)
-    assert (figures["sure_pairs"], figures["accuracy_sure"]) == (1, 1.0)  # 4 is over 0.5 ln 19
-    assert (figures["fairly_sure_pairs"], figures["accuracy_fairly_sure"]) == (2, 1.0)  # 1.2 is over 0.5 ln 9
+    assert (figures["sure_pairs"], figures["accuracy_sure"]) == (2, 1.0)  # 4 and 1.2 are over 0.5 ln 9, 0.2 is not
 
 
 def test_words_keep_out_of_each_other() -> None:

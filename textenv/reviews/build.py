@@ -31,13 +31,13 @@ class BuildConfig:
 
     output: Path = Path(__file__).parent  # gets supervised/, reward_model/ and README.md
     seed: int = 0  # of everything but the prompts, which are part of the task
-    threads: int = 2  # CPU threads; the weights of a rebuild agree to rounding only for equal threads
-    reviews_per_prompt: int = 48  # reviews of the corpus for each training prompt
-    pairs_per_prompt: int = 4  # preference pairs for each training prompt, sampled at temperature 1 for variety
+    threads: int = 1  # CPU threads; the weights of a rebuild agree to rounding only for equal threads
+    reviews_per_prompt: int = 96  # reviews of the corpus for each training prompt
+    pairs_per_prompt: int = 8  # preference pairs for each training prompt, sampled at temperature 1 for variety
     noise: float = 0.5  # a choice goes against gold with odds exp(-difference / noise)
     muon_learning_rate: float = 0.02  # of the supervised model's matrices; the rest has supervised.learning_rate
     supervised: SupervisedConfig = field(
-        default_factory=lambda: SupervisedConfig(learning_rate=3e-3, batch_size=32, max_length=MAX_LENGTH)
+        default_factory=lambda: SupervisedConfig(learning_rate=1e-2, batch_size=32, max_length=MAX_LENGTH)
     )  # stage 1
     reward: RewardConfig = field(
         default_factory=lambda: RewardConfig(learning_rate=1e-3, epochs=2, batch_size=32, max_length=MAX_LENGTH)

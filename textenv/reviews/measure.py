@@ -16,8 +16,7 @@ from textenv.reviews.sampling import Sample
 from textenv.reward_training import Pairs
 from textenv.supervised import encode_prompt
 
-SURE = 0.95  # a choice that the rater makes with at least this probability is a sure one: noise allows it
-FAIRLY_SURE = 0.9
+SURE = 0.9  # a choice that the rater makes with at least this probability is a sure one: noise allows it
 
 
 class Comparison(NamedTuple):
@@ -77,13 +76,8 @@ def measure_reward_model(choices: Sequence[Comparison], scores: Sequence[float],
     leads = [scores[i] - scores[count + i] for i in range(count)]
     margins = [c.margin for c in choices]
     differing = [(lead, margin) for lead, margin in zip(leads, margins, strict=True) if margin]
-
-    def at_least(certainty: float) -> list[bool]:
-        """Whether the reward model is right, for the pairs that the rater is so sure of."""
-        least = noise * math.log(certainty / (1 - certainty))
-        return [lead * margin > 0 for lead, margin in differing if abs(margin) >= least]
-
-    sure, fairly_sure = at_least(SURE), at_least(FAIRLY_SURE)
+    least = noise * math.log(SURE / (1 - SURE))
+    sure = [lead * margin > 0 for lead, margin in differing if abs(margin) >= least]
     golds = _gold([c.chosen for c in choices] + [c.rejected for c in choices])
     return {
         "test_pairs": count,
@@ -93,8 +87,6 @@ def measure_reward_model(choices: Sequence[Comparison], scores: Sequence[float],
         "ceiling_expected": statistics.mean(1 / (1 + math.exp(-abs(margin) / noise)) for margin in margins),
         "sure_pairs": len(sure),
         "accuracy_sure": statistics.mean(sure),
-        "fairly_sure_pairs": len(fairly_sure),
-        "accuracy_fairly_sure": statistics.mean(fairly_sure),
         "correlation": statistics.correlation(scores, golds),
         "score_mean": statistics.mean(scores),
         "score_deviation": statistics.pstdev(scores),
