@@ -11,8 +11,8 @@ FILES = sorted((ROOT / "textenv").rglob("*.py"))
 # Each module may import those of earlier lines, and those before it on its own line.
 ORDER = [
     *("state", "kl", "sampling", "samplers", "config", "calling", "loading"),
-    *("prompts", "prompt_sources", "rewards", "language_model", "masks", "reward_model", "score_normalisation"),
-    *("function_rewards", "token_rewards", "scores", "metrics", "reward_building"),
+    *("prompts", "prompt_sources", "rewards", "language_model", "token_sets", "masks", "mask_building", "reward_model"),
+    *("score_normalisation", "function_rewards", "token_rewards", "scores", "metrics", "reward_building"),
     "task",
     *("dynamics", "generation", "options"),
     *("render", "picture", "viewers", "env", "vector_env", "torchrl_env", "wrappers"),

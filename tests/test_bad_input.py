@@ -81,7 +81,6 @@ def copied(folder, target, **edits):
         ({"reward": "tests.test_rewards:absent"}, "'tests.test_rewards:absent' names no importable function"),
         ({"reward_label": 3, "reward": "tests.test_rewards:TOLERANCE"}, "must name a function, got a float"),
         ({"render_mode": "video"}, "render_mode must be None or one of .*'ansi'.*, got 'video'"),
-        ({"render_mode": 3}, "render_mode must be None or one of .*'rgb_array'.*, got 3"),
     ],
 )
 def test_bad_arguments(settings, changes, says):
@@ -282,7 +281,7 @@ def test_step_at_the_wrong_time(settings):
         env.step(65)
     vector.reset(seed=0)
     vector.step(np.array([65, tiny.END]))
-    with pytest.raises(ValueError, match=r"row 1 is over.*call reset\(\)"):
+    with pytest.raises(ValueError, match=r"row 1 is over.*call reset\("):
         vector.step(np.array([65, 65]))
     vector.reset(options={"reset_mask": np.array([False, True])})
     assert vector.step(np.array([65, 65]))[0]["attention_mask"][:, 16:].sum(1).tolist() == [2, 1]

@@ -18,9 +18,10 @@ from tests.learning import make_rollout, make_trainer, same, weights
 from textenv import LanguageModel, TextGenConfig, build_task, shared
 from textenv.dynamics import TextDynamics
 from textenv.generation import generate
-from textenv.masks import MaskPolicy, TokenSets
+from textenv.masks import MaskPolicy
 from textenv.sampling import Sampling, log_probs
 from textenv.state import position_ids
+from textenv.token_sets import TokenSets
 from textenv.torchrl_env import TextGenTorchEnv
 
 SAMPLING = Sampling(temperature=0.7)

@@ -61,7 +61,10 @@ class TextGenConfig:
             raise ValueError(f"prompt_sampling must be None or one of {list(SAMPLERS)}, got {self.prompt_sampling!r}.")
         if not isinstance(self.chat, bool):
             raise ValueError(f"chat must be True or False, got {self.chat!r}.")
-        if self.dtype not in DTYPES:
+        stops = self.stop_token_ids
+        if stops is not None and (isinstance(stops, str) or not isinstance(stops, Sequence)):
+            raise ValueError(f"stop_token_ids must be a list of token ids, or None for the model's own, got {stops!r}.")
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
         _check_scores(self)
 

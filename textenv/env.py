@@ -47,7 +47,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     ...     action = env.action_space.sample()  # here goes your policy
     ...     observation, reward, terminated, truncated, info = env.step(action)
     >>> sorted(info)
-    ['finish_reason', 'reference_log_prob', 'response', 'score']
+    ['finish_reason', 'reference_log_prob', 'response', 'score', 'score_parts']
 
     ```
 

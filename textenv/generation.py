@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from textenv.kl import environment_reward, exact_kl
 from textenv.language_model import Reader, response_logits
-from textenv.masks import Masker, TokenSets
+from textenv.masks import Masker
 from textenv.prompts import Prompts
 from textenv.rewards import Episodes, Scores, concatenate, read_scores
 from textenv.sampling import Sampling, chosen_log_probs, sample
 from textenv.score_normalisation import normalise
 from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
 from textenv.task import Task
+from textenv.token_sets import TokenSets
 
 
 @dataclass(frozen=True)

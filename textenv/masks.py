@@ -1,4 +1,4 @@
-"""Action masks: which tokens may come next, and how whole rollouts remember it.
+"""Action masks: which tokens may come next. How rollouts remember it is in token_sets.py.
 
 A mask is advice to whoever samples. The environment shows it and takes any token all the same, so that clients
 that know no masks still work; the fast path and our learners obey it. Masks never change the reward: the
@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import regex
 import torch
@@ -227,103 +227,9 @@ class Masker:
         return self.readers
 
 
-@dataclass(frozen=True)
-class TokenSets:
-    """Sets of tokens for every position of a rollout, as the ids of the smaller side: in it, or not in it."""
-
-    ids: Tensor  # int32 [..., K], filled up with -1
-    inside: Tensor  # bool [...], true = the ids are the set, false = all others are
-
-    @staticmethod
-    def of(dense: Tensor) -> TokenSets:
-        """dense: bool [..., V], true = in the set."""
-        inside = 2 * dense.sum(-1) <= dense.shape[-1]
-        listed = torch.where(inside[..., None], dense, ~dense)
-        count = listed.sum(-1, keepdim=True)
-        width = int(count.max()) if count.numel() else 0
-        ids = torch.argsort(listed.int(), dim=-1, descending=True, stable=True)[..., :width].int()
-        return TokenSets(ids.where(torch.arange(width, device=ids.device) < count, -1), inside)
-
-    def dense(self, vocabulary: int) -> Tensor:
-        """Bool [..., V], true = in the set."""
-        shape = (*self.ids.shape[:-1], vocabulary + 1)  # a last column takes the filling
-        marked = torch.zeros(shape, dtype=torch.bool, device=self.ids.device)
-        marked.scatter_(-1, self.ids.long().where(self.ids >= 0, vocabulary), True)
-        return marked[..., :vocabulary] == self.inside[..., None]
-
-    @staticmethod
-    def stack(steps: Sequence[TokenSets]) -> TokenSets:
-        """Sets of [B] rows at R steps as sets of [B, R]."""
-        width = max(step.ids.shape[-1] for step in steps)
-        ids = [torch.nn.functional.pad(step.ids, (0, width - step.ids.shape[-1]), value=-1) for step in steps]
-        return TokenSets(torch.stack(ids, 1), torch.stack([step.inside for step in steps], 1))
-
-    def scatter(self, rows: Tensor, count: int) -> TokenSets:
-        """Sets of `count` rows: these at the indices `rows` [b], and all tokens elsewhere."""
-        ids = self.ids.new_full((count, self.ids.shape[-1]), -1)
-        inside = self.inside.new_zeros(count)
-        return TokenSets(ids.index_copy(0, rows, self.ids), inside.index_copy(0, rows, self.inside))
-
-
 def _listed(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
     """Bool [b, V] that is true at the ids of each row."""
     result = torch.zeros(len(rows), vocabulary, dtype=torch.bool)
     for row, ids in enumerate(rows):
         result[row, torch.tensor(ids, dtype=torch.long)] = True
     return result
-
-
-@dataclass(frozen=True)
-class MaskParts:
-    """What masks are built from."""
-
-    tokenizer: PreTrainedTokenizerBase
-    stop_token_ids: tuple[int, ...]
-    vocabulary: int
-    reference: Callable[[], PreTrainedModel]  # called where a mask policy needs a model to start from
-
-
-def build_masks(given: Any, parts: MaskParts, load_function: Callable[[str], Callable]) -> tuple[TokenMask, ...]:
-    """The masks that `action_mask` names: one, or several of which all must agree."""
-    if given is None:
-        return ()
-    if isinstance(given, list | tuple):
-        return tuple(mask for one in given for mask in build_masks(one, parts, load_function))
-    if isinstance(given, str):
-        return (_named(given, parts, load_function),)
-    if isinstance(given, NoSpecialTokens | MaskPolicy | AllowedIds | Pattern):
-        return (given,)
-    if callable(given):
-        name = getattr(given, "__name__", type(given).__name__)
-        return (AllowedIds(cast(Any, given), name, parts.vocabulary),)
-    raise ValueError(f"action_mask must be {_FORMS}, or a list of these; got {type(given).__name__}.")
-
-
-_FORMS = (
-    "'special', 'top_k:N', 'top_p:P', 'words:A,B,...', 'regex:PATTERN', 'module:function' or a function "
-    "f(prompt, response_ids) -> allowed ids"
-)
-
-
-def _named(name: str, parts: MaskParts, load_function: Callable[[str], Callable]) -> TokenMask:
-    kind, colon, rest = name.partition(":")
-    if name == "special":
-        return NoSpecialTokens(parts.tokenizer, parts.stop_token_ids, parts.vocabulary)
-    if kind in ("top_k", "top_p") and colon:
-        return MaskPolicy(parts.reference(), _kept(kind, rest))
-    if kind in ("regex", "words") and rest:
-        pattern = rest if kind == "regex" else word_list(rest.split(","))
-        return Pattern(pattern, parts.tokenizer, parts.stop_token_ids, parts.vocabulary)
-    if colon and kind and rest and kind not in ("regex", "words"):
-        return AllowedIds(load_function(name), name, parts.vocabulary)
-    raise ValueError(f"action_mask must be {_FORMS}, or a list of these; got {name!r}.")
-
-
-def _kept(kind: str, value: str) -> Sampling:
-    try:
-        keep = Sampling(top_k=int(value)) if kind == "top_k" else Sampling(top_p=float(value))
-    except ValueError as error:
-        raise ValueError(f"action_mask {kind}:{value} is no such mask: {error}") from error
-    if not keep.top_k and keep.top_p == 1:
-        raise ValueError(f"action_mask '{kind}:{value}' keeps every token; leave it out, or keep fewer.")
-    return keep

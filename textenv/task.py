@@ -13,7 +13,8 @@ from textenv import reviews
 from textenv.config import DTYPES, TextGenConfig
 from textenv.language_model import LanguageModel
 from textenv.loading import check_room, load_causal_lm, load_config, load_function, load_tokenizer, unwrap
-from textenv.masks import MaskParts, TokenMask, build_masks
+from textenv.mask_building import MaskParts, build_masks
+from textenv.masks import TokenMask
 from textenv.prompt_sources import PromptRows, read_prompts
 from textenv.prompts import Prompts, pad_token_id, tokenise, tokenise_chats
 from textenv.reward_building import Surroundings, build_reward

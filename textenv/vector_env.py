@@ -188,7 +188,7 @@ def _mode(given: str | AutoresetMode) -> AutoresetMode:
     names = {mode.value: mode for mode in AutoresetMode} | {mode.name: mode for mode in AutoresetMode}
     if isinstance(given, AutoresetMode):
         return given
-    if given not in names:
+    if not isinstance(given, str) or given not in names:
         raise ValueError(f"autoreset_mode must be one of {sorted(names)}, got {given!r}.")
     return names[given]
 
@@ -198,6 +198,6 @@ def _seeds(seed: int | Sequence[int | None] | None, rows: int) -> list[int | Non
         return [None] * rows
     if isinstance(seed, int | np.integer):
         return [int(seed) + row for row in range(rows)]
-    if len(seed) != rows:
-        raise ValueError(f"seed must be one number or {rows} of them (num_envs), got {len(seed)}.")
+    if not isinstance(seed, Sequence | np.ndarray) or isinstance(seed, str) or len(seed) != rows:
+        raise ValueError(f"seed must be one whole number or a list of {rows} (num_envs), got {seed!r}.")
     return list(seed)
