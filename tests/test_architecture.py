@@ -81,5 +81,12 @@ def test_import_direction(name):
 
 def test_every_room_is_on_the_plan():
     """A new module of the core is given its place in the order, or is one of those outside it."""
-    outside = {"__init__", "supervised", "reward_training"}
+    outside = {"__init__", "stable_baselines", "supervised", "reward_training"}
     assert {path.stem for path in (ROOT / "textenv").glob("*.py")} <= {*ORDER, *outside}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_stable_baselines_in_one_room(path):
+    """Only stable_baselines.py imports stable_baselines3, and nothing imports that: it is an extra."""
+    assert path.name == "stable_baselines.py" or not roots(path) & {"stable_baselines3", "sb3_contrib"}
+    assert "textenv.stable_baselines" not in imports(path)

@@ -1,0 +1,57 @@
+"""Stable-Baselines3's PPO on TextGen-v0, through the native vector environment.
+
+`pip install textenv[sb3]`, then `python examples/sb3_ppo.py` (about two minutes on one core)
+
+What it optimises: the environment pays the score and `kl_coef · log π_ref`; SB3's reward cannot hold `log π`, so its
+entropy bonus stands for the policy's own half of the penalty, at the present token only.
+"""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import torch
+import tyro
+from stable_baselines3 import PPO
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import VecMonitor
+from torch import Tensor
+from warm_start import SETTINGS, Comparison, Reader, compare
+
+from textenv.stable_baselines import VecEnvAdapter
+
+
+class Features(BaseFeaturesExtractor):
+    """The language model's hidden state, as SB3's policies want it."""
+
+    def __init__(self, observation_space: gym.Space, reader: Reader) -> None:
+        super().__init__(observation_space, features_dim=reader.width)
+        self.reader = reader
+
+    def forward(self, observation: dict[str, Tensor]) -> Tensor:
+        """Dict of [B, L] to [B, H]."""
+        return self.reader(observation["input_ids"], observation["attention_mask"])
+
+
+def main(steps: int = 16384, rows: int = 32, rollout: int = 64, episodes: int = 128, seed: int = 0) -> Comparison:
+    """Learns from `steps` tokens, `rows` episodes side by side."""
+    torch.manual_seed(seed)
+    env = VecMonitor(VecEnvAdapter(gym.make_vec("TextGen-v0", num_envs=rows, autoreset_mode="SameStep", **SETTINGS)))
+    reader = Reader()
+    model = PPO(
+        "MultiInputPolicy",
+        env,
+        policy_kwargs=dict(
+            features_extractor_class=Features,
+            features_extractor_kwargs=dict(reader=reader),
+            net_arch=[],  # the output layers read the hidden state itself
+            ortho_init=False,
+        ),
+        **dict(n_steps=rollout, batch_size=256, n_epochs=2, learning_rate=1e-3, gamma=1.0, ent_coef=0.003),
+        seed=seed,
+    )
+    reader.start(model.policy.action_net)
+    return compare(lambda observation: model.predict(observation)[0], lambda: model.learn(steps), episodes)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,120 @@
+"""What the examples of clients share: a policy that starts as the supervised model, and one way to keep score.
+
+A client's networks want vectors. Here a vector is what the language model makes of the context just before it
+chooses a token, its last hidden state; and the layer that turns it into logits starts as the model's own. So every
+client starts where RLHF starts, at the reference, and its gain can be given in standard deviations of the
+reference's scores.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import textenv
+from textenv.generation import generate, judge
+from textenv.sampling import Sampling
+from textenv.state import position_ids
+
+# The embedded reviews, a little shorter. The environment's half of the penalty is paid in the reward; what stands for
+# the policy's half is each client's to say.
+HELD_OUT = "textenv.reviews:held_out_prompts"
+SETTINGS: dict[str, Any] = {"max_new_tokens": 24, "kl_coef": 0.05}
+
+
+class Reader(nn.Module):
+    """The reference's transformer: contexts [B, L] to hidden states [B, H], the last `trainable` layers to be trained."""
+
+    def __init__(self, trainable: int = 1) -> None:
+        super().__init__()
+        config = textenv.TextGenConfig(**SETTINGS, prompts=["unread"])
+        reference: Any = textenv.build_task(config).load_reference().model
+        self.body = copy.deepcopy(reference.transformer).requires_grad_(False)
+        self.body.h[len(self.body.h) - trainable :].requires_grad_(True)
+        self.width = reference.config.n_embd  # H
+        self.output = reference.lm_head.weight / config.temperature  # [V, H], to start an output layer with
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden state of the last real token; clients may have made floats of both arguments."""
+        used = (attention_mask > 0).any(0)  # columns that are padding in every row cost work for nothing
+        ids, mask = input_ids[:, used].long(), attention_mask[:, used].long()
+        positions = position_ids(mask)
+        hidden = self.body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        return hidden.last_hidden_state[torch.arange(len(ids)), (mask * torch.arange(ids.shape[1])).argmax(1)]
+
+    def start(self, layer: nn.Linear) -> None:
+        """Makes a new output layer give the reference's logits."""
+        with torch.no_grad():
+            layer.weight.copy_(self.output)
+            layer.bias.zero_()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of some responses, and what they said."""
+
+    values: NDArray[np.float64]
+    responses: list[str]
+
+    def __str__(self) -> str:
+        return f"score {self.values.mean():+.2f}, standard deviation {self.values.std():.2f}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A policy before and after it learned, and the reference."""
+
+    before: Scores
+    after: Scores
+    reference: Scores
+
+    @property
+    def gain(self) -> float:
+        """By how much the mean score rose, in standard deviations of the reference's scores."""
+        return float((self.after.values.mean() - self.before.values.mean()) / self.reference.values.std())
+
+
+Act = Callable[[dict[str, NDArray]], NDArray]  # observations of n rows -> n tokens
+
+
+def compare(act: Act, learn: Callable[[], object], episodes: int) -> Comparison:
+    """Measures a policy on held-out prompts, lets it learn, measures again, and prints what came of it."""
+    reference, before, started = score_reference(episodes), score(act, episodes), time.perf_counter()
+    learn()
+    seconds = time.perf_counter() - started
+    found = Comparison(before, score(act, episodes), reference)
+    print(f"reference  {reference}\nbefore     {before}\nafter      {found.after}")
+    print(f"gain: {found.gain:.2f} standard deviations of the reference's scores, in {seconds:.0f} seconds")
+    print("\n".join(f"    {text.strip()!r}" for text in found.after.responses[:4]))
+    return found
+
+
+def score(act: Act, episodes: int) -> Scores:
+    """The first episode of each of `episodes` rows, on held-out prompts."""
+    env = gym.make_vec("TextGen-v0", num_envs=episodes, **{**SETTINGS, "prompts": HELD_OUT, "kl_coef": 0})
+    observation, _ = env.reset(seed=0)
+    values, responses = np.full(episodes, np.nan), [""] * episodes
+    while np.isnan(values).any():
+        observation, _, _, _, infos = env.step(act(observation))
+        for row in np.flatnonzero(infos.get("_score", False) & np.isnan(values)):
+            values[row], responses[row] = infos["score"][row], infos["response"][row]
+    return Scores(values, responses)
+
+
+def score_reference(episodes: int) -> Scores:
+    """The supervised model itself on held-out prompts."""
+    task = textenv.build_task(textenv.TextGenConfig(**{**SETTINGS, "prompts": HELD_OUT}))
+    prompts = task.prompts.select(range(episodes))
+    sampling, generator = Sampling(temperature=task.config.temperature), torch.Generator().manual_seed(0)
+    state = generate(task, task.load_reference().model, prompts, sampling, generator).state
+    judged = judge(task, state, prompts.texts)
+    return Scores(judged.score.double().numpy(), judged.responses)
