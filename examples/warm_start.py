@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
 import textenv
 from textenv.generation import generate, judge
@@ -32,7 +33,7 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 24, "kl_coef": 0.05}
 
 
 class Reader(nn.Module):
-    """The reference's transformer: contexts [B, L] to hidden states [B, H], the last `trainable` layers to be trained."""
+    """The reference's transformer: texts [..., L] to hidden states [..., H]; the last `trainable` layers learn."""
 
     def __init__(self, trainable: int = 1) -> None:
         super().__init__()
@@ -43,19 +44,41 @@ class Reader(nn.Module):
         self.width = reference.config.n_embd  # H
         self.output = reference.lm_head.weight / config.temperature  # [V, H], to start an output layer with
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Hidden state of the last real token; clients may have made floats of both arguments."""
-        used = (attention_mask > 0).any(0)  # columns that are padding in every row cost work for nothing
-        ids, mask = input_ids[:, used].long(), attention_mask[:, used].long()
-        positions = position_ids(mask)
+    def forward(self, input_ids: Any, attention_mask: Any) -> Tensor:
+        """Hidden state of the last real token [..., H] of texts [..., L]; clients hand over arrays, ints or floats."""
+        shape, width = np.shape(input_ids)[:-1], np.shape(input_ids)[-1]
+        ids, mask = (torch.as_tensor(one).reshape(-1, width).long() for one in (input_ids, attention_mask))
+        used = mask.any(0)  # columns that are padding in every row cost work for nothing
+        ids, mask = ids[:, used], mask[:, used]
+        positions = position_ids(mask)  # [B, l]
         hidden = self.body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        return hidden.last_hidden_state[torch.arange(len(ids)), (mask * torch.arange(ids.shape[1])).argmax(1)]
+        last = (mask * torch.arange(ids.shape[1])).argmax(1)
+        return hidden.last_hidden_state[torch.arange(len(ids)), last].view(*shape, self.width)
 
-    def start(self, layer: nn.Linear) -> None:
-        """Makes a new output layer give the reference's logits."""
+    def start(self, layer: nn.Linear) -> nn.Linear:
+        """Makes an output layer, H to V, give the reference's logits."""
         with torch.no_grad():
             layer.weight.copy_(self.output)
             layer.bias.zero_()
+        return layer
+
+    def output_layer(self) -> nn.Linear:
+        """A new one, H to V, that gives the reference's logits."""
+        return self.start(nn.Linear(self.width, len(self.output)))
+
+
+class ActorCritic(nn.Module):
+    """A policy and its critic on one reader, for clients that take any module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader = Reader()
+        self.actor, self.critic = self.reader.output_layer(), nn.Linear(self.reader.width, 1)
+
+    def forward(self, observation: Any) -> tuple[Categorical, Tensor]:
+        """The distribution of the next token and the value of the context, [n] each."""
+        hidden = self.reader(observation["input_ids"], observation["attention_mask"])
+        return Categorical(logits=self.actor(hidden), validate_args=False), self.critic(hidden)[:, 0]
 
 
 @dataclass(frozen=True)
