@@ -53,7 +53,7 @@ def main(steps: int = 8192, rows: int = 32, rollout: int = 32, episodes: int = 1
             observation, valid, data = play(env, agent, observation, valid, rollout)
             update(agent, optimizer, data)
 
-    return compare(lambda observation: agent(observation)[0].sample().numpy(), learn, episodes)
+    return compare(agent.act, learn, episodes)
 
 
 if __name__ == "__main__":

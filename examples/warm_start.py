@@ -75,6 +75,11 @@ class ActorCritic(nn.Module):
         self.reader = Reader()
         self.actor, self.critic = self.reader.output_layer(), nn.Linear(self.reader.width, 1)
 
+    @torch.no_grad()
+    def act(self, observation: Any) -> NDArray:
+        """One sampled token a row."""
+        return self(observation)[0].sample().numpy()
+
     def forward(self, observation: Any) -> tuple[Categorical, Tensor]:
         """The distribution of the next token and the value of the context, [n] each."""
         hidden = self.reader(observation["input_ids"], observation["attention_mask"])
