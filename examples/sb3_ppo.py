@@ -32,7 +32,7 @@ class Features(BaseFeaturesExtractor):
         return self.reader(observation["input_ids"], observation["attention_mask"])
 
 
-def main(steps: int = 8192, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
+def main(steps: int = 4096, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
     """Learns from `steps` tokens, `rows` episodes side by side."""
     torch.manual_seed(seed)
     env = VecMonitor(VecEnvAdapter(gym.make_vec("TextGen-v0", num_envs=rows, autoreset_mode="SameStep", **SETTINGS)))
