@@ -47,7 +47,9 @@ def same(got, wanted, where):
         assert got.dtype == wanted.dtype and got.shape == wanted.shape, f"{where}: {got!r} and {wanted!r}"
         np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE, err_msg=where)
     else:
-        assert got == (pytest.approx(wanted, abs=TOLERANCE) if isinstance(wanted, float | np.floating) else wanted), where
+        assert got == (pytest.approx(wanted, abs=TOLERANCE) if isinstance(wanted, float | np.floating) else wanted), (
+            where
+        )
 
 
 def play(env, actions, seed):
@@ -60,16 +62,16 @@ def play(env, actions, seed):
     return story
 
 
-@pytest.mark.parametrize("kl_coef", [0, 0.3])
-def test_equals_dummy_vec_env(ragged, kl_coef):
+@pytest.mark.parametrize("changes", [{"kl_coef": 0}, {"kl_coef": 0.3, "action_mask": "special"}], ids=["bare", "full"])
+def test_equals_dummy_vec_env(ragged, changes):
     """Observations, float32 rewards, ends, infos with their last observations, and VecMonitor's episodes: all equal."""
-    ragged = {**ragged, "kl_coef": kl_coef}
+    ragged = {**ragged, **changes}
     actions = np.random.default_rng(0).integers(tiny.VOCABULARY, size=(30, 3))
     actions[0] = actions[20] = 5  # all rows end at once, at their first token
     dummy = DummyVecEnv([lambda: gym.make("TextGen-v0", **ragged)] * 3)
     got, wanted = (play(VecMonitor(env), actions, 7) for env in (adapted(3, **ragged), dummy))
     same(got, wanted, "story")
-    infos = [info for part in got[4::5] for info in part]
+    infos = [info for part in got[5::5] for info in part]
     ends = [info for info in infos if "terminal_observation" in info]
     assert len(infos) == 90 and 10 < len(ends) < 90
     assert all({"episode", "score", "finish_reason", "response"} <= info.keys() for info in ends)
@@ -79,7 +81,7 @@ def test_equals_dummy_vec_env(ragged, kl_coef):
 def test_time_limit(ragged):
     """What Gymnasium's TimeLimit cut is `TimeLimit.truncated`, so that SB3 bootstraps there and only there."""
     ragged = {**ragged, "max_episode_steps": 2}
-    actions = np.array([[70, 80], [80, 80], [80, 3], [3, 80], [80, 80]])
+    actions = np.array([[70, 80], [80, 80], [80, 3], [80, 80], [3, 80]])  # 70 and 3 stop, the last at the limit
     sync = gym.make_vec(
         "TextGen-v0",
         num_envs=2,
@@ -90,8 +92,8 @@ def test_time_limit(ragged):
     dummy = DummyVecEnv([lambda: gym.make("TextGen-v0", **ragged)] * 2)
     got, wanted = (play(env, actions, 3) for env in (VecEnvAdapter(sync), dummy))
     same(got, wanted, "story")
-    cut = [[info["TimeLimit.truncated"] for info in infos] for infos in got[4::5]]
-    assert cut == [[False, False], [False, True], [False, False], [False, False], [True, True]]
+    cut = [[info["TimeLimit.truncated"] for info in infos] for infos in got[5::5]]
+    assert cut == [[False, False], [False, True], [True, False], [False, False], [False, True]]
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
@@ -119,32 +121,46 @@ def test_refuses_other_autoreset_modes(ragged, mode):
         VecEnvAdapter(gym.make_vec("TextGen-v0", num_envs=2, autoreset_mode=mode, **ragged))
 
 
-class Masked(TextGenVectorEnv):
-    """Even tokens only in even rows, all in odd ones."""
+class Talkative(TextGenVectorEnv):
+    """Has a method that answers once, not once a row."""
 
-    def action_masks(self):
-        even = np.arange(tiny.VOCABULARY) % 2 == 0
-        return np.stack([even if row % 2 == 0 else np.ones_like(even) for row in range(self.num_envs)])
+    def word_count(self):
+        return 3
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_methods_of_rows(ragged):
-    """A method that answers for all rows is split, as sb3-contrib asks for masks; one that does not is refused."""
-    env = VecEnvAdapter(Masked(3, autoreset_mode="SameStep", render_mode="ansi", **ragged))
+    """A method that answers for all rows is split among them; one that does not is refused."""
+    env = VecEnvAdapter(Talkative(3, autoreset_mode="SameStep", render_mode="ansi", **ragged))
     env.seed(0)
     env.reset()
-    masks = env.env_method("action_masks")
-    assert [mask.sum() for mask in masks] == [150, 300, 150] and masks[0].dtype == np.bool_
-    assert [mask.sum() for mask in env.env_method("action_masks", indices=[1])] == [300]
-    assert env.has_attr("action_masks") and not adapted(2, **ragged).has_attr("action_masks")
-    assert env.render_mode == "ansi" and all("\x1b[90m" in text for text in env.env_method("render"))
-    with pytest.raises(ValueError, match="'__len__' must answer once a row, 3 times.*got int"):
-        env.env.unwrapped.__class__.__len__ = lambda self: 3
-        try:
-            env.env_method("__len__")
-        finally:
-            del env.env.unwrapped.__class__.__len__
-    env.close()
+    texts = env.env_method("render")
+    assert env.render_mode == "ansi" and all("\x1b[90m" in text for text in texts)
+    assert env.env_method("render", indices=[2, 0]) == [texts[2], texts[0]] and env.env_method("close") == [None] * 3
+    with pytest.raises(ValueError, match=r"'word_count' must answer once a row, 3 times.*got int; call it on the env"):
+        env.env_method("word_count")
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_masks_for_sb3_contrib(ragged):
+    """sb3-contrib finds the masks of all rows, those of single environments, after automatic resets too."""
+    utils = pytest.importorskip("sb3_contrib.common.maskable.utils")
+    ragged = {**ragged, "action_mask": "top_k:9"}
+    env, dummy = adapted(3, **ragged), DummyVecEnv([lambda: gym.make("TextGen-v0", **ragged)] * 3)
+    assert utils.is_masking_supported(env)
+    for one in (env, dummy):
+        one.seed(4)
+        one.reset()
+    seen = []
+    for actions in np.random.default_rng(0).integers(tiny.VOCABULARY, size=(12, 3)):
+        seen.append(utils.get_action_masks(env))
+        assert seen[-1].dtype == np.bool_ and (seen[-1].sum(1) == 9).all()
+        np.testing.assert_array_equal(seen[-1], utils.get_action_masks(dummy))
+        (*_, dones, infos), _ = env.step(actions), dummy.step(actions)
+        after = utils.get_action_masks(env)
+        for row in np.flatnonzero(~dones):
+            np.testing.assert_array_equal(infos[row]["action_mask"], after[row])
+    assert not (seen[0] == seen[1]).all()
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)

@@ -86,9 +86,11 @@ class VecEnvAdapter(VecEnv):
             )
         setattr(self.env.unwrapped, attr_name, value)
 
-    def env_method(self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
         """Calls a method that answers for all rows (`action_masks`, `render`) and gives the answers of some."""
-        answer = getattr(self.env.unwrapped, method_name)(*method_args, **kwargs)
+        answer = getattr(self.env.unwrapped, method_name)(*method_args, **method_kwargs)
         answers = [None] * self.num_envs if answer is None else answer
         if not isinstance(answers, Sequence | np.ndarray) or len(answers) != self.num_envs:
             raise ValueError(
