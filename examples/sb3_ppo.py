@@ -32,7 +32,7 @@ class Features(BaseFeaturesExtractor):
         return self.reader(observation["input_ids"], observation["attention_mask"])
 
 
-def main(steps: int = 4096, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
+def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
     """Learns from `steps` tokens, `rows` episodes side by side."""
     torch.manual_seed(seed)
     env = VecMonitor(VecEnvAdapter(gym.make_vec("TextGen-v0", num_envs=rows, autoreset_mode="SameStep", **SETTINGS)))
@@ -50,7 +50,7 @@ def main(steps: int = 4096, rows: int = 32, rollout: int = 32, episodes: int = 1
         seed=seed,
     )
     reader.start(model.policy.action_net)
-    return compare(lambda observation: model.predict(observation)[0], lambda: model.learn(steps), episodes)
+    return compare(lambda observation, infos: model.predict(observation)[0], lambda: model.learn(steps), episodes)
 
 
 if __name__ == "__main__":

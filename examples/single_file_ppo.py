@@ -41,7 +41,7 @@ def update(agent, optimizer, data, epochs=2):
         optimizer.step()
 
 
-def main(steps: int = 4096, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
+def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
     """Learns from about `steps` tokens, `rows` episodes side by side."""
     torch.manual_seed(seed)
     env, agent = gym.make_vec("TextGen-v0", num_envs=rows, **SETTINGS), ActorCritic()

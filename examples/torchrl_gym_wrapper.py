@@ -17,7 +17,7 @@ from warm_start import SETTINGS, ActorCritic, Comparison, compare
 import textenv  # noqa: F401  registers TextGen-v0
 
 
-def main(steps: int = 4096, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
+def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
     """Learns from `steps` tokens, `rows` episodes side by side."""
     torch.manual_seed(seed)
     native = gym.make_vec("TextGen-v0", num_envs=rows, autoreset_mode="Disabled", **SETTINGS)

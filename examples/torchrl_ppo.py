@@ -47,7 +47,7 @@ def learn(env: EnvBase, agent: ActorCritic, steps: int, rollout: int) -> None:
             optimizer.step()
 
 
-def main(steps: int = 4096, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
+def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
     """Learns from `steps` tokens, `rows` episodes side by side."""
     torch.manual_seed(seed)
     env, agent = TextGenTorchEnv(build_task(TextGenConfig(**SETTINGS)), rows, seed), ActorCritic()

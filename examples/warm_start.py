@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class ActorCritic(nn.Module):
         self.actor, self.critic = self.reader.output_layer(), nn.Linear(self.reader.width, 1)
 
     @torch.no_grad()
-    def act(self, observation: Any) -> NDArray:
+    def act(self, observation: Any, infos: Any = None) -> NDArray:
         """One sampled token a row."""
         return self(observation)[0].sample().numpy()
 
@@ -111,37 +111,38 @@ class Comparison:
         return float((self.after.values.mean() - self.before.values.mean()) / self.reference.values.std())
 
 
-Act = Callable[[dict[str, NDArray]], NDArray]  # observations of n rows -> n tokens
+Act = Callable[[dict[str, NDArray], dict[str, Any]], NDArray]  # observations and infos of n rows -> n tokens
 
 
-def compare(act: Act, learn: Callable[[], object], episodes: int) -> Comparison:
+def compare(act: Act, learn: Callable[[], object], episodes: int, settings: Mapping[str, Any] = SETTINGS) -> Comparison:
     """Measures a policy on held-out prompts, lets it learn, measures again, and prints what came of it."""
-    reference, before, started = score_reference(episodes), score(act, episodes), time.perf_counter()
+    reference, before = score_reference(episodes, settings), score(act, episodes, settings)
+    started = time.perf_counter()
     learn()
     seconds = time.perf_counter() - started
-    found = Comparison(before, score(act, episodes), reference)
+    found = Comparison(before, score(act, episodes, settings), reference)
     print(f"reference  {reference}\nbefore     {before}\nafter      {found.after}")
     print(f"gain: {found.gain:.2f} standard deviations of the reference's scores, in {seconds:.0f} seconds")
     print("\n".join(f"    {text.strip()!r}" for text in found.after.responses[:4]))
     return found
 
 
-def score(act: Act, episodes: int) -> Scores:
+def score(act: Act, episodes: int, settings: Mapping[str, Any]) -> Scores:
     """The first episode of each of `episodes` rows, on held-out prompts."""
-    env = gym.make_vec("TextGen-v0", num_envs=episodes, **{**SETTINGS, "prompts": HELD_OUT, "kl_coef": 0})
-    observation, _ = env.reset(seed=0)
+    env = gym.make_vec("TextGen-v0", num_envs=episodes, **{**settings, "prompts": HELD_OUT, "kl_coef": 0})
+    observation, infos = env.reset(seed=0)
     values, responses = np.full(episodes, np.nan), [""] * episodes
     while np.isnan(values).any():
-        observation, _, _, _, infos = env.step(act(observation))
+        observation, _, _, _, infos = env.step(act(observation, infos))
         for row in np.flatnonzero(infos.get("_score", False) & np.isnan(values)):
             values[row], responses[row] = infos["score"][row], infos["response"][row]
     return Scores(values, responses)
 
 
-def score_reference(episodes: int) -> Scores:
+def score_reference(episodes: int, settings: Mapping[str, Any]) -> Scores:
     """The supervised model itself on held-out prompts."""
-    task = textenv.build_task(textenv.TextGenConfig(**{**SETTINGS, "prompts": HELD_OUT}))
-    prompts = task.prompts.select(range(episodes))
+    task = textenv.build_task(textenv.TextGenConfig(**{**settings, "prompts": HELD_OUT}))
+    prompts = task.prompts.select([row % len(task.prompts) for row in range(episodes)])
     sampling, generator = Sampling(temperature=task.config.temperature), torch.Generator().manual_seed(0)
     state = generate(task, task.load_reference().model, prompts, sampling, generator).state
     judged = judge(task, state, prompts.texts)

@@ -1,0 +1,49 @@
+"""sb3-contrib's MaskablePPO on TextGen-v0: the policy chooses among the 20 tokens that the reference likes best.
+
+`pip install textenv[sb3]`, then `python examples/sb3_maskable_ppo.py` (a minute and a half on one core)
+
+That is the mask of NLPO (Ramamurthy et al. 2023), here without refreshing it. It needs no entropy bonus or penalty to
+keep texts well-formed, so `kl_coef=0`; the score is all that is optimised.
+"""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import torch
+import tyro
+from sb3_contrib import MaskablePPO
+from sb3_ppo import Features
+from stable_baselines3.common.vec_env import VecMonitor
+from warm_start import SETTINGS, Comparison, Reader, compare
+
+from textenv.stable_baselines import VecEnvAdapter
+
+
+def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
+    """Learns from `steps` tokens, `rows` episodes side by side."""
+    torch.manual_seed(seed)
+    settings = {**SETTINGS, "kl_coef": 0, "action_mask": "top_k:20"}
+    env = VecMonitor(VecEnvAdapter(gym.make_vec("TextGen-v0", num_envs=rows, autoreset_mode="SameStep", **settings)))
+    reader = Reader()
+    model = MaskablePPO(
+        "MultiInputPolicy",
+        env,
+        policy_kwargs=dict(
+            features_extractor_class=Features,
+            features_extractor_kwargs=dict(reader=reader),
+            net_arch=[],  # the output layers read the hidden state itself
+            ortho_init=False,
+        ),
+        **dict(n_steps=rollout, batch_size=256, n_epochs=2, learning_rate=1e-3, gamma=1.0),
+        seed=seed,
+    )
+    reader.start(model.policy.action_net)
+
+    def act(observation, infos):
+        return model.predict(observation, action_masks=infos["action_mask"].astype(bool))[0]
+
+    return compare(act, lambda: model.learn(steps), episodes, settings)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
