@@ -42,7 +42,7 @@ class Critic(Actor):
         return self.agent(obs)[1]
 
 
-def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
+def main(steps: int = 4096, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
     """Learns from `steps` tokens, `rows` episodes side by side."""
     torch.manual_seed(seed)
     env, agent = DummyVectorEnv([lambda: WithoutInfo(gym.make("TextGen-v0", **SETTINGS))] * rows), ActorCritic()

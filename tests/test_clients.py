@@ -29,8 +29,9 @@ TOLERANCE = 1e-4  # cached and whole forwards add the same float32 numbers in an
 
 @pytest.fixture(autouse=True)
 def examples_on_path(monkeypatch):
-    """`python examples/x.py` finds its neighbours; so must we."""
+    """`python examples/x.py` finds its neighbours; so must we. Tianshou's compiler would take longer than all tests."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
 
 
 @pytest.fixture
