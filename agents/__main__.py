@@ -117,10 +117,10 @@ def generate_command(
             raise ValueError(
                 "--colour shows the policy as it was trained; leave out --temperature, --top-k and --top-p."
             )
-        print("
-".join(shaded_responses(run_folder, task, actor, prompts, generator, colour)))
+        scale, texts = shaded_responses(run_folder, task, prompts, generator, colour)
+        print(f"[{colour}: blue below zero, red above, strongest at {scale:.2g}]", *texts, sep="\n")
         return
-    state = generate(task, actor, prompts, sampling, generator).state
+    state = generate(task, _load_actor(run_folder, task.device), prompts, sampling, generator).state
     judged = judge(task.measured(), state, prompts.texts, columns=prompts.columns)
     for score, response in zip(judged.score.tolist(), judged.responses, strict=True):
         print(f"[score {score:+.2f}] {prompt}{response}")

@@ -8,7 +8,7 @@ import math
 import gymnasium as gym
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
@@ -54,7 +54,7 @@ JUNK = st.one_of(
     st.sampled_from([len, print, Odd, np.arange(3), {1, 2}, shared(3), shared(Odd())]),
 )
 MANY = settings(
-    max_examples=600,
+    max_examples=400,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
@@ -102,6 +102,7 @@ def test_actions(action):
 )
 def test_reset_and_construction(value, which):
     """Any seed, options, number of rows and mode: it works, or it is an error in words."""
+    assume(which != "num_envs" or not isinstance(value, int) or value < 100)  # an honest million would fill the memory
     try:
         if which in ("seed", "options", "reset_mask"):
             env = TextGenVectorEnv(2, **BASE)
