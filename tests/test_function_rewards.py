@@ -20,6 +20,7 @@ from tests import tiny
 from tests.episodes import written
 from textenv import TextGenConfig, build_task, per_response, reads_episodes, shared
 from textenv.calling import CallFailed, CallOverdue, call_each
+from textenv.conformance import check_faces
 from textenv.function_rewards import FunctionReward
 from textenv.reward_building import check_columns
 from textenv.rewards import WeightedSum
@@ -232,6 +233,25 @@ def test_missing_columns_are_named():
     with pytest.raises(ValueError, match=says.format(r"\['reference'\]")):
         check_columns(WeightedSum([(1.0, reward)]), ["reference"])
     check_columns(WeightedSum([(1.0, reward)]), ["answer", "more"])
+
+
+def test_columns_of_the_prompts_in_the_environment(settings):
+    """Fields of the prompts reach the functions in every face; a missing one is refused when the environment is made."""
+    letters = tiny.tokenizer()
+    prompts = [{"prompt": "a", "answer": "x"}, {"prompt": "the cat", "answer": "y"}]
+    reward = {"textenv.scores:exact_match": 1.0, "tests.test_function_rewards:letters": 0.1}
+    settings = {**settings, "prompts": prompts, "reward": reward, "kl_coef": 0}
+    env = gym.make("TextGen-v0", **settings)
+    for index, right in enumerate("xy"):
+        for text in "xy":
+            env.reset(options={"prompt_index": index})
+            env.step(letters(text).input_ids[0])
+            *_, info = env.step(tiny.END)
+            assert info["score_parts"] == dict(zip(reward, (float(text == right), 1.0), strict=True))
+    task = build_task(TextGenConfig(**{**settings, "stop_token_ids": [tiny.END, *letters("xyz").input_ids]}))
+    check_faces(task, rows=2)
+    with pytest.raises(ValueError, match=r"'textenv.scores:exact_match' needs the prompts' column 'answer'"):
+        gym.make("TextGen-v0", **{**settings, "prompts": ["a", "b"]})
 
 
 @pytest.mark.parametrize("function", [lambda: [], lambda responses: [], per_response()(lambda *, prompt: 0)])

@@ -17,7 +17,7 @@ from textenv.mask_building import MaskParts, build_masks
 from textenv.masks import TokenMask
 from textenv.prompt_sources import PromptRows, read_prompts
 from textenv.prompts import Prompts, pad_token_id, tokenise, tokenise_chats
-from textenv.reward_building import Surroundings, build_reward
+from textenv.reward_building import Surroundings, build_reward, check_columns
 from textenv.rewards import Reward
 from textenv.samplers import PromptSampler, make_sampler
 from textenv.score_normalisation import Normaliser, make_normaliser, paid_part_names
@@ -98,6 +98,7 @@ def build_task(config: TextGenConfig) -> Task:
     reward = build_reward(config.reward, Surroundings(config, tokenizer, vocabulary, device))
     normaliser = make_normaliser(config)
     paid_part_names(reward, normaliser)  # refuses names that collide
+    check_columns(reward, rows.columns)
     return Task(
         config=config,
         tokenizer=tokenizer,
