@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -19,6 +19,7 @@ from agents.algorithms import find_algorithm
 from agents.checkpoint import load_config
 from agents.config import TrainConfig
 from agents.evaluation import find_gold, split_prompts
+from agents.shading import shaded_responses
 from textenv.generation import generate, judge
 from textenv.loading import load_model
 from textenv.reward_training import DEFAULT, RewardConfig, train_reward_model
@@ -90,6 +91,7 @@ def generate_command(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    colour: Literal["none", "penalty", "advantage"] = "none",
 ) -> None:
     """Let a trained policy answer a prompt of your own.
 
@@ -101,6 +103,7 @@ def generate_command(
         top_k: Sample among the k likeliest tokens; 0 is all, 1 is greedy.
         top_p: Sample among the likeliest tokens that together reach this probability.
         seed: Of the sampling.
+        colour: Show each token's penalty or advantage as its colour, for the run's own sampling.
     """
     config, _ = load_config(run_folder)
     task = run.make_task(config)
@@ -109,6 +112,14 @@ def generate_command(
     )
     prompts = task.read_prompts([prompt] * samples)
     generator = torch.Generator(task.device).manual_seed(seed)
+    if colour != "none":
+        if sampling != Sampling(temperature=task.config.temperature):
+            raise ValueError(
+                "--colour shows the policy as it was trained; leave out --temperature, --top-k and --top-p."
+            )
+        scale, texts = shaded_responses(run_folder, task, prompts, generator, colour)
+        print(f"[{colour}: blue below zero, red above, strongest at {scale:.2g}]", *texts, sep="\n")
+        return
     state = generate(task, _load_actor(run_folder, task.device), prompts, sampling, generator).state
     judged = judge(task.measured(), state, prompts.texts, columns=prompts.columns)
     for score, response in zip(judged.score.tolist(), judged.responses, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from agents.__main__ import main
+from agents.shading import shaded_responses
+from textenv import TextGenConfig, build_task
+from textenv.render import ABOVE, BELOW
 
 SHRUNK = [
     "--iterations",
@@ -107,6 +113,31 @@ def test_generate_answers_a_prompt(trained):
     result = agents("generate", "--run", "runs/whole", "--prompt", prompt, "--samples", "2", folder=trained)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(f"] {prompt}") == 2 and result.stdout.count("[score ") == 2
+
+
+def test_generate_colours_tokens(trained, monkeypatch, capsys):
+    """`--colour` shows the same responses, each token in the colour of its penalty or advantage, with a legend."""
+    monkeypatch.chdir(trained)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = {}
+    for colour in ("none", "penalty", "advantage"):
+        main(["generate", "--run", "runs/whole", "--prompt", "Review of the kettle", "--colour", colour])
+        shown[colour] = capsys.readouterr().out
+    for colour in ("penalty", "advantage"):
+        first, _, rest = shown[colour].partition("\n")
+        assert first.startswith(f"[{colour}: blue below zero, red above, strongest at ")
+        assert re.sub(r"\x1b\[[0-9;]*m", "", rest) == shown["none"]
+        assert any(f"38;5;{code}m" in rest for code in (BELOW[2], ABOVE[2]))  # the greatest is at full strength
+    assert shown["penalty"] != shown["advantage"]
+    with pytest.raises(SystemExit, match="leave out --temperature"):
+        main(["generate", "--run", "runs/whole", "--prompt", "a", "--colour", "penalty", "--top-k", "5"])
+
+
+def test_no_penalty_has_no_colour():
+    """Without a penalty there is none to show: refused, with the other shade."""
+    task = build_task(TextGenConfig(kl_coef=0))
+    with pytest.raises(ValueError, match=r"kl_coef=0.*colour them by advantage"):
+        shaded_responses(Path("unread"), task, task.prompts.select([0]), torch.Generator(), "penalty")
 
 
 def test_killed_and_resumed_equals_uninterrupted(trained):
