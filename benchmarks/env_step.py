@@ -1,8 +1,9 @@
 """What a step of the environment costs: time beside single environments, time outside the models, memory.
 
-`python -m benchmarks.env_step`. Random tokens, so that nothing but the environment is measured. Four questions:
-how much faster the native vector environment is than as many single ones; which share of its step is no model
-forward; whether a step grows dearer as the text grows; and whether memory stays what caches and arrays need.
+`python -m benchmarks.env_step`. Random tokens, so that nothing but the environment is measured. Five questions: how
+soon it is ready; how much faster the native vector environment is than as many single ones; which share of its step
+is no model forward; whether a step grows dearer as the text grows; and whether memory stays what caches and arrays
+need.
 """
 
 from __future__ import annotations
@@ -136,6 +137,13 @@ def nothing(prompts: list[str], responses: list[str]) -> list[float]:
     return [0.0] * len(prompts)
 
 
+def ready(settings: Settings) -> dict[str, Any]:
+    """Seconds from `gym.make("TextGen-v0")` to the first observation, in this process's first use of it."""
+    started = time.perf_counter()
+    gym.make("TextGen-v0").reset(seed=settings.seed)
+    return {"what": "seconds until the first observation", "seconds": time.perf_counter() - started}
+
+
 def memory(settings: Settings) -> list[dict[str, Any]]:
     """Memory that 64 rows take beside what their caches and arrays need, and its growth over many episodes."""
     process = psutil.Process()
@@ -171,8 +179,14 @@ def memory(settings: Settings) -> list[dict[str, Any]]:
 
 
 def main(settings: Settings) -> None:
-    """Measures all four and prints a table."""
-    results = [*memory(settings), *against_single(settings), outside_models(settings), growing_text(settings)]
+    """Measures all five and prints a table."""
+    results = [
+        ready(settings),
+        *memory(settings),
+        *against_single(settings),
+        outside_models(settings),
+        growing_text(settings),
+    ]
     path = rows.write("env_step", results, vars(settings) | {"textenv": textenv.__version__})
     for row in results:
         numbers = "  ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, int | float))
