@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -17,7 +17,7 @@ import textenv
 from agents import report, run
 from agents.algorithms import find_algorithm
 from agents.checkpoint import load_config
-from agents.config import TrainConfig
+from agents.config import GenerateConfig, TrainConfig
 from agents.evaluation import find_gold, split_prompts
 from agents.shading import shaded_responses
 from textenv.generation import generate, judge
@@ -84,46 +84,27 @@ def evaluate_command(run_folder: Annotated[Path, tyro.conf.arg(name="run")], out
 
 
 def generate_command(
-    run_folder: Annotated[Path, tyro.conf.arg(name="run")],
-    prompt: str,
-    samples: int = 3,
-    temperature: float | None = None,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    colour: Literal["none", "penalty", "advantage"] = "none",
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")], config: tyro.conf.OmitArgPrefixes[GenerateConfig]
 ) -> None:
     """Let a trained policy answer a prompt of your own.
 
     Args:
         run_folder: The folder that training wrote.
-        prompt: The text to go on from.
-        samples: How many responses.
-        temperature: Of the sampling; default the run's own.
-        top_k: Sample among the k likeliest tokens; 0 is all, 1 is greedy.
-        top_p: Sample among the likeliest tokens that together reach this probability.
-        seed: Of the sampling.
-        colour: Show each token's penalty or advantage as its colour, for the run's own sampling.
+        config: What to answer, and how.
     """
-    config, _ = load_config(run_folder)
-    task = run.make_task(config)
-    sampling = Sampling(
-        temperature=task.config.temperature if temperature is None else temperature, top_k=top_k, top_p=top_p
-    )
-    prompts = task.read_prompts([prompt] * samples)
-    generator = torch.Generator(task.device).manual_seed(seed)
-    if colour != "none":
-        if sampling != Sampling(temperature=task.config.temperature):
-            raise ValueError(
-                "--colour shows the policy as it was trained; leave out --temperature, --top-k and --top-p."
-            )
-        scale, texts = shaded_responses(run_folder, task, prompts, generator, colour)
-        print(f"[{colour}: blue below zero, red above, strongest at {scale:.2g}]", *texts, sep="\n")
+    task = run.make_task(load_config(run_folder)[0])
+    prompts = task.read_prompts([config.prompt] * config.samples)
+    generator = torch.Generator(task.device).manual_seed(config.seed)
+    if config.colour != "none":
+        scale, texts = shaded_responses(run_folder, task, prompts, generator, config.colour)
+        print(f"[{config.colour}: blue below zero, red above, strongest at {scale:.2g}]", *texts, sep="\n")
         return
+    temperature = task.config.temperature if config.temperature is None else config.temperature
+    sampling = Sampling(temperature=temperature, top_k=config.top_k, top_p=config.top_p)
     state = generate(task, _load_actor(run_folder, task.device), prompts, sampling, generator).state
     judged = judge(task.measured(), state, prompts.texts, columns=prompts.columns)
     for score, response in zip(judged.score.tolist(), judged.responses, strict=True):
-        print(f"[score {score:+.2f}] {prompt}{response}")
+        print(f"[score {score:+.2f}] {config.prompt}{response}")
 
 
 def reward_model_command(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from textenv.kl import ESTIMATORS, EXACT, UNITS
 
@@ -98,3 +98,24 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How a trained policy answers a prompt of a person's own."""
+
+    prompt: str  # the text to go on from
+    samples: int = 3  # how many responses
+    temperature: float | None = None  # of the sampling; default the run's own
+    top_k: int = 0  # sample among the k likeliest tokens; 0 is all, 1 is greedy
+    top_p: float = 1.0  # sample among the likeliest tokens that together reach this probability
+    seed: int = 0  # of the sampling
+    colour: Literal["none", "penalty", "advantage"] = "none"  # each token's, for the run's own sampling
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}.")
+        if self.colour != "none" and (self.temperature, self.top_k, self.top_p) != (None, 0, 1.0):
+            raise ValueError(
+                "--colour shows the policy as it was trained; leave out --temperature, --top-k and --top-p."
+            )

@@ -12,7 +12,7 @@ import gymnasium as gym
 import torch
 import tyro
 from sb3_contrib import MaskablePPO
-from sb3_ppo import Features
+from sb3_ppo import policy_settings
 from stable_baselines3.common.vec_env import VecMonitor
 from warm_start import SETTINGS, Comparison, Reader, compare
 
@@ -28,12 +28,7 @@ def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 1
     model = MaskablePPO(
         "MultiInputPolicy",
         env,
-        policy_kwargs=dict(
-            features_extractor_class=Features,
-            features_extractor_kwargs=dict(reader=reader),
-            net_arch=[],  # the output layers read the hidden state itself
-            ortho_init=False,
-        ),
+        policy_kwargs=policy_settings(reader),
         **dict(n_steps=rollout, batch_size=256, n_epochs=2, learning_rate=1e-3, gamma=1.0),
         seed=seed,
     )

@@ -32,6 +32,12 @@ class Features(BaseFeaturesExtractor):
         return self.reader(observation["input_ids"], observation["attention_mask"])
 
 
+def policy_settings(reader: Reader) -> dict[str, object]:
+    """SB3's `policy_kwargs` for a policy whose output layers read the hidden state itself."""
+    features = dict(features_extractor_class=Features, features_extractor_kwargs=dict(reader=reader))
+    return dict(**features, net_arch=[], ortho_init=False)
+
+
 def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
     """Learns from `steps` tokens, `rows` episodes side by side."""
     torch.manual_seed(seed)
@@ -40,12 +46,7 @@ def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 1
     model = PPO(
         "MultiInputPolicy",
         env,
-        policy_kwargs=dict(
-            features_extractor_class=Features,
-            features_extractor_kwargs=dict(reader=reader),
-            net_arch=[],  # the output layers read the hidden state itself
-            ortho_init=False,
-        ),
+        policy_kwargs=policy_settings(reader),
         **dict(n_steps=rollout, batch_size=256, n_epochs=2, learning_rate=1e-3, gamma=1.0, ent_coef=0.003),
         seed=seed,
     )

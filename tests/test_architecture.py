@@ -11,7 +11,17 @@ FILES = sorted((ROOT / "textenv").rglob("*.py"))
 # Each module may import those of earlier lines, and those before it on its own line.
 ORDER = [
     *("state", "kl", "sampling", "samplers", "config", "calling", "loading"),
-    *("prompts", "prompt_sources", "rewards", "language_model", "token_sets", "masks", "mask_building", "reward_model"),
+    *(
+        "prompts",
+        "prompt_sources",
+        "rewards",
+        "token_texts",
+        "language_model",
+        "token_sets",
+        "masks",
+        "mask_building",
+        "reward_model",
+    ),
     *("score_normalisation", "function_rewards", "token_rewards", "scores", "metrics", "reward_building"),
     "task",
     *("dynamics", "generation", "options"),

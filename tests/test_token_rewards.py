@@ -19,7 +19,8 @@ from textenv.dynamics import TextDynamics
 from textenv.generation import judge
 from textenv.rewards import WeightedSum
 from textenv.state import start
-from textenv.token_rewards import TokenFunctionReward, TokenTexts
+from textenv.token_rewards import TokenFunctionReward
+from textenv.token_texts import TokenTexts
 from textenv.torchrl_env import TextGenTorchEnv
 
 pytestmark = pytest.mark.parametrize("kind", ["gpt2"], indirect=True)

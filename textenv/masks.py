@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from textenv.language_model import Reader
 from textenv.sampling import Sampling, log_probs
 from textenv.state import TextState
+from textenv.token_texts import TokenTexts
 
 
 @dataclass(frozen=True)
@@ -144,21 +145,16 @@ class Pattern:
 
     def allowed(self, contexts: Contexts) -> Tensor:
         """Bool [b, V]."""
-        rows = [self._ids("".join(self.pieces[one] or "" for one in ids)) for ids in contexts.responses()]
+        rows = [self._ids("".join(self.pieces[one] for one in ids)) for ids in contexts.responses()]
         return _listed(rows, self.vocabulary).to(contexts.state.length.device)
 
     @cached_property
-    def pieces(self) -> list[str | None]:
-        """What each id adds to a text; None for special tokens and for parts of a character."""
-        anchor = self.tokenizer.encode("a", add_special_tokens=False)
-        before = str(self.tokenizer.decode(anchor))
-        special = set(self.tokenizer.all_special_ids) | set(self.stops)
-        found: list[str | None] = [None] * self.vocabulary
-        for one in set(self.tokenizer.get_vocab().values()) - special:
-            piece = str(self.tokenizer.decode([*anchor, one], clean_up_tokenization_spaces=False))[len(before) :]
-            if one < self.vocabulary and piece and "\ufffd" not in piece:
-                found[one] = piece
-        return found
+    def pieces(self) -> list[str]:
+        """What each id adds to a text; nothing for special and stop tokens, and for parts of a character."""
+        ids = range(min(len(self.tokenizer), self.vocabulary))
+        texts = TokenTexts(self.tokenizer)(ids)
+        written = ["" if one in self.stops or "\ufffd" in text else text for one, text in zip(ids, texts, strict=True)]
+        return written + [""] * (self.vocabulary - len(written))
 
     def _find(self, text: str) -> list[int]:
         ids = self.stops if text and self.pattern.fullmatch(text.removeprefix(" ")) else []

@@ -1,4 +1,4 @@
-"""Python functions that pay every token, and the tokens' own texts.
+"""Python functions that pay every token.
 
 Stepping asks about the response so far and pays the newest token; the fast path asks once about the whole response.
 The two agree where a token's pay depends on nothing after it, which conformance.py checks.
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from textenv.function_rewards import call_batch, find_columns
 from textenv.rewards import Episodes, Scores
+from textenv.token_texts import TokenTexts
 
 
 @dataclass(frozen=True)
@@ -96,31 +95,3 @@ class TokenFunctionReward:
                 "return a finite number for every token."
             )
         return row
-
-
-class TokenTexts:
-    """The text of each token by itself, with the space that it brings along; of special tokens, none.
-
-    Put together they are the response, but for characters of several tokens, whose parts show as "\ufffd".
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.known: dict[int, str] = {}
-        # Some tokenizers (SentencePiece) drop the space in front of a text, so each token is read after another one.
-        special = set(tokenizer.all_special_ids)
-        ordinary = (
-            one for one in range(len(tokenizer)) if one not in special and self._decode([one]).strip().isalnum()
-        )
-        self.anchor = list(islice(ordinary, 1))
-        self.skipped = len(self._decode(self.anchor))
-
-    def __call__(self, ids: list[int]) -> list[str]:
-        """Texts of these ids."""
-        for one in ids:
-            if one not in self.known:
-                self.known[one] = self._decode([*self.anchor, one])[self.skipped :]
-        return [self.known[one] for one in ids]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
