@@ -10,18 +10,18 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import agents
 import textenv
 from agents import report, run
 from agents.algorithms import find_algorithm
-from agents.checkpoint import load_config
-from agents.config import GenerateConfig, TrainConfig
-from agents.evaluation import find_gold, split_prompts
-from agents.shading import shaded_responses
+from agents.config import TrainConfig
+from agents.domains import domain_of
+from agents.text.config import GenerateConfig
+from agents.text.experiment import TextExperiment
+from agents.text.networks import language_model_of
+from agents.text.shading import shaded_responses
 from textenv.generation import generate, judge
-from textenv.loading import load_model
 from textenv.reward_training import DEFAULT, RewardConfig, train_reward_model
 from textenv.sampling import Sampling
 
@@ -49,34 +49,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train_command(arguments: Sequence[str]) -> Callable[..., None]:
-    """The `train` command, with the flags of the algorithm that the command line names."""
-    settings, _ = find_algorithm(_algorithm(arguments))
+    """The `train` command, with the flags of the environment and the algorithm that the command line names."""
+    env, name = (_flag(arguments, flag) for flag in ("env", "algorithm"))
+    settings, (algorithm_settings, _) = domain_of(env).settings, find_algorithm(name)
 
-    def train(config: TrainConfig, algorithm: Any) -> None:
+    def train(config: TrainConfig, domain: Any, algorithm: Any) -> None:
         """Train a policy; results go to the run's folder."""
-        run.train(config, algorithm)
+        run.train(config, domain, algorithm)
 
     train.__annotations__ = {
         "config": tyro.conf.OmitArgPrefixes[tyro.conf.UseAppendAction[TrainConfig]],
-        "algorithm": tyro.conf.OmitArgPrefixes[settings],
+        "domain": tyro.conf.OmitArgPrefixes[settings],
+        "algorithm": tyro.conf.OmitArgPrefixes[algorithm_settings],
         "return": None,
     }
     return train
 
 
 def evaluate_command(run_folder: Annotated[Path, tyro.conf.arg(name="run")], output: Path | None = None) -> None:
-    """Measure a trained policy again, on the held-out prompts of its run.
+    """Measure a trained policy again, as its run did.
 
     Args:
         run_folder: The folder that training wrote.
         output: A JSON file for the numbers, besides the terminal.
     """
-    config, _ = load_config(run_folder)
-    task = run.make_task(config)
-    _, held_out = split_prompts(task, config)
-    actor = _load_actor(run_folder, task.device)
-    gold = find_gold(task, config)
-    numbers = run.measure(task, actor, held_out, gold, config).summary()
+    experiment, trainer = run.load(run_folder)
+    numbers = experiment.numbers(experiment.evaluate(trainer.algorithm.policy))
     for name, value in numbers.items():
         print(f"{name:18} {value:.4f}")
     if output is not None:
@@ -92,16 +90,19 @@ def generate_command(
         run_folder: The folder that training wrote.
         config: What to answer, and how.
     """
-    task = run.make_task(load_config(run_folder)[0])
+    experiment, trainer = run.load(run_folder)
+    if not isinstance(experiment, TextExperiment):
+        raise ValueError(f"the run in {str(run_folder)!r} is no run on text, and has nothing to write.")
+    task, model = experiment.task, language_model_of(trainer.algorithm.policy)
     prompts = task.read_prompts([config.prompt] * config.samples)
     generator = torch.Generator(task.device).manual_seed(config.seed)
     if config.colour != "none":
-        scale, texts = shaded_responses(run_folder, task, prompts, generator, config.colour)
+        scale, texts = shaded_responses(trainer, prompts, generator, config.colour)
         print(f"[{config.colour}: blue below zero, red above, strongest at {scale:.2g}]", *texts, sep="\n")
         return
     temperature = task.config.temperature if config.temperature is None else config.temperature
     sampling = Sampling(temperature=temperature, top_k=config.top_k, top_p=config.top_p)
-    state = generate(task, _load_actor(run_folder, task.device), prompts, sampling, generator).state
+    state = generate(task, model, prompts, sampling, generator).state
     judged = judge(task.measured(), state, prompts.texts, columns=prompts.columns)
     for score, response in zip(judged.score.tolist(), judged.responses, strict=True):
         print(f"[score {score:+.2f}] {config.prompt}{response}")
@@ -124,13 +125,6 @@ def reward_model_command(
         raise ValueError(f"{error} Install it with: pip install 'textenv[reward-model]'") from error
 
 
-def _load_actor(folder: Path, device: torch.device) -> PreTrainedModel:
-    actor = folder / "actor"
-    if not actor.is_dir():
-        raise ValueError(f"no actor in {str(folder)!r}: the run has not ended yet; go on with it by train --resume.")
-    return load_model(AutoModelForCausalLM, str(actor), device, torch.float32).eval()
-
-
 def _is_ours(error: BaseException) -> bool:
     """Whether a sentence of this project, which says the remedy; anything else is worth its traceback."""
     ours = {Path(package.__file__).parent for package in (agents, textenv) if package.__file__}
@@ -138,14 +132,14 @@ def _is_ours(error: BaseException) -> bool:
     return any(folder in raised_in.parents for folder in ours)
 
 
-def _algorithm(arguments: Sequence[str]) -> str:
-    """The value of --algorithm, read ahead of the rest, since it decides which flags there are."""
+def _flag(arguments: Sequence[str], name: str) -> str:
+    """A flag's value, read ahead of the rest, where it decides which flags there are."""
     for index, argument in enumerate(arguments):
-        if argument == "--algorithm" and index + 1 < len(arguments):
+        if argument == f"--{name}" and index + 1 < len(arguments):
             return arguments[index + 1]
-        if argument.startswith("--algorithm="):
+        if argument.startswith(f"--{name}="):
             return argument.partition("=")[2]
-    return TrainConfig.algorithm
+    return getattr(TrainConfig, name)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,36 @@ Every function reads valid entries only: what stands in padding changes nothing,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torchrl.objectives.value.functional import generalized_advantage_estimate
+
+
+class Ends(NamedTuple):
+    """Which steps are real and which are an episode's last; bool [B, R] each."""
+
+    mask: Tensor  # true counts
+    done: Tensor  # nothing after this step belongs to its episode
+    terminated: Tensor  # and nothing is worth anything after it: an end of the process, not of a time limit
+
+
+def response_ends(mask: Tensor) -> Ends:
+    """Responses end by themselves, at the last token of each row. mask: bool [B, R], filled from the left."""
+    last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    return Ends(mask, last, last)
+
+
+def token_weights(mask: Tensor) -> Tensor:
+    """Every valid step counts the same. mask: bool [B, R]; returns [B, R], summing to 1."""
+    return mask / mask.sum().clamp_min(1)
+
+
+def sequence_weights(mask: Tensor) -> Tensor:
+    """Every row counts the same, and in it every valid step. mask: bool [B, R]; returns [B, R], summing to 1."""
+    length = mask.sum(1, keepdim=True)  # [B, 1]
+    return mask / length.clamp_min(1) / (length > 0).sum().clamp_min(1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -25,37 +52,33 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     return (centred * (variance + 1e-8).rsqrt()).where(mask, 0.0)
 
 
-def estimate_advantages(
-    reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lmbda: float
-) -> tuple[Tensor, Tensor]:
-    """Advantages and value targets by GAE (Schulman et al. 2016), for responses that end by themselves.
+def estimate_advantages(reward: Tensor, value: Tensor, ends: Ends, gamma: float, lmbda: float) -> tuple[Tensor, Tensor]:
+    """Advantages and value targets by GAE (Schulman et al. 2016).
 
-    reward: [B, R], the shaped one; value: [B, R + 1], of s_0..s_R; mask: bool [B, R]. The last valid token
-    ends its episode, and the value beyond it is 0. Returns two of [B, R], zero outside the mask.
+    reward: [B, R], the shaped one; value: [B, R + 1], of s_0..s_R. The value after a terminated step is 0; after one
+    that is done and not terminated, or the last column, it is bootstrapped. Returns two of [B, R], zero outside the
+    mask.
     """
-    state_value = value[:, :-1].where(mask, 0.0)
-    next_value = value[:, 1:].where(mask, 0.0)
-    done = ~mask | ~torch.nn.functional.pad(mask[:, 1:], (0, 1))  # [B, R], true from the last token on
+    mask = ends.mask
     advantage, target = generalized_advantage_estimate(
         gamma=gamma,
         lmbda=lmbda,
-        state_value=state_value[..., None],
-        next_state_value=next_value[..., None],
+        state_value=value[:, :-1].where(mask, 0.0)[..., None],
+        next_state_value=value[:, 1:].where(mask, 0.0)[..., None],
         reward=reward.where(mask, 0.0)[..., None],
-        done=done[..., None],
-        terminated=done[..., None],
+        done=(ends.done | ~mask)[..., None],
+        terminated=(ends.terminated | ~mask)[..., None],
     )
     return advantage[..., 0].where(mask, 0.0), target[..., 0].where(mask, 0.0)
 
 
-def td_errors(reward: Tensor, value: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """δ_t = r̃_t + γ V(s_{t+1}) − V(s_t), the value beyond the last token being 0.
+def td_errors(reward: Tensor, value: Tensor, ends: Ends, gamma: float) -> Tensor:
+    """δ_t = r̃_t + γ V(s_{t+1}) − V(s_t), the value after a terminated step being 0.
 
-    reward: [B, R]; value: [B, R + 1]; mask: bool [B, R]. Returns [B, R], zero outside the mask.
+    reward: [B, R]; value: [B, R + 1]. Returns [B, R], zero outside the mask.
     """
-    goes_on = torch.nn.functional.pad(mask[:, 1:], (0, 1))  # [B, R], false at the last token
-    next_value = value[:, 1:].where(goes_on, 0.0)
-    return (reward + gamma * next_value - value[:, :-1]).where(mask, 0.0)
+    next_value = value[:, 1:].where(~ends.terminated, 0.0)
+    return (reward + gamma * next_value - value[:, :-1]).where(ends.mask, 0.0)
 
 
 def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:

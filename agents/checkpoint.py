@@ -14,6 +14,7 @@ from torchrl.checkpoint import Checkpoint
 
 from agents.algorithms import find_algorithm
 from agents.config import TrainConfig
+from agents.domains import domain_of
 from agents.trainer import Trainer
 
 NOT_COMPARED = {"run", "resume", "checkpoint_every", "micro_batch"}  # settings that do not change what is learned
@@ -26,35 +27,34 @@ def refuse(folder: Path) -> None:
     )
 
 
-def save_config(folder: Path, config: TrainConfig, algorithm_config: Any) -> None:
+def save_config(folder: Path, config: TrainConfig, settings: Any, algorithm_config: Any) -> None:
     """Makes the run's folder and writes config.json into it."""
     folder.mkdir(parents=True)
-    text = json.dumps(
-        {"train": dataclasses.asdict(config), "algorithm": dataclasses.asdict(algorithm_config)}, indent=2
-    )
+    parts = {"train": config, "settings": settings, "algorithm": algorithm_config}
+    text = json.dumps({name: dataclasses.asdict(part) for name, part in parts.items()}, indent=2)
     (folder / "config.json").write_text(text + "\n")
 
 
-def load_config(folder: Path) -> tuple[TrainConfig, Any]:
-    """The configuration that a run was started with."""
+def load_config(folder: Path) -> tuple[TrainConfig, Any, Any]:
+    """The configuration that a run was started with: the shared part, the domain's and the algorithm's."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"no run in {str(folder)!r} (no config.json); give the folder that training wrote.")
     stored = json.loads(path.read_text())
-    train = stored["train"] | {"env_arg": tuple(stored["train"]["env_arg"]), "run": str(folder)}
+    train: dict[str, Any] = _tuples(stored["train"]) | {"run": str(folder)}
     config = TrainConfig(**train)
-    algorithm_class, _ = find_algorithm(config.algorithm)
-    return config, algorithm_class(**stored["algorithm"])
+    settings, (algorithm_settings, _) = domain_of(config.env).settings, find_algorithm(config.algorithm)
+    return config, settings(**_tuples(stored["settings"])), algorithm_settings(**_tuples(stored["algorithm"]))
 
 
-def check_same(folder: Path, config: TrainConfig, algorithm_config: Any) -> None:
+def check_same(folder: Path, config: TrainConfig, settings: Any, algorithm_config: Any) -> None:
     """Refuses to resume a run under another configuration."""
-    stored_config, stored_algorithm = load_config(folder)
-    pairs = (
-        [("algorithm", stored_config.algorithm, config.algorithm)]
-        if stored_config.algorithm != config.algorithm
-        else _differences(stored_config, config) + _differences(stored_algorithm, algorithm_config)
-    )
+    stored, given = load_config(folder), (config, settings, algorithm_config)
+    pairs = [
+        (name, getattr(stored[0], name), getattr(config, name))
+        for name in ("env", "algorithm")
+        if getattr(stored[0], name) != getattr(config, name)
+    ] or [pair for old, new in zip(stored, given, strict=True) for pair in _differences(old, new)]
     if pairs:
         listed = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in pairs)
         raise ValueError(
@@ -76,8 +76,17 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> None:
 
 
 def _checkpoint(trainer: Trainer) -> Checkpoint:
-    masks: Any = {f"mask_policy_{index}": mask.model for index, mask in enumerate(trainer.mask_policies)}
-    return Checkpoint(actor=trainer.actor, critic=trainer.critic, optimizer=trainer.optimizer, trainer=trainer, **masks)
+    parts: Any = {
+        **trainer.algorithm.trained,
+        **{f"target_{name}": module for name, module in trainer.algorithm.targets.items()},
+        **trainer.collector.modules,
+    }
+    return Checkpoint(optimizer=trainer.optimizer, trainer=trainer, **parts)
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where configurations have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:

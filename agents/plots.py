@@ -16,19 +16,14 @@ matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in somebody's te
 
 GREY, BLUE, ORANGE, RED, GREEN = "#888888", "#1f6fb4", "#e08a1e", "#c23b3b", "#2e8b57"
 
-# Each panel: title, unit of the vertical axis, and (metric, label, colour) lines.
-PANELS = (
-    (
-        "What is optimised, and what is true",
-        "score",
-        (("score", "score", BLUE), ("score/raw", "score before normalisation", GREY), ("gold", "gold score", ORANGE)),
-    ),
-    ("Distance from the reference", "nats a response", (("kl_per_response", "KL", RED),)),
-    ("Entropy", "nats a token", (("entropy", "entropy", GREEN),)),
-    ("Length", "tokens a response", (("length", "length", GREY),)),
-    ("Losses", "loss", (("policy_loss", "policy", BLUE), ("value_loss", "value", ORANGE))),
-    ("What the critic knows", "explained variance", (("explained_variance", "before its update", GREEN),)),
+# A panel: title, unit of the vertical axis, and (metric, label, colour) lines.
+Panel = tuple[str, str, tuple[tuple[str, str, str], ...]]
+LOSSES: Panel = (
+    "Losses",
+    "loss",
+    (("policy_loss", "policy", BLUE), ("value_loss", "value", ORANGE), ("q_loss", "Q", RED)),
 )
+CRITIC: Panel = ("What the critic knows", "explained variance", (("explained_variance", "before its update", GREEN),))
 
 
 @dataclass(frozen=True)
@@ -37,21 +32,19 @@ class Credit:
 
     prompt: str
     tokens: Sequence[str]
-    penalty: Sequence[float]
-    value: Sequence[float]
-    td_error: Sequence[float]
-    advantage: Sequence[float]
+    panels: Sequence[tuple[str, Sequence[float], str]]  # name, a number a token, colour
     score: float
 
 
-def draw_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Every metric of PANELS over the iterations."""
+def draw_curves(path: Path, rows: Sequence[dict[str, Any]], title: str, panels: Sequence[Panel]) -> None:
+    """Every metric of six panels over the iterations, where it was measured."""
+    measured = {name for row in rows for name in row}
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     iterations = [row["iteration"] for row in rows]
-    for axis, (name, unit, lines) in zip(axes.flat, PANELS, strict=True):
-        shown = [line for line in lines if line[0] in rows[0]]
+    for axis, (name, unit, lines) in zip(axes.flat, panels, strict=True):
+        shown = [line for line in lines if line[0] in measured]
         for metric, label, colour in shown:
-            axis.plot(iterations, [row[metric] for row in rows], color=colour, label=label)
+            axis.plot(iterations, [row.get(metric, float("nan")) for row in rows], color=colour, label=label)
         axis.set_title(name, fontsize=11)
         axis.set_ylabel(unit)
         axis.grid(alpha=0.25)
@@ -67,23 +60,22 @@ def draw_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
 
 
 def draw_credit(path: Path, credit: Credit) -> None:
-    """Penalty, value, TD error and advantage at every token of one response."""
-    panels = (
-        ("penalty β·KL", credit.penalty, RED),
-        ("value V(s)", credit.value, BLUE),
-        ("TD error δ", credit.td_error, ORANGE),
-        ("advantage A", credit.advantage, GREEN),
-    )
+    """What is known of every token of one response: penalty, value, TD error, advantage."""
     places = range(len(credit.tokens))
     figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(min(max(7.0, 0.36 * len(credit.tokens)), 100.0), 8), sharex=True, layout="constrained"
+        len(credit.panels),
+        1,
+        figsize=(min(max(7.0, 0.36 * len(credit.tokens)), 100.0), 2 * len(credit.panels)),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, (name, values, colour) in zip(axes, panels, strict=True):
+    for axis, (name, values, colour) in zip(axes[:, 0], credit.panels, strict=True):
         axis.bar(places, values, color=colour)
         axis.axhline(0, color="black", linewidth=0.6)
         axis.set_ylabel(name, fontsize=9)
         axis.grid(axis="y", alpha=0.25)
-    axes[-1].set_xticks(list(places), list(credit.tokens), rotation=70, ha="right", fontsize=8)
+    axes[-1, 0].set_xticks(list(places), list(credit.tokens), rotation=70, ha="right", fontsize=8)
     prompt = " ".join(credit.prompt.split())
     figure.suptitle(f"{prompt[-90:]}  →  score {credit.score:+.2f}", fontsize=11)
     figure.savefig(path, dpi=110)

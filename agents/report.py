@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: a progress bar, scalars, tables of samples, a summary."""
+"""What a run leaves behind while it goes: a progress bar, scalars, and what it ran on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
-
-from agents.evaluation import Evaluation, mean
 
 PACKAGES = ("torch", "torchrl", "tensordict", "gymnasium", "transformers")
 
@@ -71,45 +69,11 @@ class Bar:
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
 
-    def show(self, iteration: int, metrics: dict[str, float]) -> None:
-        """One iteration more."""
-        gold = f"  gold {metrics['gold']:+.2f}" if "gold" in metrics else ""
-        kl = f"  KL {metrics['kl_per_response']:.1f}" if "kl_per_response" in metrics else ""
-        numbers = f"score {metrics['score']:+.2f}{gold}{kl}  {metrics['tokens_per_second']:.0f} tokens/s"
+    def show(self, iteration: int, numbers: str) -> None:
+        """One iteration more, in a few words."""
         self.progress.update(self.task, completed=iteration, numbers=numbers)
         if not self.console.is_terminal:
             self.console.print(f"iteration {iteration}/{self.total}  {numbers}", highlight=False)
-
-
-def write_samples(path: Path, before: Evaluation, after: Evaluation, count: int = 20) -> None:
-    """The same held-out prompts before and after, as a page to read."""
-    lines = ["# The same held-out prompts, before and after training", ""]
-    for row, prompt in enumerate(before.prompts[:count]):
-        lines += [f"## {_line(prompt)}", ""]
-        for name, evaluation in (("before", before), ("after", after)):
-            numbers = f"score {evaluation.score[row]:+.2f}"
-            if evaluation.gold is not None:
-                numbers += f", gold {evaluation.gold[row]:+.2f}"
-            numbers += f", KL {evaluation.kl[row]:.1f}"
-            lines += [f"**{name}** ({numbers})", "", f"> {_line(evaluation.responses[row])}", ""]
-    path.write_text("\n".join(lines))
-
-
-def make_summary(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """What held-out prompts say of the run: scores, gold scores, KL, lengths, each before and after."""
-    first, last = before.summary(), after.summary()
-    summary = {
-        "score_before": first["score"],
-        "score_after": last["score"],
-        "score_std_before": first["score_std"],
-        "score_std_after": last["score_std"],
-    }
-    if before.gold is not None and after.gold is not None:
-        summary |= {"gold_before": mean(before.gold), "gold_after": mean(after.gold)}
-    summary["kl_per_response"] = last["kl_per_response"]
-    for name in ("length", "stopped", "distinct_bigrams"):
-        summary |= {f"{name}_before": first[name], f"{name}_after": last[name]}
-    return summary | {"evaluation_prompts": len(before.prompts)}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -126,7 +90,3 @@ def machine(device: torch.device) -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split()) or "(empty)"

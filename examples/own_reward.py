@@ -3,8 +3,10 @@
 `python examples/own_reward.py` (about a minute on two cores)
 """
 
-from agents.algorithms.ppo import PPOConfig
+from agents.algorithms.ppo import PPO, PPOConfig
 from agents.config import TrainConfig
+from agents.text.config import TextConfig
+from agents.text.experiment import TextExperiment
 from agents.trainer import Trainer
 from textenv import TextGenConfig, build_task
 
@@ -15,8 +17,9 @@ def says_because(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 task = build_task(TextGenConfig(reward=says_because, kl_coef=0.02, max_new_tokens=32))
-config = TrainConfig(iterations=15, rollout=64)
-trainer = Trainer(config, PPOConfig(), task, task.prompts)
+config = TrainConfig(iterations=15)
+experiment = TextExperiment(config, TextConfig(rollout=64), task)
+trainer = Trainer(config, PPO(PPOConfig(), experiment.networks), experiment.collector)
 for iteration in trainer.iterate():
     numbers = iteration.metrics
     print(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-from agents.algorithms.ppo import PPOConfig
+from agents.algorithms import find_algorithm
 from agents.config import TrainConfig
-from agents.networks import language_model_of
-from agents.rollout import Rollout, collect
+from agents.text.collector import TextCollector
+from agents.text.config import TextConfig
+from agents.text.networks import TextNetworks
+from agents.text.rollout import TextRollout, collect
 from agents.trainer import Trainer
 from tests import tiny
 from textenv import TextGenConfig, build_task
@@ -15,22 +19,34 @@ from textenv import TextGenConfig, build_task
 SMALL = dict(iterations=3, rollout=8, minibatch=4, micro_batch=4, learning_rate=1e-3, critic_learning_rate=1e-3)
 # Random models rarely say the end token: a fifth of the vocabulary ends a response here, so lengths differ.
 RAGGED = dict(stop_token_ids=[tiny.END, *range(60)])
+SHARED = {field.name for field in dataclasses.fields(TrainConfig)}
 
 
-def make_trainer(settings: dict, ppo: dict | None = None, **changes) -> Trainer:
-    """A trainer on a tiny task."""
+def make_trainer(settings: dict, algorithm: dict | None = None, **changes) -> Trainer:
+    """A trainer on a tiny task; `algorithm` holds the algorithm's own settings."""
     task = build_task(TextGenConfig(**(RAGGED | settings)))
-    config = TrainConfig(**(SMALL | changes))
-    return Trainer(config, PPOConfig(**(ppo or {})), task, task.prompts)
+    given = SMALL | changes
+    config = TrainConfig(**{name: value for name, value in given.items() if name in SHARED})
+    text = TextConfig(**{name: value for name, value in given.items() if name not in SHARED})
+    algorithm_config, learner = find_algorithm(config.algorithm)
+    networks = TextNetworks(task, text.critic, text.micro_batch, config.seed)
+    collector = TextCollector(task, task.prompts, text, config.seed)
+    return Trainer(config, learner(algorithm_config(**(algorithm or {})), networks), collector)
 
 
-def make_rollout(trainer: Trainer, rows: int = 8) -> Rollout:
+def make_rollout(trainer: Trainer, rows: int = 8) -> TextRollout:
     """A prepared rollout of ragged responses."""
-    generator = torch.Generator().manual_seed(3)
-    prompts = trainer.prompts.select([row % len(trainer.prompts) for row in range(rows)])
-    rollout = collect(trainer.task, language_model_of(trainer.actor), prompts, generator, rows)
-    trainer.algorithm.prepare(rollout.data, rows)
+    collector, generator = trainer.collector, torch.Generator().manual_seed(3)
+    prompts = collector.prompts.select([row % len(collector.prompts) for row in range(rows)])
+    rollout = collect(collector.task, trainer.algorithm.policy.model, prompts, generator, rows)
+    trainer.algorithm.prepare(rollout.data)
     return rollout
+
+
+def losses(trainer: Trainer, batch) -> dict[str, torch.Tensor]:
+    """Every loss term's mean over a batch, as the trainer takes it."""
+    weight = trainer.algorithm.weights(batch["mask"])
+    return {name: (term * weight).sum() for name, term in trainer.algorithm.loss(batch)[0].items()}
 
 
 def weights(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from agents.advantages import estimate_advantages, explained_variance, masked_mean, td_errors, whiten
+from agents.advantages import estimate_advantages, explained_variance, masked_mean, response_ends, td_errors, whiten
 from textenv.kl import environment_reward, k1, shaped_reward
 
 GAMMA, LMBDA, BETA = 0.9, 0.8, 0.3
@@ -44,7 +44,7 @@ def loop_advantages(reward, value, lengths):
 def test_advantages_equal_the_loop():
     """GAE on ragged responses is the paper's double sum; the target is advantage + value."""
     reward, value, mask = random_batch()
-    advantage, target = estimate_advantages(reward, value, mask, GAMMA, LMBDA)
+    advantage, target = estimate_advantages(reward, value, response_ends(mask), GAMMA, LMBDA)
     expected = loop_advantages(reward, value, LENGTHS)
     # float32 sums of at most five terms of size 1: rounding stays below 1e-6
     torch.testing.assert_close(advantage, expected, atol=1e-6, rtol=1e-6)
@@ -54,8 +54,8 @@ def test_advantages_equal_the_loop():
 def test_td_errors_sum_to_the_advantage():
     """A_t = δ_t + γλ A_{t+1}, so the picture of the credit shows what the learner used."""
     reward, value, mask = random_batch()
-    advantage, _ = estimate_advantages(reward, value, mask, GAMMA, LMBDA)
-    delta = td_errors(reward, value, mask, GAMMA)
+    advantage, _ = estimate_advantages(reward, value, response_ends(mask), GAMMA, LMBDA)
+    delta = td_errors(reward, value, response_ends(mask), GAMMA)
     following = torch.nn.functional.pad(advantage[:, 1:], (0, 1))
     torch.testing.assert_close(delta, (advantage - GAMMA * LMBDA * following).where(mask, 0.0))
 
@@ -68,15 +68,16 @@ def test_padding_changes_nothing(filler):
     clean_value[:, 1:] = clean_value[:, 1:].where(mask, 0.0)
     dirty_reward, dirty_value = reward.where(mask, filler), value.clone()
     dirty_value[:, 1:] = dirty_value[:, 1:].where(mask, filler)
-    clean = estimate_advantages(clean_reward, clean_value, mask, GAMMA, LMBDA)
-    dirty = estimate_advantages(dirty_reward, dirty_value, mask, GAMMA, LMBDA)
+    clean = estimate_advantages(clean_reward, clean_value, response_ends(mask), GAMMA, LMBDA)
+    dirty = estimate_advantages(dirty_reward, dirty_value, response_ends(mask), GAMMA, LMBDA)
     for first, second in zip(clean, dirty, strict=True):
         assert torch.equal(first, second)
     spoiled = clean[0].where(mask, filler)
     assert torch.equal(whiten(clean[0], mask), whiten(spoiled, mask))
     assert masked_mean(clean[0], mask) == masked_mean(spoiled, mask)
     assert torch.equal(
-        td_errors(clean_reward, clean_value, mask, GAMMA), td_errors(dirty_reward, dirty_value, mask, GAMMA)
+        td_errors(clean_reward, clean_value, response_ends(mask), GAMMA),
+        td_errors(dirty_reward, dirty_value, response_ends(mask), GAMMA),
     )
 
 
@@ -151,5 +152,5 @@ def test_rewards_and_targets_equal_torchtune():
     torch.testing.assert_close(paid, expected)
     clean_value = value[:, :-1].where(mask, 0.0)
     _, returns = oracle.estimate_advantages(clean_value, paid.where(mask, 0.0), GAMMA, LMBDA, masks=mask)
-    _, target = estimate_advantages(paid, value, mask, GAMMA, LMBDA)
+    _, target = estimate_advantages(paid, value, response_ends(mask), GAMMA, LMBDA)
     torch.testing.assert_close(target, returns.where(mask, 0.0))

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agents.__main__ import main
-from agents.shading import shaded_responses
-from textenv import TextGenConfig, build_task
+from agents.text.shading import shaded_responses
+from tests.learning import make_trainer
 from textenv.render import ABOVE, BELOW
 
 SHRUNK = [
@@ -134,11 +134,11 @@ def test_generate_colours_tokens(trained, monkeypatch, capsys):
     assert "leave out --temperature" in capsys.readouterr().err
 
 
-def test_no_penalty_has_no_colour():
+def test_no_penalty_has_no_colour(settings):
     """Without a penalty there is none to show: refused, with the other shade."""
-    task = build_task(TextGenConfig(kl_coef=0))
+    trainer = make_trainer(settings | dict(kl_coef=0))
     with pytest.raises(ValueError, match=r"kl_coef=0.*colour them by advantage"):
-        shaded_responses(Path("unread"), task, task.prompts.select([0]), torch.Generator(), "penalty")
+        shaded_responses(trainer, trainer.collector.prompts.select([0]), torch.Generator(), "penalty")
 
 
 def test_killed_and_resumed_equals_uninterrupted(trained):

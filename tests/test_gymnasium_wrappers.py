@@ -38,7 +38,7 @@ from torchrl.envs import StepCounter, TransformedEnv
 from torchrl.objectives.value.functional import td0_advantage_estimate
 
 from agents.config import TrainConfig
-from agents.run import make_task
+from agents.text.experiment import make_task
 from tests import tiny
 from tests.test_faces import assert_same
 from textenv import TextGenConfig, build_task

@@ -12,9 +12,9 @@ from torchrl.envs.transforms import ActionMask
 from torchrl.envs.utils import check_env_specs
 
 from agents.checkpoint import load_checkpoint, save_checkpoint
-from agents.networks import FORBIDDEN, language_model_of
+from agents.text.networks import FORBIDDEN
 from tests import tiny
-from tests.learning import make_rollout, make_trainer, same, weights
+from tests.learning import losses, make_rollout, make_trainer, same, weights
 from textenv import LanguageModel, TextGenConfig, build_task, shared
 from textenv.dynamics import TextDynamics
 from textenv.generation import generate
@@ -247,32 +247,31 @@ def test_actor_under_masks(settings):
     trainer = make_trainer(settings | {"action_mask": "top_k:4"})
     rollout = make_rollout(trainer).data
     assert rollout["allowed_ids"].shape[-1] == 4 and rollout["allowed_inside"][rollout["mask"]].all()
-    distribution = trainer.actor.get_dist(rollout)
+    distribution = trainer.algorithm.actor.get_dist(rollout)
     log_prob = distribution.log_prob(rollout["action"])
     torch.testing.assert_close(log_prob, rollout["action_log_prob"], rtol=0, atol=1e-4)
     assert distribution.entropy().max() <= np.log(4) + 1e-4
     logits = distribution.logits
     assert ((logits > FORBIDDEN / 2).sum(-1)[rollout["mask"]] == 4).all()
-    terms, _ = trainer.algorithm.loss(rollout)
-    sum(terms.values()).backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in trainer.actor.parameters())
+    sum(losses(trainer, rollout).values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in trainer.algorithm.actor.parameters())
 
 
 @one_kind
 def test_trainer_refreshes_the_mask_policy(settings):
     """NLPO's point: every `mask_refresh` iterations the mask policy takes the actor's weights, and not before."""
     trainer = make_trainer(settings | {"action_mask": "top_k:9"}, iterations=4, mask_refresh=2)
-    (policy,) = trainer.mask_policies
+    (policy,) = trainer.collector.mask_policies
     start = weights(policy.model)
     steps = trainer.iterate()
     next(steps)
     assert same(weights(policy.model), start)
     next(steps)
-    assert same(weights(policy.model), weights(language_model_of(trainer.actor)))
+    assert same(weights(policy.model), weights(trainer.algorithm.policy.model))
     refreshed = weights(policy.model)
     next(steps)
     assert same(weights(policy.model), refreshed) and not same(refreshed, start)
-    assert same(weights(trainer.task.load_reference().model), start)  # the reference itself never moves
+    assert same(weights(trainer.collector.task.load_reference().model), start)  # the reference itself never moves
 
 
 @one_kind
@@ -290,8 +289,8 @@ def test_resume_with_a_mask_policy(settings, tmp_path):
     load_checkpoint(tmp_path, resumed)
     scores += [iteration.metrics["score"] for iteration in resumed.iterate()]
     assert scores == expected
-    assert same(weights(whole.actor), weights(resumed.actor))
-    assert same(weights(whole.mask_policies[0].model), weights(resumed.mask_policies[0].model))
+    assert same(weights(whole.algorithm.actor), weights(resumed.algorithm.actor))
+    assert same(weights(whole.collector.mask_policies[0].model), weights(resumed.collector.mask_policies[0].model))
 
 
 @one_kind

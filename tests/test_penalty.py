@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import textenv.generation
-from agents.config import TrainConfig
-from agents.networks import language_model_of
-from agents.penalty import make_controller
-from agents.rollout import Rollout, collect
-from agents.run import assign_credit
+from agents.text.config import TextConfig
+from agents.text.experiment import assign_credit
+from agents.text.penalty import make_controller
+from agents.text.rollout import TextRollout, collect
 from agents.trainer import Trainer
 from tests.learning import make_trainer
 from tests.test_ppo import perturb
@@ -23,19 +22,26 @@ BETA = 0.3  # kl_coef of the settings
 ADAPTIVE = dict(kl_controller="adaptive", kl_target=0.5, kl_horizon=20)
 
 
-def rollout_of(trainer: Trainer, rows_per_pass: int = 8) -> Rollout:
+def rollout_of(trainer: Trainer, rows_per_pass: int = 8) -> TextRollout:
     """Responses of an actor that has left the reference, under the trainer's own penalty."""
-    perturb(trainer.actor, 0.03)
+    perturb(trainer.algorithm.actor, 0.03)
     generator = torch.Generator().manual_seed(3)
-    prompts = trainer.prompts.select([0, 1, 2, 3] * 2)
-    return collect(trainer.task, language_model_of(trainer.actor), prompts, generator, rows_per_pass, trainer.penalty())
+    prompts = trainer.collector.prompts.select([0, 1, 2, 3] * 2)
+    return collect(
+        trainer.collector.task,
+        trainer.algorithm.policy.model,
+        prompts,
+        generator,
+        rows_per_pass,
+        trainer.collector.penalty(),
+    )
 
 
 def distributions(trainer: Trainer, data) -> tuple[list, list]:
     """Probabilities of the actor and of the reference, [B][R][V] in Python's own numbers, by full forwards."""
     width = data["input_ids"].shape[1] - data["mask"].shape[1]
     found = []
-    for model in (language_model_of(trainer.actor), trainer.task.reference.model):
+    for model in (trainer.algorithm.policy.model, trainer.collector.task.reference.model):
         with torch.no_grad():
             logits = model(
                 input_ids=data["input_ids"],
@@ -104,7 +110,7 @@ def test_exact_needs_no_more_than_a_few_rows_at_a_time(settings, monkeypatch):
 def test_the_trainer_moves_beta(settings, unit):
     """β is updated once a rollout from that rollout's own KL; each rollout is logged with the β that it paid."""
     trainer = make_trainer(settings, dict(epochs=1), kl_estimator="k2", kl_unit=unit, **ADAPTIVE)
-    coef = trainer.task.config.kl_coef
+    coef = trainer.collector.task.config.kl_coef
     for iteration in trainer.iterate():
         data, metrics = iteration.rollout.data, iteration.metrics
         assert metrics["kl_coef"] == pytest.approx(coef, rel=1e-12)
@@ -113,7 +119,7 @@ def test_the_trainer_moves_beta(settings, unit):
         kl = float(data["kl"].sum()) / (int(data["mask"].sum()) if unit == "token" else len(data))
         assert metrics[f"controller_kl_per_{unit}"] == pytest.approx(kl) and metrics[f"kl_target_per_{unit}"] == 0.5
         coef *= 1 + min(max(kl / 0.5 - 1, -0.2), 0.2) * 8 / 20
-        assert trainer.controller.coef == pytest.approx(coef, rel=1e-12)
+        assert trainer.collector.controller.coef == pytest.approx(coef, rel=1e-12)
     assert coef != BETA
 
 
@@ -131,15 +137,16 @@ def test_a_fixed_beta_stays(settings):
 def test_credit_shows_what_was_paid(settings, estimator):
     """The picture's penalties are those in the shaped reward: with the run's estimator and the run's present β."""
     trainer = make_trainer(settings, kl_estimator=estimator)
-    perturb(trainer.actor, 0.03)
-    trainer.controller.coef = 2.0
-    credit = assign_credit(trainer, trainer.prompts)
-    value = [*credit.value[1:], 0.0]
+    perturb(trainer.algorithm.actor, 0.03)
+    trainer.collector.controller.coef = 2.0
+    credit = assign_credit(trainer, trainer.collector.prompts)
+    penalties, values, errors, _ = (numbers for _, numbers, _ in credit.panels)
+    value = [*values[1:], 0.0]
     reward = [0.0] * (len(value) - 1) + [credit.score]
-    for t, penalty in enumerate(credit.penalty):
+    for t, penalty in enumerate(penalties):
         # γ = 1: δ = reward − penalty + V' − V
-        assert credit.td_error[t] == pytest.approx(reward[t] - penalty + value[t] - credit.value[t], abs=1e-4)
-    assert sum(credit.penalty) > 0.1
+        assert errors[t] == pytest.approx(reward[t] - penalty + value[t] - values[t], abs=1e-4)
+    assert sum(penalties) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
@@ -176,11 +183,11 @@ def test_what_needs_a_reference_is_refused_without(settings, changes):
 def test_bad_settings(changes, message):
     """Bad settings of the penalty are refused before any work."""
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**changes)
+        TextConfig(**changes)
 
 
 def test_controllers_by_name():
     """Names in the configuration give the controllers, β starting at the environment's kl_coef."""
-    assert make_controller(TrainConfig(), 0.2) == FixedKL(0.2)
-    config = TrainConfig(**ADAPTIVE, kl_unit="token")
+    assert make_controller(TextConfig(), 0.2) == FixedKL(0.2)
+    config = TextConfig(**ADAPTIVE, kl_unit="token")
     assert make_controller(config, 0.2) == AdaptiveKL(0.2, 0.5, 20, "token")

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from agents.checkpoint import load_checkpoint, save_checkpoint
-from agents.evaluation import evaluate
-from agents.networks import language_model_of
+from agents.text.evaluation import evaluate
 from tests import tiny
 from tests.learning import make_rollout, make_trainer, same, weights
 from tests.test_faces import STOPS
@@ -200,41 +199,41 @@ def test_resumed_equals_uninterrupted(settings, tmp_path):
     save_checkpoint(tmp_path, stopped)
     resumed = make_trainer(settings)
     load_checkpoint(tmp_path, resumed)
-    assert resumed.task.normaliser.statistics.count == 8
+    assert resumed.collector.task.normaliser.statistics.count == 8
     scores = [first.metrics["score"]] + [iteration.metrics["score"] for iteration in resumed.iterate()]
     assert scores == expected
-    assert same(weights(whole.actor), weights(resumed.actor))
-    statistics = whole.task.normaliser.statistics.state_dict()
-    assert statistics == resumed.task.normaliser.statistics.state_dict() and statistics["count"] == 24
+    assert same(weights(whole.algorithm.actor), weights(resumed.algorithm.actor))
+    statistics = whole.collector.task.normaliser.statistics.state_dict()
+    assert statistics == resumed.collector.task.normaliser.statistics.state_dict() and statistics["count"] == 24
 
 
 def test_measurements_are_raw_and_leave_statistics_alone(settings):
     """Evaluation gives the reward's own numbers, the same before and after the statistics moved, and moves none."""
     trainer = make_trainer(settings | RUNNING | dict(reward=characters, kl_coef=0))
-    model = language_model_of(trainer.actor)
+    model = trainer.algorithm.policy.model
 
     def measure():
-        return evaluate(trainer.task, model, trainer.prompts, None, seed=0)
+        return evaluate(trainer.collector.task, model, trainer.collector.prompts, None, seed=0)
 
     before = measure()
     assert before.score == [float(len(response)) for response in before.responses]
-    assert trainer.task.normaliser.statistics.count == 0
+    assert trainer.collector.task.normaliser.statistics.count == 0
     make_rollout(trainer)
-    assert trainer.task.normaliser.statistics.count == 8
+    assert trainer.collector.task.normaliser.statistics.count == 8
     assert measure() == before
-    assert trainer.task.normaliser.statistics.count == 8
+    assert trainer.collector.task.normaliser.statistics.count == 8
 
 
 def test_frozen_statistics_pay_and_stay(settings):
     """A frozen task pays by the statistics of that moment, and moves none."""
     trainer = make_trainer(settings | RUNNING)
     make_rollout(trainer)
-    statistics = trainer.task.normaliser.statistics.state_dict()
-    frozen = trainer.task.frozen().normaliser
-    mean, std = trainer.task.normaliser.statistics.mean, trainer.task.normaliser.statistics.std
+    statistics = trainer.collector.task.normaliser.statistics.state_dict()
+    frozen = trainer.collector.task.frozen().normaliser
+    mean, std = trainer.collector.task.normaliser.statistics.mean, trainer.collector.task.normaliser.statistics.std
     for _ in range(2):
         assert frozen(scored(7.0)).final.tolist() == pytest.approx([(7 - mean) / std])
-    assert trainer.task.normaliser.statistics.state_dict() == statistics
+    assert trainer.collector.task.normaliser.statistics.state_dict() == statistics
 
 
 def test_metrics_show_the_parts(settings):
@@ -254,6 +253,6 @@ def test_metrics_show_the_parts(settings):
 def test_the_critic_starts_without_an_opinion(settings):
     """Where scores are normalised, the reward model's head would speak in another unit: the critic's is zero."""
     trainer = make_trainer(settings | dict(score_normalisation="fixed", score_mean=3.0))
-    critic = trainer.critic.module
+    critic = trainer.algorithm.critic.module
     assert not critic.head.weight.any() and not critic.head.bias.any()
-    assert same(weights(critic.backbone), weights(trainer.task.reward.model.base_model))
+    assert same(weights(critic.backbone), weights(trainer.collector.task.reward.model.base_model))

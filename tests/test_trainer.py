@@ -7,9 +7,9 @@ import torch
 
 from agents.checkpoint import check_same, load_checkpoint, save_checkpoint, save_config
 from agents.config import TrainConfig
-from agents.evaluation import split_prompts
-from agents.networks import language_model_of
-from agents.run import make_task
+from agents.text.config import TextConfig
+from agents.text.evaluation import split_prompts
+from agents.text.experiment import check_minibatch, make_task
 from tests.learning import make_rollout, make_trainer, same, weights
 from textenv import TextGenConfig, build_task
 
@@ -17,7 +17,9 @@ from textenv import TextGenConfig, build_task
 @pytest.mark.parametrize(("minibatch", "micro_batch"), [(8, 8), (4, 4), (4, 3), (2, 1)])
 def test_optimiser_steps(settings, minibatch, micro_batch):
     """Steps are epochs × minibatches for every micro-batch size."""
-    trainer = make_trainer(settings, ppo=dict(epochs=3), iterations=1, minibatch=minibatch, micro_batch=micro_batch)
+    trainer = make_trainer(
+        settings, algorithm=dict(epochs=3), iterations=1, minibatch=minibatch, micro_batch=micro_batch
+    )
     steps = []
     step = trainer.optimizer.step
     trainer.optimizer.step = lambda: (steps.append(1), step())
@@ -46,10 +48,10 @@ def test_resumed_equals_uninterrupted(settings, tmp_path, task, changes):
     load_checkpoint(tmp_path, resumed)
     scores = [first.metrics["score"]] + [iteration.metrics["score"] for iteration in resumed.iterate()]
     assert scores == expected
-    assert whole.controller.coef == resumed.controller.coef
-    assert (whole.controller.coef == settings["kl_coef"]) == (not changes)
-    assert same(weights(whole.actor), weights(resumed.actor))
-    assert same(weights(whole.critic), weights(resumed.critic))
+    assert whole.collector.controller.coef == resumed.collector.controller.coef
+    assert (whole.collector.controller.coef == settings["kl_coef"]) == (not changes)
+    assert same(weights(whole.algorithm.actor), weights(resumed.algorithm.actor))
+    assert same(weights(whole.algorithm.critic), weights(resumed.algorithm.critic))
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
@@ -75,8 +77,8 @@ def test_curriculum_learns_from_the_scores(settings):
     means: dict[str, list[float]] = {}
     for text, score in zip(rollout.prompts, rollout.data["score"].tolist(), strict=True):
         means.setdefault(text, []).append(score)
-    state = trainer.state_dict()["sampler"]["sampler"]
-    for text, returns in zip(trainer.prompts.texts, state["returns"], strict=True):
+    state = trainer.state_dict()["collector"]["sampler"]["sampler"]
+    for text, returns in zip(trainer.collector.prompts.texts, state["returns"], strict=True):
         assert returns == ([pytest.approx(sum(means[text]) / len(means[text]))] if text in means else [])
     assert state["episodes"] == 8
 
@@ -88,7 +90,7 @@ def test_same_seed_same_run_other_seed_another(settings):
         torch.manual_seed(len(found))  # global randomness must not matter
         trainer = make_trainer(settings, seed=seed, iterations=1)
         list(trainer.iterate())
-        found.append(weights(language_model_of(trainer.actor)))
+        found.append(weights(trainer.algorithm.policy.model))
     assert same(found[0], found[1]) and not same(found[0], found[2])
 
 
@@ -128,7 +130,7 @@ def test_gradients_are_clipped(settings):
     step = trainer.optimizer.step
 
     def watch():
-        for network in (trainer.actor, trainer.critic):
+        for network in (trainer.algorithm.actor, trainer.algorithm.critic):
             norms.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]).norm())
         step()
 
@@ -141,17 +143,17 @@ def test_held_out_prompts_are_held_out(settings):
     """No prompt is both trained on and measured on, whatever their source."""
     many = [f"number {index}" for index in range(50)]
     task = build_task(TextGenConfig(**(settings | dict(prompts=many))))
-    kept, held_out = split_prompts(task, TrainConfig(evaluation_prompts=8))
+    kept, held_out = split_prompts(task, TextConfig(evaluation_prompts=8))
     assert len(held_out) == 8 and len(kept) == 42
     assert not set(kept.texts) & set(held_out.texts)
-    again = split_prompts(task, TrainConfig(evaluation_prompts=8))
+    again = split_prompts(task, TextConfig(evaluation_prompts=8))
     assert again[1].texts == held_out.texts
 
 
 def test_a_prompt_that_comes_twice_is_not_on_both_sides(settings):
     """Duplicate texts in a user's prompts are trained on or measured on, never both."""
     task = build_task(TextGenConfig(**(settings | dict(prompts=["a", "b", "c", "d", "e", "f"] * 5))))
-    kept, held_out = split_prompts(task, TrainConfig())
+    kept, held_out = split_prompts(task, TextConfig())
     assert len(held_out) == 1 and len(kept) == 25
     assert not set(kept.texts) & set(held_out.texts)
 
@@ -160,21 +162,21 @@ def test_a_broken_gradient_changes_nothing(settings):
     """A gradient that is not finite ends the run with a sentence, before any weight is touched."""
     trainer = make_trainer(settings)
     data = make_rollout(trainer).data
-    before = weights(trainer.actor), weights(trainer.critic)
+    before = weights(trainer.algorithm.actor), weights(trainer.algorithm.critic)
     data["advantage"][0, 0] = float("nan")
     with pytest.raises(ValueError, match="gradient is nan in iteration 1"):
         trainer._step(data)
-    assert same(before[0], weights(trainer.actor)) and same(before[1], weights(trainer.critic))
+    assert same(before[0], weights(trainer.algorithm.actor)) and same(before[1], weights(trainer.algorithm.critic))
 
 
 def test_another_configuration_is_not_resumed(settings, tmp_path):
     """A checkpoint of another configuration is refused, and the difference is named."""
     trainer = make_trainer(settings)
-    save_config(tmp_path / "run", trainer.config, trainer.algorithm.config)
-    check_same(tmp_path / "run", trainer.config, trainer.algorithm.config)
-    other = make_trainer(settings, learning_rate=5e-4, ppo=dict(clip=0.3))
+    save_config(tmp_path / "run", trainer.config, trainer.collector.config, trainer.algorithm.config)
+    check_same(tmp_path / "run", trainer.config, trainer.collector.config, trainer.algorithm.config)
+    other = make_trainer(settings, learning_rate=5e-4, algorithm=dict(clip=0.3))
     with pytest.raises(ValueError, match=r"learning_rate was 0\.001 and is now 0\.0005.*clip was 0\.2"):
-        check_same(tmp_path / "run", other.config, other.algorithm.config)
+        check_same(tmp_path / "run", other.config, other.collector.config, other.algorithm.config)
 
 
 def test_a_run_without_checkpoint_is_not_resumed(settings, tmp_path):
@@ -187,7 +189,6 @@ def test_a_run_without_checkpoint_is_not_resumed(settings, tmp_path):
     ("changes", "message"),
     [
         (dict(iterations=0), "iterations must be at least 1"),
-        (dict(minibatch=3, rollout=8), "minibatch must divide rollout"),
         (dict(learning_rate=0.0), "learning_rate must be above 0"),
         (dict(env_arg=("kl_coef",)), "NAME=VALUE"),
         (dict(env_arg=("=3",)), "NAME=VALUE"),
@@ -222,3 +223,9 @@ def test_environment_arguments():
         "reward": "module:function",
         "x": True,
     }
+
+
+def test_minibatches_divide_rollouts():
+    """A minibatch that leaves a smaller rest is refused, since its steps would not weigh the same."""
+    with pytest.raises(ValueError, match=r"minibatch must divide rollout.*rollout=8 and minibatch=3"):
+        check_minibatch(TrainConfig(minibatch=3), TextConfig(rollout=8))

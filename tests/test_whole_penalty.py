@@ -14,8 +14,8 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from agents.penalty import Penalty
-from agents.rollout import Rollout, collect
+from agents.text.penalty import Penalty
+from agents.text.rollout import TextRollout, collect
 from tests import tiny
 from tests.test_faces import STOPS, TOLERANCE, assert_same, random_tokens
 from textenv import TextGenConfig, build_task
@@ -35,7 +35,7 @@ def one_prompt(settings):
     return {**settings, "prompts": ["the cat"], "stop_token_ids": STOPS}
 
 
-def rollout_of(task: Task, estimator: str = "k1", coef: float = BETA) -> Rollout:
+def rollout_of(task: Task, estimator: str = "k1", coef: float = BETA) -> TextRollout:
     """Responses of a policy that has left the reference, as a learner sees them."""
     model = copy.deepcopy(task.load_reference().model)
     generator = torch.Generator().manual_seed(1)

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.objectives import ClipPPOLoss
 
-from agents.advantages import estimate_advantages, explained_variance, td_errors, whiten
+from agents.advantages import token_weights, whiten
+from agents.algorithms.actor_critic import add_advantages, policy_of
+from agents.config import check_counts, check_not_negative, check_shares
+from agents.interfaces import Networks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,22 +24,22 @@ class PPOConfig:
 
     epochs: int = 4  # passes over each rollout
     clip: float = 0.2  # the ratio of new to old probability counts within 1 ± clip
+    dual_clip: float = 0.0  # where the advantage is negative, ratios count up to this (3 is usual); 0 is off
     value_clip: float = 0.2  # a value may move this far from its old one before its gradient stops; 0 is off
+    target_kl: float = 0.0  # updates on a rollout stop where old and new policy are this far apart, nats; 0 is off
     entropy_coef: float = 0.0  # weight of an entropy bonus; 0 saves its cost
-    gamma: float = 1.0  # discount per token
+    gamma: float = 1.0  # discount per step
     lmbda: float = 0.95  # GAE's mix of TD errors (0) and whole returns (1)
+    whiten: bool = True  # advantages of a rollout to mean 0 and standard deviation 1
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}.")
+        check_counts(self, ("epochs",))
         if not 0 < self.clip < 1:
             raise ValueError(f"clip must lie in (0, 1), got {self.clip}.")
-        for name in ("value_clip", "entropy_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
-        for name in ("gamma", "lmbda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
+        check_not_negative(self, ("value_clip", "entropy_coef", "target_kl"))
+        check_shares(self, ("gamma", "lmbda"))
+        if self.dual_clip != 0 and not self.dual_clip > 1 + self.clip:
+            raise ValueError(f"dual_clip must be above 1 + clip, or 0 for none, got {self.dual_clip}; 3 is usual.")
 
 
 class PPO:
@@ -45,11 +47,16 @@ class PPO:
 
     on_policy = True
 
-    def __init__(self, config: PPOConfig, actor: ProbabilisticTensorDictSequential, critic: TensorDictModule) -> None:
-        self.config, self.actor, self.critic = config, actor, critic
+    def __init__(self, config: PPOConfig, networks: Networks) -> None:
+        self.config, self.networks = config, networks
+        self.actor, self.critic = networks.actor(), networks.critic()
+        self.policy = policy_of(self.actor)
+        self.trained: dict[str, nn.Module] = {"actor": self.actor, "critic": self.critic}
+        self.targets: dict[str, nn.Module] = {}
+        self.weights = token_weights
         self.objective = ClipPPOLoss(
-            actor,
-            critic,
+            self.actor,
+            self.critic,
             clip_epsilon=config.clip,
             clip_value=config.value_clip or None,
             critic_coeff=0.5,  # the ½ of the value loss; the networks share no weight, so it needs no other
@@ -58,43 +65,39 @@ class PPO:
             entropy_coeff=config.entropy_coef,
             functional=False,
             log_explained_variance=False,
+            reduction="none",
         )
         self.objective.loss_mask_key = "mask"
 
-    @torch.no_grad()
-    def prepare(self, rollout: TensorDict, rows_per_pass: int) -> dict[str, float]:
-        """Adds `state_value`, whitened `advantage` and `value_target`, all [B, R, 1].
-
-        Returns what the critic knew before it was updated.
-        """
-        mask = rollout["mask"]
-        value = torch.cat([self._values(part) for part in rollout.split(rows_per_pass)])[..., 0]  # [B, R + 1]
-        advantage, target = estimate_advantages(
-            rollout["shaped_reward"], value, mask, self.config.gamma, self.config.lmbda
-        )
-        rollout["state_value"] = value[:, :-1].where(mask, 0.0)[..., None]
-        rollout["td_error"] = td_errors(rollout["shaped_reward"], value, mask, self.config.gamma)[..., None]
-        rollout["raw_advantage"] = advantage[..., None]
-        rollout["advantage"] = whiten(advantage, mask)[..., None]
-        rollout["value_target"] = target[..., None]
-        return {"explained_variance": float(explained_variance(value[:, :-1], target, mask))}
+    def prepare(self, rollout: TensorDict) -> dict[str, float]:
+        """Adds `state_value`, `advantage` (whitened) and `value_target`, all [B, R, 1]."""
+        metrics = add_advantages(rollout, self.networks, self.critic, self.config.gamma, self.config.lmbda)
+        advantage = rollout["raw_advantage"]
+        rollout["advantage"] = whiten(advantage, rollout["mask"][..., None]) if self.config.whiten else advantage
+        return metrics
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Named loss terms to be summed, and diagnostics; all means over the valid tokens of the batch."""
+        """Loss terms of every step, to be summed, and diagnostics."""
         out = self.objective(batch)
-        terms = {"policy_loss": out["loss_objective"], "value_loss": out["loss_critic"]}
+        policy_loss = out["loss_objective"]
+        if self.config.dual_clip > 0:
+            policy_loss = dual_clipped(policy_loss, batch["advantage"][..., 0], self.config.dual_clip)
+        terms = {"policy_loss": policy_loss, "value_loss": out["loss_critic"]}
         if self.config.entropy_coef > 0:
             terms["entropy_loss"] = out["loss_entropy"]
         # TorchRL averages these over padding too, where they are exactly zero (see TextActor).
-        per_valid = batch["mask"].numel() / batch["mask"].sum()
-        diagnostics = {
-            "approx_kl": out["kl_approx"].mean() * per_valid,
-            "clip_fraction": out["clip_fraction"].mean() * per_valid,
-        }
+        steps = batch["mask"].numel()
+        diagnostics = {"approx_kl": out["kl_approx"] * steps, "clip_fraction": out["clip_fraction"] * steps}
         return terms, {name: value.detach() for name, value in diagnostics.items()}
 
-    def after_step(self) -> None:
-        """Nothing: PPO has no target networks."""
+    def after_step(self, metrics: dict[str, float]) -> bool:
+        """Whether the policy is as far from the old one as it may go (`target_kl`); PPO has no target networks."""
+        return 0 < self.config.target_kl < metrics["approx_kl"]
 
-    def _values(self, part: TensorDict) -> Tensor:
-        return self.critic.module.all_states(part["input_ids"], part["attention_mask"], part["mask"])
+
+def dual_clipped(policy_loss: Tensor, advantage: Tensor, bound: float) -> Tensor:
+    """Dual clip (Ye et al. 2020): where the advantage is negative, the loss is at most −bound · advantage.
+
+    policy_loss, advantage: [B, R].
+    """
+    return torch.where(advantage < 0, torch.minimum(policy_loss, -bound * advantage), policy_loss)

@@ -1,7 +1,7 @@
-"""Actor and critic as TensorDictModules, each with its own weights.
+"""Actors and critics of text as TensorDictModules, each with its own weights.
 
 The actor starts from the reference. The critic's backbone starts from the reward model where that reads the
-same tokens, else from the reference. Both read whole texts in one forward pass.
+same tokens, else from the reference. All read whole texts in one forward pass.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
@@ -71,10 +72,13 @@ class TextCritic(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
         """Values of the states before each response token. Returns float32 [B, R, 1]."""
-        return self.all_states(input_ids, attention_mask, mask)[:, :-1]
+        return self._values(input_ids, attention_mask, mask)[:, :-1]
 
-    def all_states(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+    def all_states(self, data: TensorDict) -> Tensor:
         """Values of s_0..s_R, the state after the last token too. Returns float32 [B, R + 1, 1]."""
+        return self._values(data["input_ids"], data["attention_mask"], data["mask"])
+
+    def _values(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
         hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask.long(),
@@ -82,6 +86,36 @@ class TextCritic(nn.Module):
             use_cache=False,
         ).last_hidden_state[:, -mask.shape[1] - 1 :]  # [B, R + 1, H]: s_t is read at token t - 1
         return self.head(hidden).float()
+
+
+def language_model_of(policy: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside a text policy."""
+    model: Any = policy.model
+    return model
+
+
+class TextNetworks:
+    """Networks for a task: see `agents.interfaces.Networks`."""
+
+    discrete = True
+
+    def __init__(self, task: Task, start: str = "auto", rows_per_pass: int = 16, seed: int = 0) -> None:
+        self.task, self.start, self.rows_per_pass, self.seed = task, start, rows_per_pass, seed
+        self.group = task.config.group_size
+        self.temperature = task.config.kl_coef
+
+    def actor(self) -> ProbabilisticTensorDictSequential:
+        """A policy that starts as the reference."""
+        return make_actor(self.task)
+
+    def critic(self) -> TensorDictModule:
+        """Values, from the start that was chosen."""
+        return make_critic(self.task, self.start, self.seed)
+
+    @torch.no_grad()
+    def all_states(self, network: Any, data: TensorDict) -> Tensor:
+        """A network's outputs at s_0..s_R, [B, R + 1, ...]."""
+        return torch.cat([network.all_states(part) for part in data.split(self.rows_per_pass)])
 
 
 def make_actor(task: Task) -> ProbabilisticTensorDictSequential:
@@ -100,25 +134,35 @@ def make_actor(task: Task) -> ProbabilisticTensorDictSequential:
     return ProbabilisticTensorDictSequential(*modules)
 
 
-def language_model_of(actor: ProbabilisticTensorDictSequential) -> PreTrainedModel:
-    """The Hugging Face model inside an actor."""
-    module: Any = actor[0].module
-    return module.model
+def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TensorDictModule:
+    """A critic that starts from the reward model, head included, or from another network with a zero head.
 
-
-def make_critic(task: Task) -> TensorDictModule:
-    """A critic that starts from the reward model, head included, or from the reference with a zero head.
-
-    Where scores are normalised the head is zero too, since it would begin in another unit than that of its targets.
+    start: `reward-model`, `reference`, `scratch` (the reference's architecture with random weights drawn from the
+    seed), or `auto`: the reward model where it reads the same tokens, else the reference. Where scores are normalised
+    the head is zero too, since it would begin in another unit than that of its targets.
     """
-    reward = task.reward
-    if isinstance(reward, RewardModel) and reward.tokenizer is None and reads_every_position(reward.model):
+    reward, reference = task.reward, task.load_reference().model
+    fits = isinstance(reward, RewardModel) and reward.tokenizer is None and reads_every_position(reward.model)
+    if start == "reward-model" and not fits:
+        raise ValueError(
+            f"a critic cannot start from the reward {reward.name!r}: it is no reward model that reads the reference's "
+            "own tokens. Choose --critic reference, or leave it out."
+        )
+    if start in ("auto", "reward-model") and fits:
+        assert isinstance(reward, RewardModel)
         backbone = _trainable_copy(reward.model.base_model)
         head = _head(reward.model, reward.label) if task.normaliser is None else _zero_head(backbone)
     else:
-        backbone = _trainable_copy(task.load_reference().model.base_model)
+        backbone = _trainable_copy(_random(reference, seed) if start == "scratch" else reference.base_model)
         head = _zero_head(backbone)
     return TensorDictModule(TextCritic(backbone, head), INPUTS, ["state_value"])
+
+
+def _random(model: Any, seed: int) -> Any:
+    """A backbone of the same architecture with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(model.base_model)(model.config).to(model.device)
 
 
 def _zero_head(backbone: Any) -> nn.Linear:

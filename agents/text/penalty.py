@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agents.config import TrainConfig
+from agents.text.config import TextConfig
 from textenv.generation import Generation, response_kl
 from textenv.kl import ESTIMATORS, EXACT, AdaptiveKL, Controller, FixedKL
 from textenv.task import Task
@@ -22,7 +22,7 @@ class Penalty:
     estimator: str = "k1"  # k1, k2, k3 or exact
 
 
-def make_controller(config: TrainConfig, kl_coef: float) -> Controller:
+def make_controller(config: TextConfig, kl_coef: float) -> Controller:
     """Who sets β in a run, from the environment's `kl_coef` on."""
     if kl_coef == 0 and (config.kl_estimator != "k1" or config.kl_controller != "fixed"):
         raise ValueError(

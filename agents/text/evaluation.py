@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from agents.config import TrainConfig
+from agents.text.config import TextConfig
 from textenv import reviews
 from textenv.generation import generate, judge, response_log_probs
 from textenv.loading import load_function
@@ -97,11 +97,11 @@ def _evaluate(
     )
 
 
-def split_prompts(task: Task, config: TrainConfig) -> tuple[Prompts, Prompts]:
+def split_prompts(task: Task, config: TextConfig, seed: int = 0) -> tuple[Prompts, Prompts]:
     """Prompts to train on and prompts to measure on, with none in common.
 
     The measured ones come from `held_out`, else from the embedded task where its prompts are used, else they
-    are a random part (a fifth at most) of the environment's own prompts.
+    are a random part (a fifth at most, drawn from the seed) of the environment's own prompts.
     """
     own = task.config.prompts is None
     if config.held_out is not None or own:
@@ -120,13 +120,13 @@ def split_prompts(task: Task, config: TrainConfig) -> tuple[Prompts, Prompts]:
             f"the environment has {size} different prompts, too few to hold any out; give more, or --held-out a source."
         )
     count = max(1, min(config.evaluation_prompts, size // 5))
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(config.seed)).tolist()
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
     held = {unique[index] for index in order[:count]}
     kept = [index for index, text in enumerate(task.prompts.texts) if text not in held]
     return task.prompts.select(kept), task.prompts.select(sorted(task.prompts.texts.index(text) for text in held))
 
 
-def find_gold(task: Task, config: TrainConfig) -> Gold | None:
+def find_gold(task: Task, config: TextConfig) -> Gold | None:
     """The true quality that is measured and never optimised, where there is one."""
     if config.gold is not None:
         return load_function(config.gold)

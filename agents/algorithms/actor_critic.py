@@ -1,0 +1,46 @@
+"""What the learners with an actor and a critic share: values, advantages and value targets of a rollout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
+from torch import nn
+
+from agents.advantages import Ends, estimate_advantages, explained_variance, td_errors
+from agents.interfaces import Networks
+
+
+def ends_of(rollout: TensorDict) -> Ends:
+    """Which steps of a rollout are real, and which end an episode."""
+    return Ends(rollout["mask"], rollout["done"], rollout["terminated"])
+
+
+def policy_of(actor: ProbabilisticTensorDictSequential) -> nn.Module:
+    """The network inside an actor, which plays."""
+    return inside(actor[0])
+
+
+def inside(module: Any) -> nn.Module:
+    """The network inside a TensorDictModule."""
+    return module.module
+
+
+@torch.no_grad()
+def add_advantages(
+    rollout: TensorDict, networks: Networks, critic: TensorDictModule, gamma: float, lmbda: float
+) -> dict[str, float]:
+    """Adds `state_value`, `td_error`, `raw_advantage` and `value_target`, all [B, R, 1].
+
+    Returns what the critic knew before it was updated.
+    """
+    ends, reward = ends_of(rollout), rollout["shaped_reward"]
+    value = networks.all_states(inside(critic), rollout)[..., 0]  # [B, R + 1]
+    advantage, target = estimate_advantages(reward, value, ends, gamma, lmbda)
+    rollout["state_value"] = value[:, :-1].where(ends.mask, 0.0)[..., None]
+    rollout["td_error"] = td_errors(reward, value, ends, gamma)[..., None]
+    rollout["raw_advantage"] = advantage[..., None]
+    rollout["value_target"] = target[..., None]
+    return {"explained_variance": float(explained_variance(value[:, :-1], target, ends.mask))}

@@ -1,0 +1,37 @@
+"""Which kind of environment an id belongs to, and so how it is learned on: text, or anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+
+from agents.config import TrainConfig
+from agents.interfaces import Experiment
+from agents.text.config import TextConfig
+from agents.text.experiment import TextExperiment
+from textenv.env import TextGenEnv
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A kind of environment: the settings it takes, and how one is opened."""
+
+    settings: type
+    open: Callable[[TrainConfig, Any], Experiment]
+
+
+TEXT = Domain(TextConfig, TextExperiment)
+
+
+def domain_of(env: str) -> Domain:
+    """The domain of a Gymnasium id. Raises ValueError for an unknown one."""
+    try:
+        entry = gym.spec(env).entry_point
+    except (gym.error.Error, ImportError) as error:
+        raise ValueError(f"gym.make cannot make {env!r}: {error}") from error
+    if entry in (TextGenEnv, f"{TextGenEnv.__module__}:{TextGenEnv.__qualname__}"):
+        return TEXT
+    raise ValueError(f"the learners here write text, and {env!r} is no TextGen environment; use TextGen-v0.")

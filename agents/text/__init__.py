@@ -1,0 +1,1 @@
+"""Learning on TextGen environments: networks that are language models, whole responses as rollouts."""

@@ -1,0 +1,184 @@
+"""A TextGen environment opened for learning: its task, its networks, what writes, measurements and results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
+from torch import nn
+
+from agents import plots
+from agents.config import TrainConfig
+from agents.plots import BLUE, CRITIC, GREEN, GREY, LOSSES, ORANGE, RED, Panel
+from agents.text.collector import TextCollector
+from agents.text.config import TextConfig
+from agents.text.evaluation import Evaluation, evaluate, find_gold, split_prompts
+from agents.text.networks import TextNetworks, language_model_of
+from agents.text.rollout import collect
+from agents.text.samples import make_summary, write_samples
+from agents.trainer import Trainer
+from textenv.env import TextGenEnv
+from textenv.loading import quietly
+from textenv.prompts import Prompts
+from textenv.task import Task
+
+EVALUATION_SEED = 0  # the same responses are drawn whenever the same policy is measured
+
+PANELS: tuple[Panel, ...] = (
+    (
+        "What is optimised, and what is true",
+        "score",
+        (("score", "score", BLUE), ("score/raw", "score before normalisation", GREY), ("gold", "gold score", ORANGE)),
+    ),
+    ("Distance from the reference", "nats a response", (("kl_per_response", "KL", RED),)),
+    ("Entropy", "nats a token", (("entropy", "entropy", GREEN),)),
+    ("Length", "tokens a response", (("length", "length", GREY),)),
+    LOSSES,
+    CRITIC,
+)
+
+
+class TextExperiment:
+    """See `agents.interfaces.Experiment`."""
+
+    def __init__(self, config: TrainConfig, settings: TextConfig, task: Task | None = None) -> None:
+        """task: in the place of the one that `gym.make` finds under the configuration's `env`."""
+        check_minibatch(config, settings)
+        self.config, self.settings = config, settings
+        self.task = make_task(config) if task is None else task
+        self.prompts, self.held_out = split_prompts(self.task, settings, config.seed)
+        self.gold = find_gold(self.task, settings)
+        self.networks = TextNetworks(self.task, settings.critic, settings.micro_batch, config.seed)
+        self.collector = TextCollector(self.task, self.prompts, settings, config.seed, self.gold)
+
+    def describe(self) -> str:
+        """The task, the penalty and the amount of work."""
+        task = self.task
+        return (
+            f"({task.device}): {len(self.prompts)} prompts, {len(self.held_out)} held out; reward {task.reward.name}, "
+            f"kl_coef {task.config.kl_coef:g} ({describe_kl(self.settings)}); {self.config.iterations} iterations of "
+            f"{self.settings.rollout} responses."
+        )
+
+    def evaluate(self, policy: nn.Module) -> Evaluation:
+        """Held-out prompts, with the seed that every measurement shares."""
+        batch = (self.settings.rollout, self.settings.micro_batch)
+        return evaluate(self.task, language_model_of(policy), self.held_out, self.gold, EVALUATION_SEED, batch)
+
+    def numbers(self, evaluation: Evaluation) -> dict[str, float]:
+        """Means over the prompts."""
+        return evaluation.summary()
+
+    def headline(self, metrics: dict[str, float]) -> str:
+        """Score, gold score, KL and speed."""
+        gold = f"  gold {metrics['gold']:+.2f}" if "gold" in metrics else ""
+        kl = f"  KL {metrics['kl_per_response']:.1f}" if "kl_per_response" in metrics else ""
+        return f"score {metrics['score']:+.2f}{gold}{kl}  {metrics['tokens_per_second']:.0f} tokens/s"
+
+    def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+        """The language model with its tokenizer, samples, and where the credit went."""
+        with quietly():
+            language_model_of(trainer.algorithm.policy).save_pretrained(folder / "actor")
+            self.task.tokenizer.save_pretrained(folder / "actor")
+        write_samples(folder / "samples.md", before, after)
+        plots.draw_credit(folder / "credit.png", assign_credit(trainer, self.held_out))
+        return make_summary(before, after)
+
+    def panels(self) -> tuple[Panel, ...]:
+        """What the learning curves show."""
+        return PANELS
+
+    def show(self, summary: dict[str, Any], folder: Path) -> list[str]:
+        """Score, gold score, KL and where to look."""
+        deviations = (summary["score_after"] - summary["score_before"]) / max(summary["score_std_before"], 1e-8)
+        lines = [
+            f"score {summary['score_before']:+.2f} → {summary['score_after']:+.2f} ({deviations:+.1f} standard "
+            "deviations)",
+            f"KL {summary['kl_per_response']:.1f} nats a response, length {summary['length_before']:.0f} → "
+            f"{summary['length_after']:.0f} tokens, {summary['tokens']} tokens in {summary['seconds']:.0f} s",
+            f"read {folder}/samples.md, look at {folder}/curves.png and credit.png, try: "
+            f'python -m agents generate --run {folder} --prompt "..."',
+        ]
+        if "gold_before" in summary:
+            lines.insert(1, f"gold  {summary['gold_before']:+.2f} → {summary['gold_after']:+.2f}")
+        return lines
+
+
+def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
+    """Where the credit went in one response to a held-out prompt: the one of median length among those to eight."""
+    collector, policy = trainer.collector, trainer.algorithm.policy
+    assert isinstance(collector, TextCollector)
+    task, paid = collector.task.frozen(), collector.penalty()  # looking must not move running statistics
+    generator = torch.Generator(task.device).manual_seed(EVALUATION_SEED)
+    # Whole groups of one prompt, for the learners that compare its responses.
+    prompts = held_out.select(
+        [row // task.config.group_size % len(held_out) for row in range(8 * task.config.group_size)]
+    )
+    rollout = collect(task, language_model_of(policy), prompts, generator, len(prompts), paid)
+    trainer.algorithm.prepare(rollout.data)
+    lengths = rollout.data["mask"].sum(1)
+    row = int(lengths.argsort()[len(lengths) // 2])
+    data, length = rollout.data[row], int(lengths[row])
+    known = {
+        "penalty β·KL": (paid.coef * data["kl"], RED),
+        "value V(s)": (data.get("state_value", None), BLUE),
+        "TD error δ": (data.get("td_error", None), ORANGE),
+        "advantage A": (data.get("raw_advantage", None), GREEN),
+    }
+    return plots.Credit(
+        prompt=prompts.texts[row],
+        tokens=[repr(task.tokenizer.decode([token]))[1:-1] for token in data["action"][:length].tolist()],
+        panels=[
+            (name, values.flatten()[:length].tolist(), colour)
+            for name, (values, colour) in known.items()
+            if values is not None
+        ],
+        score=float(data["score"]),
+    )
+
+
+def make_task(config: TrainConfig) -> Task:
+    """The task inside the environment that the configuration names."""
+    try:
+        env = gym.make(config.env, **config.env_arguments())
+    except (gym.error.Error, TypeError) as error:
+        raise ValueError(f"gym.make cannot make {config.env!r}: {error}") from error
+    core: Any = env.unwrapped
+    assert isinstance(core, TextGenEnv)
+    _refuse_wrappers(env)
+    return core.task
+
+
+def check_minibatch(config: TrainConfig, settings: TextConfig) -> None:
+    """Refuses rollouts that minibatches do not divide."""
+    if settings.rollout % config.minibatch:
+        raise ValueError(
+            f"minibatch must divide rollout, so that every optimiser step sees as many responses; got rollout="
+            f"{settings.rollout} and minibatch={config.minibatch}."
+        )
+
+
+def describe_kl(settings: TextConfig) -> str:
+    """Estimator and controller of the penalty in a few words."""
+    if settings.kl_controller == "fixed":
+        return f"{settings.kl_estimator}, fixed"
+    return f"{settings.kl_estimator}, adaptive to {settings.kl_target:g} nats a {settings.kl_unit}"
+
+
+def _refuse_wrappers(env: gym.Env) -> None:
+    """The learners write whole responses past all wrappers, so one that changes the episode would be lost silently."""
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, TimeLimit):
+            raise ValueError(
+                "max_episode_steps (Gymnasium's TimeLimit) cuts an episode before it is scored, and the learners here "
+                "write whole responses; use max_new_tokens=N, which ends a response at N tokens and scores it."
+            )
+        if not isinstance(env, PassiveEnvChecker | OrderEnforcing):
+            raise ValueError(
+                f"the environment is wrapped in {type(env).__name__}, past which the learners here would write; make "
+                "it without, and put what it does into the arguments `reward` or `prompts`."
+            )
+        env = env.env
