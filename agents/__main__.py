@@ -14,9 +14,8 @@ import tyro
 import agents
 import textenv
 from agents import report, run
-from agents.algorithms import find_algorithm
 from agents.config import TrainConfig
-from agents.domains import domain_of
+from agents.presets import defaults
 from agents.text.config import GenerateConfig
 from agents.text.experiment import TextExperiment
 from agents.text.networks import language_model_of
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             commands,
             args=arguments,
             prog="python -m agents",
-            description="Train a text policy by reinforcement learning, measure it, and try it.",
+            description="Train a policy by reinforcement learning, measure it, and try it.",
         )
     except ValueError as error:
         if not _is_ours(error):
@@ -50,17 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train_command(arguments: Sequence[str]) -> Callable[..., None]:
     """The `train` command, with the flags of the environment and the algorithm that the command line names."""
-    env, name = (_flag(arguments, flag) for flag in ("env", "algorithm"))
-    settings, (algorithm_settings, _) = domain_of(env).settings, find_algorithm(name)
+    config, settings, algorithm_config = defaults(*(_flag(arguments, flag) for flag in ("env", "algorithm")))
 
-    def train(config: TrainConfig, domain: Any, algorithm: Any) -> None:
+    def train(config: TrainConfig = config, domain: Any = settings, algorithm: Any = algorithm_config) -> None:
         """Train a policy; results go to the run's folder."""
         run.train(config, domain, algorithm)
 
     train.__annotations__ = {
         "config": tyro.conf.OmitArgPrefixes[tyro.conf.UseAppendAction[TrainConfig]],
-        "domain": tyro.conf.OmitArgPrefixes[settings],
-        "algorithm": tyro.conf.OmitArgPrefixes[algorithm_settings],
+        "domain": tyro.conf.OmitArgPrefixes[type(settings)],
+        "algorithm": tyro.conf.OmitArgPrefixes[type(algorithm_config)],
         "return": None,
     }
     return train

@@ -9,6 +9,8 @@ from typing import Any
 import gymnasium as gym
 
 from agents.config import TrainConfig
+from agents.control.config import ControlConfig
+from agents.control.experiment import ControlExperiment
 from agents.interfaces import Experiment
 from agents.text.config import TextConfig
 from agents.text.experiment import TextExperiment
@@ -24,6 +26,7 @@ class Domain:
 
 
 TEXT = Domain(TextConfig, TextExperiment)
+CONTROL = Domain(ControlConfig, ControlExperiment)
 
 
 def domain_of(env: str) -> Domain:
@@ -32,6 +35,4 @@ def domain_of(env: str) -> Domain:
         entry = gym.spec(env).entry_point
     except (gym.error.Error, ImportError) as error:
         raise ValueError(f"gym.make cannot make {env!r}: {error}") from error
-    if entry in (TextGenEnv, f"{TextGenEnv.__module__}:{TextGenEnv.__qualname__}"):
-        return TEXT
-    raise ValueError(f"the learners here write text, and {env!r} is no TextGen environment; use TextGen-v0.")
+    return TEXT if entry in (TextGenEnv, f"{TextGenEnv.__module__}:{TextGenEnv.__qualname__}") else CONTROL

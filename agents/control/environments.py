@@ -1,0 +1,129 @@
+"""Gymnasium environments side by side, as the collector plays them: flat observations, returns noted, normalised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.wrappers import vector as wrappers
+
+from agents.config import TrainConfig
+from agents.control.config import ControlConfig
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One that has finished."""
+
+    row: int  # of the environment it was played in
+    total: float  # its return, undiscounted
+    length: int
+
+
+class Returns(VectorWrapper):
+    """Keeps the returns and lengths of finished episodes, as the environment pays them."""
+
+    def __init__(self, env: VectorEnv) -> None:
+        super().__init__(env)
+        self.finished: list[Episode] = []  # since they were last taken
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets unfinished episodes."""
+        self.total = np.zeros(self.num_envs)
+        self.length = np.zeros(self.num_envs, dtype=np.int64)
+        self.resetting = np.zeros(self.num_envs, dtype=bool)  # rows whose next step only resets (NEXT_STEP)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """One step of every environment."""
+        observation, reward, terminated, truncated, info = self.env.step(actions)
+        self.total += np.where(self.resetting, 0.0, reward)
+        self.length += ~self.resetting
+        done = (terminated | truncated) & ~self.resetting
+        for row in np.flatnonzero(done):
+            self.finished.append(Episode(int(row), float(self.total[row]), int(self.length[row])))
+        self.total[done], self.length[done] = 0.0, 0
+        self.resetting = done
+        return observation, reward, terminated, truncated, info
+
+    def take(self) -> list[Episode]:
+        """The episodes that finished since the last call."""
+        found, self.finished = self.finished, []
+        return found
+
+
+class Environments:
+    """A vector environment and its normalisers, whose statistics go into checkpoints."""
+
+    def __init__(self, config: TrainConfig, settings: ControlConfig, num_envs: int) -> None:
+        self.returns = Returns(make_vector(config, settings, num_envs))
+        self.env: VectorEnv = self.returns
+        self.observations = self.rewards = None
+        if settings.normalize_observation:
+            self.env = self.observations = wrappers.NormalizeObservation(self.env)
+        if settings.normalize_reward:
+            self.env = self.rewards = wrappers.NormalizeReward(self.env, settings.reward_gamma)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Begins every episode anew."""
+        self.returns.begin()
+        if self.rewards is not None:
+            self.rewards.accumulated_reward = np.zeros(self.env.num_envs, dtype=np.float32)
+        return self.env.reset(seed=seed)[0]
+
+    def follow(self, other: Environments) -> None:
+        """Normalises observations by another's statistics, and leaves them as they are."""
+        if self.observations is not None and other.observations is not None:
+            self.observations.obs_rms = other.observations.obs_rms
+            self.observations.update_running_mean = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running statistics, as lists of numbers."""
+        return {name: {key: _listed(value) for key, value in vars(rms).items()} for name, rms in self._statistics()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        for name, rms in self._statistics():
+            for key, value in state[name].items():
+                old = getattr(rms, key)
+                setattr(rms, key, np.asarray(value, dtype=old.dtype) if isinstance(old, np.ndarray) else value)
+
+    def _statistics(self) -> list[tuple[str, Any]]:
+        found = []
+        if self.observations is not None:
+            found.append(("observation", self.observations.obs_rms))
+        if self.rewards is not None:
+            found.append(("return", self.rewards.return_rms))
+        return found
+
+
+def make_vector(config: TrainConfig, settings: ControlConfig, num_envs: int) -> VectorEnv:
+    """Environments side by side with flat observations, each beginning anew in the step after its end (NEXT_STEP).
+
+    So the observation that step t returns is always the true successor of the one before, and step t + 1 after an end
+    is none of an episode's: the mask leaves it out.
+    """
+    mode = None if settings.vectorization == "auto" else settings.vectorization
+    try:
+        env = gym.make_vec(config.env, num_envs=num_envs, vectorization_mode=mode, **config.env_arguments())
+    except (gym.error.Error, TypeError, ImportError) as error:
+        raise ValueError(f"gym.make_vec cannot make {config.env!r}: {error}") from error
+    if env.metadata.get("autoreset_mode") != AutoresetMode.NEXT_STEP:
+        raise ValueError(
+            f"{config.env!r} has the vector environment {type(env.unwrapped).__name__}, which does not begin anew in "
+            "the step after an end (autoreset_mode NEXT_STEP); set vectorization to sync."
+        )
+    space = env.single_observation_space
+    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+        return env
+    try:
+        return wrappers.FlattenObservation(env)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"the observations of {config.env!r}, {space}, cannot be flattened: {error}") from error
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value

@@ -1,0 +1,116 @@
+"""Any Gymnasium environment but text opened for learning: what plays it, its networks, measurements and results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.config import TrainConfig
+from agents.control.collector import ControlCollector, playable
+from agents.control.config import ControlConfig
+from agents.control.environments import Environments
+from agents.control.networks import ControlNetworks
+from agents.plots import BLUE, CRITIC, GREEN, GREY, LOSSES, RED, Panel
+from agents.trainer import Trainer
+
+EVALUATION_SEED = 1_000_000  # the same episodes begin whenever a policy is measured
+
+PANELS: tuple[Panel, ...] = (
+    ("What is optimised", "return of an episode", (("return", "return", BLUE),)),
+    ("Length", "steps an episode", (("length", "length", GREY),)),
+    ("Entropy", "nats a step", (("entropy", "entropy", GREEN),)),
+    LOSSES,
+    CRITIC,
+    ("Distance of an update", "nats a step", (("approx_kl", "KL of old and new policy", RED),)),
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Episodes of a policy that takes its best action always."""
+
+    returns: list[float]
+    lengths: list[int]
+
+
+class ControlExperiment:
+    """See `agents.interfaces.Experiment`."""
+
+    def __init__(self, config: TrainConfig, settings: ControlConfig) -> None:
+        self.config, self.settings = config, settings
+        self.environments = Environments(config, settings, settings.num_envs)
+        env = self.environments.env
+        self.networks = ControlNetworks(env.single_observation_space, env.single_action_space, settings, config.seed)
+        self.collector = ControlCollector(self.environments, settings, config.seed, config.checkpoint_every)
+
+    def describe(self) -> str:
+        """The environment and the amount of work."""
+        settings, action = self.settings, self.environments.env.single_action_space
+        frames = self.config.iterations * settings.num_envs * settings.steps
+        kind = f"{self.networks.outputs} actions" if self.networks.discrete else f"actions {action.shape}"
+        return (
+            f"(cpu): {self.networks.inputs} observations, {kind}; {self.config.iterations} iterations of "
+            f"{settings.num_envs} environments × {settings.steps} steps, {frames:,} frames."
+        )
+
+    def evaluate(self, policy: Any) -> Evaluation:
+        """One episode in each of as many environments, with the seed that every measurement shares."""
+        environments = Environments(self.config, self.settings, self.settings.evaluation_episodes)
+        environments.follow(self.environments)
+        evaluation = play(environments, policy)
+        environments.env.close()
+        return evaluation
+
+    def numbers(self, evaluation: Evaluation) -> dict[str, float]:
+        """Means over the episodes."""
+        return {
+            "return": float(np.mean(evaluation.returns)),
+            "return_std": float(np.std(evaluation.returns)),
+            "length": float(np.mean(evaluation.lengths)),
+        }
+
+    def headline(self, metrics: dict[str, float]) -> str:
+        """Return and speed."""
+        known = f"return {metrics['return']:+.1f}" if "return" in metrics else "no episode ended"
+        return f"{known}  {metrics['frames_per_second']:.0f} frames/s"
+
+    def panels(self) -> tuple[Panel, ...]:
+        """What the learning curves show."""
+        return PANELS
+
+    def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+        """Returns before and after; the policy is in the checkpoint."""
+        first, last = self.numbers(before), self.numbers(after)
+        return {
+            "return_before": first["return"],
+            "return_after": last["return"],
+            "return_std_after": last["return_std"],
+            "evaluation_episodes": len(after.returns),
+        }
+
+    def show(self, summary: dict[str, Any], folder: Path) -> list[str]:
+        """Returns, speed and where to look."""
+        return [
+            f"return {summary['return_before']:+.1f} → {summary['return_after']:+.1f} ± "
+            f"{summary['return_std_after']:.1f} over {summary['evaluation_episodes']} deterministic episodes",
+            f"{summary['frames']:,} frames in {summary['seconds']:.0f} s, {summary['frames_per_second']:,.0f} a second",
+            f"look at {folder}/curves.png; measure again: python -m agents evaluate --run {folder}",
+        ]
+
+
+@torch.no_grad()
+def play(environments: Environments, policy: Any) -> Evaluation:
+    """The first episode of every environment, by a policy without chance."""
+    env, space = environments.env, environments.env.single_action_space
+    observation, first = environments.reset(EVALUATION_SEED), {}
+    while len(first) < env.num_envs:
+        action = policy.greedy(torch.as_tensor(observation, dtype=torch.float32)).numpy()
+        observation, *_ = env.step(playable(action, space))
+        for episode in environments.returns.take():
+            first.setdefault(episode.row, episode)
+    episodes = [first[row] for row in sorted(first)]
+    return Evaluation([episode.total for episode in episodes], [episode.length for episode in episodes])

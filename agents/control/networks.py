@@ -1,0 +1,236 @@
+"""Actors, critics and Q-networks of vector observations: small perceptrons, each with its own weights.
+
+All read `observation` [B, R, D]. `all_states` also reads the last `next_observation`: rows are stretches of one
+environment's steps, so s_1..s_{R-1} are among the observations already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import gymnasium as gym
+import torch
+from tensordict import TensorDict
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+from torch import Tensor, nn
+from torchrl.modules import IndependentNormal, TanhNormal
+
+from agents.control.config import ControlConfig
+
+LOWEST, HIGHEST = -20.0, 2.0  # of a logarithm of a standard deviation
+
+
+class Perceptron(nn.Module):
+    """Layers with an activation between them, orthogonal to begin with (Andrychowicz et al. 2021)."""
+
+    def __init__(self, sizes: tuple[int, ...], activation: str, gain: float) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for index, (inputs, outputs) in enumerate(pairwise(sizes)):
+            last = index == len(sizes) - 2
+            linear = nn.Linear(inputs, outputs)
+            nn.init.orthogonal_(linear.weight, gain if last else math.sqrt(2))
+            nn.init.zeros_(linear.bias)
+            layers += [linear] if last else [linear, nn.Tanh() if activation == "tanh" else nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """[..., D] to [..., outputs]."""
+        return self.layers(observation)
+
+    def all_states(self, data: TensorDict) -> Tensor:
+        """Outputs at s_0..s_R, [B, R + 1, outputs]."""
+        return self(torch.cat([data["observation"], data["next_observation"][:, -1:]], 1))
+
+
+class DiscreteActor(Perceptron):
+    """Logits of a list of actions."""
+
+    def act(self, observation: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A sampled action and its log-probability for each row, [n] both."""
+        log_prob = self(observation).log_softmax(-1)  # [n, A]
+        action = torch.multinomial(log_prob.exp(), 1, generator=generator)
+        return action[:, 0], log_prob.gather(1, action)[:, 0]
+
+    def greedy(self, observation: Tensor) -> Tensor:
+        """The likeliest action for each row, [n]."""
+        return self(observation).argmax(-1)
+
+
+class ContinuousActor(nn.Module):
+    """Mean and standard deviation of a Gaussian over actions, which may be squashed into bounds by tanh."""
+
+    def __init__(self, body: Perceptron, log_std: float, bounds: tuple[Tensor, Tensor] | None) -> None:
+        """bounds: low and high, [A] each, of squashed actions; None: a plain Gaussian."""
+        super().__init__()
+        self.body = body
+        outputs = body.layers[-1].out_features
+        assert isinstance(outputs, int)
+        self.log_std = nn.Parameter(torch.full((outputs,), log_std))
+        self.squashed = bounds is not None
+        low, high = bounds or (torch.full((outputs,), -1.0), torch.full((outputs,), 1.0))
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., D] to mean and standard deviation, [..., A] each, before squashing."""
+        loc = self.body(observation)
+        return loc, self.log_std.clamp(LOWEST, HIGHEST).exp().expand_as(loc)
+
+    def all_states(self, data: TensorDict) -> Tensor:
+        """Means at s_0..s_R, [B, R + 1, A]."""
+        return self.body.all_states(data)
+
+    def act(self, observation: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A sampled action [n, A] and its log-probability [n]."""
+        loc, scale = self(observation)
+        action = self._bounded(loc + scale * torch.randn(loc.shape, generator=generator, device=loc.device))
+        kind, arguments = self.distribution()
+        return action, kind(loc, scale, **arguments).log_prob(action)
+
+    def greedy(self, observation: Tensor) -> Tensor:
+        """The middle of each row's actions, [n, A]."""
+        return self._bounded(self.body(observation))
+
+    def distribution(self) -> tuple[type, dict[str, Any]]:
+        """TorchRL's class and its arguments."""
+        return (SquashedNormal, {"low": self.low, "high": self.high}) if self.squashed else (IndependentNormal, {})
+
+    def _bounded(self, raw: Tensor) -> Tensor:
+        if not self.squashed:
+            return raw
+        low, high = self.get_buffer("low"), self.get_buffer("high")
+        # A little inside the bounds, where tanh still has an inverse in float32.
+        return low + (high - low) * (raw.tanh().clamp(-1 + 1e-6, 1 - 1e-6) + 1) / 2
+
+
+class SquashedNormal(TanhNormal):
+    """A Gaussian through tanh; its entropy has no closed form, and TorchRL's estimate draws global random numbers."""
+
+    def entropy(self) -> Tensor:
+        """Refused."""
+        raise ValueError(
+            "a tanh-squashed Gaussian has no entropy in closed form; set entropy_coef to 0, or "
+            "distribution to gaussian."
+        )
+
+
+class QNetwork(Perceptron):
+    """The value of every action. Plays softmax(Q / temperature), or at temperature 0 the best but for a share ε."""
+
+    def __init__(self, sizes: tuple[int, ...], activation: str, temperature: float) -> None:
+        super().__init__(sizes, activation, gain=1.0)
+        self.temperature = temperature
+        self.register_buffer("epsilon", torch.zeros(()))
+
+    def act(self, observation: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """An action and its log-probability for each row, [n] both."""
+        value = self(observation)  # [n, A]
+        if self.temperature > 0:
+            log_prob = (value / self.temperature).log_softmax(-1)
+        else:
+            epsilon = self.get_buffer("epsilon")
+            share = torch.full_like(value, 1.0 / value.shape[-1]) * epsilon
+            log_prob = share.scatter_add(1, value.argmax(-1, keepdim=True), (1 - epsilon).expand(len(value), 1)).log()
+        action = torch.multinomial(log_prob.exp(), 1, generator=generator)
+        return action[:, 0], log_prob.gather(1, action)[:, 0]
+
+    def greedy(self, observation: Tensor) -> Tensor:
+        """The best action for each row, [n]."""
+        return self(observation).argmax(-1)
+
+
+class ControlNetworks:
+    """Networks for an environment's spaces: see `agents.interfaces.Networks`."""
+
+    group = 1
+    temperature = 0.0
+
+    def __init__(self, observation: gym.Space, action: Any, config: ControlConfig, seed: int) -> None:
+        """observation: a flat Box; action: Discrete, or a flat Box."""
+        assert isinstance(observation, gym.spaces.Box)
+        self.action, self.config = check_action_space(action, config), config
+        self.discrete = isinstance(action, gym.spaces.Discrete)
+        self.inputs, self.outputs = observation.shape[0], int(action.n) if self.discrete else action.shape[0]
+        self.made, self.seed = 0, seed
+
+    def actor(self) -> ProbabilisticTensorDictSequential:
+        """A policy that is near indifferent to begin with."""
+        with self._own_randomness():
+            policy = self._discrete_actor() if self.discrete else self._continuous_actor()
+        keys: Any = ["logits"] if self.discrete else ["loc", "scale"]
+        kind, arguments = (
+            (torch.distributions.Categorical, {"validate_args": False})
+            if isinstance(policy, DiscreteActor)
+            else policy.distribution()
+        )
+        modules: Any = (
+            TensorDictModule(policy, ["observation"], keys),
+            ProbabilisticTensorDictModule(
+                in_keys=keys,
+                out_keys=["action"],
+                distribution_class=kind,
+                distribution_kwargs=arguments,
+                return_log_prob=True,
+            ),
+        )
+        return ProbabilisticTensorDictSequential(*modules)
+
+    def critic(self) -> TensorDictModule:
+        """Values of states."""
+        with self._own_randomness():
+            return TensorDictModule(self._perceptron(1, 1.0), ["observation"], ["state_value"])
+
+    def q_network(self, temperature: float) -> TensorDictModule:
+        """Values of a list of actions."""
+        with self._own_randomness():
+            network = QNetwork(self._sizes(self.outputs), self.config.activation, temperature)
+        return TensorDictModule(network, ["observation"], ["action_value"])
+
+    @torch.no_grad()
+    def all_states(self, network: Any, data: TensorDict) -> Tensor:
+        """A network's outputs at s_0..s_R, [B, R + 1, ...]."""
+        return network.all_states(data)
+
+    def _discrete_actor(self) -> DiscreteActor:
+        return DiscreteActor(self._sizes(self.outputs), self.config.activation, 0.01)
+
+    def _continuous_actor(self) -> ContinuousActor:
+        body = self._perceptron(self.outputs, 0.01)
+        squashed = self.config.distribution == "tanh"
+        bounds = (torch.as_tensor(self.action.low), torch.as_tensor(self.action.high)) if squashed else None
+        return ContinuousActor(body, self.config.initial_log_std, bounds)
+
+    def _perceptron(self, outputs: int, gain: float) -> Perceptron:
+        return Perceptron(self._sizes(outputs), self.config.activation, gain)
+
+    def _sizes(self, outputs: int) -> tuple[int, ...]:
+        return (self.inputs, *self.config.hidden, outputs)
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Weights come from the seed and from which network it is, and leave global randomness as it was."""
+        self.made += 1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1_000_003 * self.seed + self.made)
+            yield
+
+
+def check_action_space(space: Any, config: ControlConfig) -> Any:
+    """Refuses action spaces that no network here can give actions for."""
+    if isinstance(space, gym.spaces.Discrete) and space.start == 0:
+        return space
+    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+        if config.distribution == "tanh" and not space.is_bounded():
+            raise ValueError(
+                f"tanh squashes actions into bounds, and {space} has not all; set distribution to gaussian."
+            )
+        return space
+    raise ValueError(
+        f"the learners take Discrete actions from 0 and flat Box actions, got {space}; wrap the environment so that it "
+        "has one of these (gymnasium.wrappers.TransformAction)."
+    )

@@ -1,0 +1,94 @@
+"""Settings that work, by environment and algorithm: used when nothing else is said on the command line.
+
+Those of classic control start from RL Baselines3 Zoo's tuned hyperparameters (Raffin 2020,
+https://github.com/DLR-RM/rl-baselines3-zoo), and were measured with the learners here: `benchmarks/classic_control.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from agents.algorithms import find_algorithm
+from agents.config import TrainConfig
+from agents.domains import TEXT, domain_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """What differs from the defaults of the three parts of a configuration."""
+
+    train: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    algorithm: dict[str, Any] = field(default_factory=dict)
+
+
+def _rates(rate: float, **more: Any) -> dict[str, Any]:
+    """One learning rate for all networks."""
+    return {"learning_rate": rate, "critic_learning_rate": rate, **more}
+
+
+NORMALISED = {"normalize_observation": True, "normalize_reward": True}
+
+PRESETS: dict[str, dict[str, Preset]] = {
+    "CartPole-v1": {
+        "ppo": Preset(  # 99,840 frames
+            train=_rates(1e-3, iterations=390, minibatch=256, max_grad_norm=0.5, checkpoint_every=50),
+            settings={"num_envs": 8, "steps": 32},
+            algorithm={"epochs": 20, "gamma": 0.98, "lmbda": 0.8, "value_clip": 0.0},
+        ),
+    },
+    "Acrobot-v1": {
+        "ppo": Preset(  # 499,712 frames
+            train=_rates(3e-4, iterations=122, minibatch=64, max_grad_norm=0.5, checkpoint_every=20),
+            settings={"num_envs": 16, "steps": 256, **NORMALISED},
+            algorithm={"epochs": 4, "gamma": 0.99, "lmbda": 0.94, "value_clip": 0.0},
+        ),
+    },
+    "MountainCar-v0": {
+        "ppo": Preset(  # 999,936 frames
+            train=_rates(3e-4, iterations=3906, minibatch=64, max_grad_norm=0.5, checkpoint_every=400),
+            settings={"num_envs": 16, "steps": 16, **NORMALISED},
+            algorithm={"epochs": 4, "gamma": 0.99, "lmbda": 0.98, "value_clip": 0.0},
+        ),
+    },
+    "Pendulum-v1": {
+        "ppo": Preset(  # 299,008 frames
+            train=_rates(1e-3, iterations=73, minibatch=64, max_grad_norm=0.5, checkpoint_every=10),
+            settings={"num_envs": 4, "steps": 1024},
+            algorithm={"epochs": 10, "gamma": 0.9, "lmbda": 0.95, "value_clip": 0.0},
+        ),
+    },
+    "LunarLander-v3": {
+        "ppo": Preset(  # 999,424 frames
+            train=_rates(3e-4, iterations=61, minibatch=64, max_grad_norm=0.5, checkpoint_every=10),
+            settings={"num_envs": 16, "steps": 1024},
+            algorithm={"epochs": 4, "gamma": 0.999, "lmbda": 0.98, "value_clip": 0.0, "entropy_coef": 0.01},
+        ),
+    },
+}
+
+# Any other environment but text: by algorithm, or what all share.
+CONTROL: dict[str, Preset] = {
+    "ppo": Preset(
+        train=_rates(3e-4, iterations=250, minibatch=256, max_grad_norm=0.5, checkpoint_every=50),
+        settings=NORMALISED,
+        algorithm={"gamma": 0.99, "value_clip": 0.0},
+    ),
+}
+OTHERS = Preset(train=_rates(3e-4, iterations=250, minibatch=256, max_grad_norm=0.5, checkpoint_every=50))
+
+
+def defaults(env: str, algorithm: str) -> tuple[TrainConfig, Any, Any]:
+    """The shared settings, the domain's and the algorithm's, for an environment and an algorithm by name.
+
+    Raises ValueError for names that nobody knows.
+    """
+    (algorithm_settings, _), domain = find_algorithm(algorithm), domain_of(env)
+    fallback = Preset() if domain is TEXT else CONTROL.get(algorithm, OTHERS)
+    preset = PRESETS.get(env, {}).get(algorithm, fallback)
+    return (
+        TrainConfig(env=env, algorithm=algorithm, **preset.train),
+        domain.settings(**preset.settings),
+        algorithm_settings(**preset.algorithm),
+    )

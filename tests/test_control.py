@@ -1,0 +1,294 @@
+"""Learning on environments other than text: what is recorded, what is bootstrapped, and that it learns."""
+
+from __future__ import annotations
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import SyncVectorEnv
+
+from agents import run
+from agents.advantages import Ends, estimate_advantages
+from agents.checkpoint import load_checkpoint, save_checkpoint
+from agents.config import TrainConfig
+from agents.control.collector import playable
+from agents.control.config import ControlConfig
+from agents.control.experiment import ControlExperiment, play
+from agents.presets import PRESETS, defaults
+from agents.trainer import Trainer
+from tests.learning import same, weights
+
+SHRUNK = dict(iterations=3, minibatch=32, learning_rate=1e-3, critic_learning_rate=1e-3)
+
+
+def build(env: str, settings: dict | None = None, **changes) -> tuple[ControlExperiment, Trainer]:
+    """A small run with the default algorithm's own settings."""
+    config = TrainConfig(env=env, **(SHRUNK | changes))
+    given = ControlConfig(**(dict(num_envs=3, steps=16, evaluation_episodes=4) | (settings or {})))
+    algorithm = defaults(env, config.algorithm)[2]
+    experiment, trainer = run.build(config, given, algorithm)
+    assert isinstance(experiment, ControlExperiment)
+    return experiment, trainer
+
+
+class Steps(gym.Env):
+    """An episode of three steps that ends by itself (`limit=False`), or is cut off; the observation is the step."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, limit: bool = False) -> None:
+        self.limit = limit
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.step_number = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.step_number += 1
+        end = self.step_number == 3
+        observation = np.array([self.step_number], np.float32)
+        return observation, 10.0 + self.step_number, end and not self.limit, end and self.limit, {}
+
+
+gym.register("Steps-v0", Steps)
+
+
+@pytest.mark.parametrize("limit", [False, True])
+def test_what_a_rollout_holds(limit):
+    """Observations, true successors, rewards, ends and the mask are those of the episodes, in two rollouts on end."""
+    _, trainer = build("Steps-v0", dict(steps=6, num_envs=2), env_arg=(f"limit={json.dumps(limit)}",))
+    first = trainer.collector.collect(trainer.algorithm.policy)
+    second = trainer.collector.collect(trainer.algorithm.policy)
+    columns = {key: torch.cat([value, second.data[key]], 1) for key, value in first.data.items()}
+    # three steps, then one that only begins anew, over and over
+    assert columns["mask"][0].tolist() == [True, True, True, False] * 3
+    assert columns["observation"][0, :, 0].tolist() == [0.0, 1.0, 2.0, 3.0] * 3
+    assert columns["next_observation"][0, :, 0].tolist() == [1.0, 2.0, 3.0, 0.0] * 3
+    assert columns["done"][0].tolist() == [False, False, True, False] * 3
+    assert columns["terminated"][0].tolist() == [False, False, not limit, False] * 3
+    assert columns["reward"][0][columns["mask"][0]].tolist() == [11.0, 12.0, 13.0] * 3
+    assert first.metrics["return"] == second.metrics["return"] == 36.0 and first.metrics["length"] == 3.0
+    rows = trainer.collector.rows(first.data)
+    assert len(rows) == 2 * 5 and rows["observation"].shape == (10, 1, 1) and rows["mask"].all()
+
+
+def test_time_limits_are_bootstrapped():
+    """A cut episode's last step is worth its reward and the value of where it was cut; one that ended, its reward."""
+    gamma, lmbda, value = 0.9, 0.8, torch.tensor([[1.0, 2.0, 3.0, 5.0, 7.0]])
+    reward, mask = torch.tensor([[11.0, 12.0, 13.0, 99.0]]), torch.tensor([[True, True, True, False]])
+    done = torch.tensor([[False, False, True, False]])
+    for terminated, beyond in ((done, 0.0), (torch.zeros_like(done), 5.0)):
+        advantage, target = estimate_advantages(reward, value, Ends(mask, done, terminated), gamma, lmbda)
+        third = 13 + gamma * beyond - 3
+        second = 12 + gamma * 3 - 2 + gamma * lmbda * third
+        first = 11 + gamma * 2 - 1 + gamma * lmbda * second
+        assert advantage[0].tolist() == pytest.approx([first, second, third, 0.0], rel=1e-6)
+        assert target[0].tolist() == pytest.approx([first + 1, second + 2, third + 3, 0.0], rel=1e-6)
+
+
+def test_a_rollouts_end_is_bootstrapped():
+    """Where a rollout stops in the middle of an episode, the value of the next state stands for the rest."""
+    advantage, _ = estimate_advantages(
+        torch.tensor([[1.0]]),
+        torch.tensor([[2.0, 4.0]]),
+        Ends(torch.tensor([[True]]), torch.tensor([[False]]), torch.tensor([[False]])),
+        0.5,
+        0.9,
+    )
+    assert advantage.item() == pytest.approx(1 + 0.5 * 4 - 2)
+
+
+@pytest.mark.parametrize(
+    ("env", "settings"),
+    [
+        ("CartPole-v1", {}),
+        ("Pendulum-v1", {}),
+        ("Pendulum-v1", dict(distribution="tanh")),
+        ("Pendulum-v1", dict(normalize_observation=True, normalize_reward=True)),
+    ],
+    ids=["discrete", "gaussian", "tanh", "normalised"],
+)
+def test_first_ratios_are_one(env, settings):
+    """Recorded log-probabilities are those of the actor before its first update, and entropy is their mean."""
+    _, trainer = build(env, settings)
+    rollout = trainer.collector.collect(trainer.algorithm.policy)
+    data = rollout.data
+    fresh = trainer.algorithm.actor.get_dist(data).log_prob(data["action"])
+    # tanh's inverse in float32 loses digits near the bounds
+    torch.testing.assert_close(
+        fresh, data["action_log_prob"], atol=1e-3 if settings.get("distribution") else 1e-5, rtol=0
+    )
+    assert rollout.metrics["entropy"] == pytest.approx(float(-fresh[data["mask"]].mean().detach()), abs=1e-3)
+
+
+def test_tanh_actions_stay_inside():
+    """A squashed Gaussian never leaves the bounds, however wide it is; a plain one does and is clipped when played."""
+    space = gym.spaces.Box(np.array([-2.0], np.float32), np.array([2.0], np.float32))
+    for kind, inside in (("tanh", True), ("gaussian", False)):
+        _, trainer = build("Pendulum-v1", dict(distribution=kind, initial_log_std=2.0))
+        data = trainer.collector.collect(trainer.algorithm.policy).data
+        assert bool((data["action"].abs() <= 2).all()) is inside
+        assert np.abs(playable(data["action"][:, 0].numpy(), space)).max() <= 2
+        assert data["action_log_prob"].isfinite().all()
+
+
+def test_a_squashed_gaussian_has_no_entropy_bonus():
+    """TorchRL would estimate it from global random numbers; refused with the remedy."""
+    config, settings = TrainConfig(env="Pendulum-v1", **SHRUNK), ControlConfig(num_envs=2, steps=8, distribution="tanh")
+    algorithm = type(defaults("Pendulum-v1", config.algorithm)[2])(entropy_coef=0.1)
+    _, trainer = run.build(config, settings, algorithm)
+    with pytest.raises(ValueError, match="no entropy in closed form; set entropy_coef to 0, or distribution"):
+        next(trainer.iterate())
+
+
+def test_native_is_sync():
+    """CartPole's own vector environment and Gymnasium's synchronous one give the same kind of experience."""
+    for mode in ("auto", "sync"):
+        experiment, trainer = build("CartPole-v1", dict(vectorization=mode, num_envs=4, steps=64))
+        assert isinstance(experiment.environments.env.unwrapped, SyncVectorEnv) is (mode == "sync")
+        rollout = trainer.collector.collect(trainer.algorithm.policy)
+        mask, done = rollout.data["mask"], rollout.data["done"]
+        # each end but one in the last column is followed by one step that is none
+        assert torch.equal(~mask[:, 1:], done[:, :-1]) and mask[:, 0].all()
+        assert rollout.data["reward"][mask].eq(1).all()
+        assert rollout.metrics["length"] == rollout.metrics["return"]
+
+
+@pytest.mark.parametrize(
+    ("env", "settings"),
+    [("CartPole-v1", {}), ("Pendulum-v1", dict(normalize_observation=True, normalize_reward=True))],
+    ids=["discrete", "normalised"],
+)
+def test_resumed_equals_uninterrupted(env, settings, tmp_path):
+    """A run stopped at a checkpoint and resumed gives the same weights, statistics and returns, to the bit."""
+    changes = dict(iterations=4, checkpoint_every=2)
+    whole, stopped, resumed = (build(env, settings, **changes) for _ in range(3))
+    rewards = [iteration.rollout.data["reward"] for iteration in whole[1].iterate()]
+    steps = stopped[1].iterate()
+    for _ in range(2):
+        next(steps)
+    save_checkpoint(tmp_path, stopped[1])
+    load_checkpoint(tmp_path, resumed[1])
+    again = [iteration.rollout.data["reward"] for iteration in resumed[1].iterate()]
+    assert same(rewards[2:], again)
+    for name in ("actor", "critic"):
+        assert same(weights(whole[1].algorithm.trained[name]), weights(resumed[1].algorithm.trained[name]))
+    assert whole[0].environments.state_dict() == resumed[0].environments.state_dict()
+    assert whole[0].evaluate(whole[1].algorithm.policy) == resumed[0].evaluate(resumed[1].algorithm.policy)
+
+
+def test_same_seed_same_run_other_seed_another():
+    """The seed decides weights, episodes and actions, and nothing else does."""
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(found))  # global randomness must not matter
+        _, trainer = build("CartPole-v1", seed=seed, iterations=1)
+        list(trainer.iterate())
+        found.append(weights(trainer.algorithm.actor))
+    assert same(found[0], found[1]) and not same(found[0], found[2])
+
+
+def test_measuring_leaves_the_run_alone():
+    """Evaluation normalises by the run's statistics, moves none of them, and always plays the same episodes."""
+    experiment, trainer = build("Pendulum-v1", dict(normalize_observation=True, normalize_reward=True))
+    next(trainer.iterate())
+    before = experiment.environments.state_dict()
+    first, second = (experiment.evaluate(trainer.algorithm.policy) for _ in range(2))
+    assert first == second and len(first.returns) == 4 and set(first.lengths) == {200}
+    assert experiment.environments.state_dict() == before and before["observation"]["count"] > 10
+    # a cut-off pendulum pays at least −17 a step; normalised rewards would be far smaller
+    assert np.mean(first.returns) < -200
+
+
+def test_measuring_plays_the_best_action():
+    """Each episode's return is that of the policy without chance, by stepping a single environment."""
+    experiment, trainer = build("CartPole-v1")
+    found, env = play(experiment.environments, trainer.algorithm.policy), gym.make("CartPole-v1")
+    observation, _ = env.reset(seed=1_000_000)
+    total, ended = 0.0, False
+    while not ended:
+        action = int(trainer.algorithm.policy.greedy(torch.as_tensor(observation)[None])[0])
+        observation, reward, terminated, truncated, _ = env.step(action)
+        total, ended = total + float(reward), terminated or truncated
+    # the native vector environment draws its starts otherwise, so only a sync one can be compared
+    sync, _ = build("CartPole-v1", dict(vectorization="sync"))
+    assert sync.evaluate(trainer.algorithm.policy).returns[0] == total
+    assert len(found.returns) == 3
+
+
+def test_cartpole_shrunk_learns(tmp_path):
+    """With its preset and a tenth of the frames the return of CartPole-v1 rises to many times a random policy's."""
+    config, settings, algorithm = defaults("CartPole-v1", "ppo")
+    changed = dict(vars(config), run=str(tmp_path / "run"), iterations=60)
+    summary = run.train(TrainConfig(**changed), settings, algorithm)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    returns = [row["return"] for row in rows if "return" in row]
+    assert np.mean(returns[:3]) < 40 and np.mean(returns[-5:]) > 100
+    assert summary["return_after"] > 150
+    assert {"return_before", "return_std_after", "frames", "frames_per_second", "seconds"} <= set(summary)
+    assert (tmp_path / "run/curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("env", sorted(PRESETS))
+def test_presets_open(env):
+    """Every preset names real settings, and its environment can be opened with it."""
+    for algorithm in PRESETS[env]:
+        config, settings, algorithm_config = defaults(env, algorithm)
+        assert config.env == env and config.algorithm == algorithm
+        if env != "TextGen-v0":
+            if env.startswith("LunarLander"):
+                pytest.importorskip("Box2D")
+            run.build(config, settings, algorithm_config)
+
+
+class Odd(gym.Env):
+    """An environment whose actions nobody here can take."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, kind: str = "multi") -> None:
+        unbounded = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        self.action_space = gym.spaces.MultiDiscrete([2, 2]) if kind == "multi" else unbounded
+
+
+gym.register("Odd-v0", Odd)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(env="Odd-v0"), r"take Discrete actions from 0 and flat Box actions, got MultiDiscrete.*TransformAction"),
+        (
+            dict(env="Odd-v0", env_arg=("kind=box",), settings=dict(distribution="tanh")),
+            "tanh squashes actions into bounds.*set distribution to gaussian",
+        ),
+        (dict(env="CartPole-v1", env_arg=("gravity=1",)), "gym.make_vec cannot make 'CartPole-v1'.*gravity"),
+        (dict(env="Nowhere-v3"), "cannot make 'Nowhere-v3'"),
+    ],
+)
+def test_environments_that_cannot_be_learned_on(arguments, message):
+    """What cannot be played is refused before any work, in a sentence."""
+    with pytest.raises(ValueError, match=message):
+        build(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_envs=0), "num_envs must be at least 1, got 0"),
+        (dict(hidden=(64, 0)), r"hidden must be widths of at least 1, got \(64, 0\)"),
+        (dict(activation="gelu"), "activation must be one of tanh, relu, got 'gelu'"),
+        (dict(distribution="beta"), "distribution must be one of gaussian, tanh, got 'beta'"),
+        (dict(vectorization="ray"), "vectorization must be one of auto, sync, async, got 'ray'"),
+        (dict(reward_gamma=1.5), r"reward_gamma must lie in \[0, 1\], got 1.5"),
+    ],
+)
+def test_bad_settings(changes, message):
+    """Bad settings are refused before any work, with the value and the remedy."""
+    with pytest.raises(ValueError, match=message):
+        ControlConfig(**changes)
