@@ -1,0 +1,136 @@
+"""All algorithms on TextGen-v0 at equal tokens: score, gold score, KL, and the frontier of score against KL.
+
+`python -m benchmarks.algorithms`. And how far a reward model can be trusted: proxy and gold score of longer runs
+against √KL, for several weights of the penalty (Gao et al. 2023). One thread a run, workers side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+import tyro
+from matplotlib import pyplot
+
+from agents.algorithms import ALGORITHMS
+from benchmarks import rows
+from benchmarks.statistics import interquartile_mean, interval
+from benchmarks.text_jobs import by_name, measured, run_all
+
+COLOURS = ("#1f6fb4", "#e08a1e", "#2e8b57", "#c23b3b", "#7a4fb5", "#8c6d46", "#d26ab0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to run."""
+
+    algorithms: tuple[str, ...] = tuple(ALGORITHMS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tokens: int = 50_000  # the budget that the table compares at
+    iterations: int = 18  # enough for the budget
+    kl_coefs: tuple[float, ...] = (0.02, 0.1)  # of the longer runs
+    long_iterations: int = 60
+    workers: int = 2  # runs side by side
+
+
+def at(row: dict[str, Any], tokens: int) -> dict[str, float]:
+    """Every number of a run where it had seen so many tokens, between the two nearest measurements."""
+    places = [point["tokens"] for point in row["curve"]]
+    if places[-1] < tokens:
+        raise ValueError(f"{row['name']} seed {row['seed']} saw {places[-1]} tokens, not {tokens}; more iterations.")
+    names = row["curve"][0].keys() - {"tokens"}
+    return {name: float(np.interp(tokens, places, [point[name] for point in row["curve"]])) for name in names}
+
+
+def table(found: list[dict[str, Any]], tokens: int) -> str:
+    """Interquartile means over seeds at equal tokens, with 95% intervals of the scores."""
+    lines = [f"| at {tokens:,} tokens | score | gold score | KL, nats | seconds | seeds |", "|---|---|---|---|---|---|"]
+    for name, group in by_name(found).items():
+        points = [at(row, tokens) for row in group]
+        cells = []
+        for key in ("score", "gold"):
+            values = [point[key] for point in points]
+            low, high = interval([values])
+            cells.append(f"{interquartile_mean(np.array(values)):.2f} ({low:.2f} to {high:.2f})")
+        kl, seconds = (np.mean([point[key] for point in points]) for key in ("kl_per_response", "seconds"))
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {kl:.1f} | {seconds:.0f} | {len(group)} |")
+    return "\n".join(lines)
+
+
+def draw_frontier(found: list[dict[str, Any]]) -> None:
+    """Score and gold score of every run against the KL that they cost."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for (name, group), colour in zip(by_name(found).items(), COLOURS, strict=False):
+        for index, row in enumerate(group):
+            kl = [max(point["kl_per_response"], 0.0) for point in row["curve"]]
+            for axis, key in zip(axes, ("score", "gold"), strict=True):
+                values = [point[key] for point in row["curve"]]
+                label = name if index == 0 else None
+                axis.plot(kl, values, color=colour, linewidth=1.2, marker=".", alpha=0.8, label=label)
+    for axis, title in zip(axes, ("score: what is optimised", "gold score: what is true"), strict=True):
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("KL to the reference, nats a response")
+        axis.grid(alpha=0.25)
+    axes[0].legend(frameon=False)
+    figure.savefig(rows.RESULTS / "algorithms_frontier.png", dpi=110)
+    pyplot.close(figure)
+
+
+def draw_over_optimisation(found: list[dict[str, Any]]) -> None:
+    """Proxy and gold score against √KL, a panel a weight of the penalty."""
+    groups = by_name(found)
+    figure, axes = pyplot.subplots(1, len(groups), figsize=(5.2 * len(groups), 4.4), squeeze=False, sharey=True)
+    for axis, (name, group) in zip(axes[0], groups.items(), strict=True):
+        for index, row in enumerate(group):
+            root = [max(point["kl_per_response"], 0.0) ** 0.5 for point in row["curve"]]
+            for key, label, colour in (("score", "proxy", COLOURS[0]), ("gold", "gold", COLOURS[1])):
+                start = row["curve"][0][key]
+                values = [point[key] - start for point in row["curve"]]
+                axis.plot(root, values, color=colour, marker=".", alpha=0.8, label=label if index == 0 else None)
+        axis.set_title(name, fontsize=11)
+        axis.set_xlabel("√KL, nats a response")
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("gain over the reference")
+    axes[0][0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(rows.RESULTS / "over_optimisation.png", dpi=110)
+    pyplot.close(figure)
+
+
+def main(settings: Settings) -> None:
+    """Runs all, adds them to what was measured before, prints the table and draws both pictures."""
+    jobs = [
+        {
+            "name": name,
+            "algorithm": name,
+            "seed": seed,
+            "measure_every": 3,
+            "train": {"iterations": settings.iterations},
+        }
+        for name in settings.algorithms
+        for seed in settings.seeds
+    ]
+    run_all("algorithms", jobs, settings.workers)
+    long = [
+        {
+            "name": f"kl_coef {coef:g}",
+            "algorithm": "ppo",
+            "seed": seed,
+            "env_arg": [f"kl_coef={coef}"],
+            "train": {"iterations": settings.long_iterations, "schedule": "constant"},
+        }
+        for coef in settings.kl_coefs
+        for seed in settings.seeds
+    ]
+    run_all("over_optimisation", long, settings.workers)
+    draw_frontier(measured("algorithms"))
+    draw_over_optimisation(measured("over_optimisation"))
+    print(table(measured("algorithms"), settings.tokens))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,31 @@
+"""Interquartile means with intervals over tasks and seeds.
+
+The definitions of Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice", on scipy's functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import trim_mean
+
+
+def interquartile_mean(scores: np.ndarray) -> float:
+    """The mean of the middle half of all runs. scores: any shape."""
+    return float(trim_mean(np.asarray(scores, dtype=float).ravel(), 0.25))
+
+
+def interval(
+    groups: Sequence[Sequence[float]], seed: int = 0, samples: int = 10_000, level: float = 0.95
+) -> tuple[float, float]:
+    """A percentile interval of the interquartile mean by a stratified bootstrap.
+
+    groups: the runs of one task each. Runs are drawn anew with replacement within each task, so that no task's weight
+    changes from sample to sample.
+    """
+    generator = np.random.default_rng(seed)
+    drawn = [np.asarray(group, float)[generator.integers(0, len(group), (samples, len(group)))] for group in groups]
+    means = trim_mean(np.concatenate(drawn, axis=1), 0.25, axis=1)  # [samples]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

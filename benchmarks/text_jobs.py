@@ -1,0 +1,51 @@
+"""Many runs on TextGen-v0, each a process of its own, kept as JSON rows as they end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from benchmarks import rows
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """One run; its row, with the job's `name` and `seed`."""
+    command = [sys.executable, "-m", "benchmarks.text_run", json.dumps(job)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=rows.HERE.parent)
+    if result.returncode:
+        raise SystemExit(f"{job} failed:\n{result.stderr[-2000:]}")
+    row = {"name": job["name"], "seed": job["seed"]} | json.loads(result.stdout.splitlines()[-1])
+    last = row["curve"][-1]
+    print(
+        f"{job['name']} seed {job['seed']}: score {last['score']:+.2f}  gold {last['gold']:+.2f}  "
+        f"KL {last['kl_per_response']:.1f}  {row['wall_seconds']:.0f} s",
+        flush=True,
+    )
+    return row | {"commit": rows.COMMIT}
+
+
+def measured(file: str) -> list[dict[str, Any]]:
+    """The rows of a file so far."""
+    path = rows.RESULTS / f"{file}.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def run_all(file: str, jobs: Iterable[dict[str, Any]], workers: int) -> list[dict[str, Any]]:
+    """Runs all jobs and adds them to results/FILE.json, in the place of those of the same name and seed."""
+    with ThreadPoolExecutor(workers) as pool:
+        for row in pool.map(run, jobs):
+            kept = [old for old in measured(file) if (old["name"], old["seed"]) != (row["name"], row["seed"])]
+            rows.write(file, sorted([*kept, row], key=lambda one: (one["name"], one["seed"])), {})
+    return measured(file)
+
+
+def by_name(found: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each name."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in found:
+        groups.setdefault(row["name"], []).append(row)
+    return groups

@@ -1,0 +1,49 @@
+"""One training run on TextGen-v0, measured on held-out prompts as it goes.
+
+`python -m benchmarks.text_run '{"algorithm": "ppo", "seed": 0}'` prints a row as JSON. Keys `train`, `settings` and
+`algorithm_settings` change the preset; `env_arg` adds to its arguments of the environment; `measure_every` is counted
+in iterations. Used by benchmarks.algorithms and benchmarks.ppo_details.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+
+from agents.presets import defaults
+from agents.run import build
+
+KEPT = ("score", "score_std", "gold", "kl_per_response", "length", "distinct_bigrams", "stopped")
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    """The row of a job: what was measured along the run, and the settings."""
+    torch.set_num_threads(job.get("threads", 1))
+    config, settings, algorithm = defaults("TextGen-v0", job["algorithm"])
+    env_arg = (*config.env_arg, *job.get("env_arg", ()))
+    config = dataclasses.replace(config, seed=job["seed"], env_arg=env_arg, **job.get("train", {}))
+    settings = dataclasses.replace(settings, **job.get("settings", {}))
+    algorithm = dataclasses.replace(algorithm, **job.get("algorithm_settings", {}))
+    experiment, trainer = build(config, settings, algorithm)
+
+    def measure() -> dict[str, float]:
+        numbers = experiment.numbers(experiment.evaluate(trainer.algorithm.policy))
+        place = {"iteration": trainer.iteration, "tokens": trainer.steps, "seconds": trainer.seconds}
+        return place | {name: numbers[name] for name in KEPT if name in numbers}
+
+    started, curve = time.perf_counter(), [measure()]
+    for iteration in trainer.iterate():
+        if iteration.number % job.get("measure_every", 5) == 0 or iteration.number == config.iterations:
+            curve.append(measure())
+    parts = {"train": config, "settings": settings, "algorithm_settings": algorithm}
+    used = {name: dataclasses.asdict(part) for name, part in parts.items()}
+    return {"curve": curve, "wall_seconds": time.perf_counter() - started} | used
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

@@ -1,0 +1,38 @@
+"""The statistics that benchmarks report: against definitions worked by hand."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from benchmarks.statistics import interquartile_mean, interval
+
+
+def test_interquartile_mean_by_hand():
+    """A quarter of the runs is left out on each side, whole runs only."""
+    assert interquartile_mean(np.array([0.0, 1.0, 2.0, 100.0])) == 1.5
+    assert interquartile_mean(np.array([5.0, 1.0, 3.0])) == 3.0  # a quarter of three is no whole run
+    assert interquartile_mean(np.array([-9.0, 1.0, 2.0, 6.0, 50.0])) == 3.0
+
+
+def test_interval_holds_what_resampling_gives():
+    """With two runs in each of two tasks all resamples can be listed; the quantiles are those of the list."""
+    groups = [[0.0, 1.0], [10.0, 30.0]]
+    means = [
+        interquartile_mean(np.array([*first, *second]))
+        for first in itertools.product(groups[0], repeat=2)
+        for second in itertools.product(groups[1], repeat=2)
+    ]
+    low, high = interval(groups, level=0.5)
+    assert low == pytest.approx(np.quantile(means, 0.25), abs=0.5)
+    assert high == pytest.approx(np.quantile(means, 0.75), abs=0.5)
+    # strata: no resample leaves a task out
+    assert min(means) <= interval(groups)[0] and interval(groups)[1] <= max(means)
+
+
+def test_interval_of_equal_runs_is_a_point():
+    """Seeds that all agree leave nothing to doubt; the same seed gives the same interval."""
+    assert interval([[500.0] * 5]) == (500.0, 500.0)
+    assert interval([[1.0, 2.0, 4.0]], seed=3) == interval([[1.0, 2.0, 4.0]], seed=3)
