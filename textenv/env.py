@@ -226,6 +226,13 @@ def step_info(task: Task, transition: Transition, row: int) -> dict[str, Any]:
     return info
 
 
+def as_rows(name: str, given: Any) -> int:
+    """How many episodes an environment is to hold side by side, by the argument of that name."""
+    if isinstance(given, bool) or not isinstance(given, int | np.integer) or given < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {given!r}.")
+    return int(given)
+
+
 def as_tokens(action: Any, rows: int) -> NDArray[np.int64]:
     """Whole numbers, int64 [rows], from whatever a client passes as an action."""
     array = np.asarray(action.cpu() if isinstance(action, torch.Tensor) else action)
