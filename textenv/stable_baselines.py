@@ -25,11 +25,11 @@ class VecEnvAdapter(VecEnv):
     """
 
     def __init__(self, env: VectorEnv) -> None:
-        mode = env.metadata.get("autoreset_mode")
+        mode = env.metadata.get("autoreset_mode") if isinstance(env, VectorEnv) else None
         if mode is not AutoresetMode.SAME_STEP:
             raise ValueError(
-                "Stable-Baselines3 expects the first observation of the next episode in the step that ends one, so the "
-                f"environment's autoreset_mode must be SAME_STEP, got {mode}; make it with "
+                "Stable-Baselines3 expects the first observation of the next episode in the step that ends one, so this "
+                f"takes a vector environment whose autoreset_mode must be SAME_STEP, got {mode} of {env}; make it with "
                 'gym.make_vec(..., autoreset_mode="SameStep").'
             )
         self.env = env
