@@ -286,6 +286,16 @@ def test_wrappers_of_other_spaces_refuse(ragged, wrap, error):
         wrap(gym.make("TextGen-v0", **ragged))
 
 
+def test_flat_observations_are_vectors(ragged):
+    """What refuses a Dict takes the flat row: other types, and running means."""
+    flat = lambda: wrappers.FlattenObservation(gym.make("TextGen-v0", **ragged))  # noqa: E731
+    wanted, _ = flat().reset(seed=0)
+    observation, _ = wrappers.DtypeObservation(flat(), np.float32).reset(seed=0)
+    assert observation.dtype == np.float32 and observation.tolist() == wanted.tolist()
+    normalized = wrappers.NormalizeObservation(flat())
+    assert np.isfinite(normalized.reset(seed=0)[0]).all() and np.isfinite(normalized.step(65)[0]).all()
+
+
 # ---- around the vector environment
 
 
