@@ -95,6 +95,19 @@ def test_conformance_catches_dishonest_rewards(settings, reward):
         check_faces(task, rows=2)
 
 
+def answer_reward(prompts, responses, answer):
+    """A reward that reads a further field of the prompt."""
+    return [float(one) for one in answer]
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_conformance_tells_equal_prompts_apart(settings):
+    """Prompts of the same text may have other fields; an honest reward that reads them passes."""
+    prompts = [{"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}, {"prompt": "b", "answer": 3}]
+    task = build_task(TextGenConfig(**{**settings, "reward": answer_reward, "prompts": prompts}))
+    check_faces(task, rows=3, torchrl_env=TextGenTorchEnv(task, 3))
+
+
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 @pytest.mark.parametrize(
     ("quantity", "breakage"),

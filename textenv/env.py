@@ -205,8 +205,8 @@ def make_spaces(task: Task) -> tuple[spaces.Dict, spaces.Discrete]:
     return observation, spaces.Discrete(task.vocabulary)
 
 
-def observe(state: TextState, row: int) -> Observation:
-    """A fresh observation of one row."""
+def observe(state: TextState, row: int | slice = slice(None)) -> Observation:
+    """A fresh observation of one row, or of all rows together."""
     return {
         "input_ids": state.input_ids[row].cpu().numpy().copy(),
         "attention_mask": state.attention_mask[row].cpu().numpy().astype(np.int8),

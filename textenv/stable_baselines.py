@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from textenv.vector_env import row_info
+
 
 class VecEnvAdapter(VecEnv):
     """A Gymnasium vector environment in autoreset mode SAME_STEP as an SB3 `VecEnv`.
@@ -106,21 +108,3 @@ class VecEnvAdapter(VecEnv):
     def get_images(self) -> Sequence[NDArray | None]:
         """One picture a row, where the environment's `render_mode` is `rgb_array`."""
         return self.env_method("render")
-
-
-def row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
-    """One row of a vector environment's infos, as a single environment would give it.
-
-    Gymnasium keeps beside every `key` a mask `_key` of the rows that it speaks for.
-    """
-    found: dict[str, Any] = {}
-    for key, values in infos.items():
-        speaks = infos.get(f"_{key}")
-        if key in ("final_obs", "final_info") or speaks is None or not speaks[row]:
-            continue
-        if isinstance(values, dict):
-            found[key] = row_info(values, row)
-        else:
-            value = values[row]
-            found[key] = value.item() if isinstance(value, np.generic) else value
-    return found

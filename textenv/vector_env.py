@@ -82,7 +82,7 @@ class TextGenVectorEnv(VectorEnv):
         for row, generator in seeded.items():
             self._generators[row] = generator
             self.dynamics.seed(row)
-        observation = self._observe(self._restart(rows, chosen))
+        observation = observe(self._restart(rows, chosen))
         return observation, self._started(rows, {}) | self._mask_info(rows)
 
     def step(self, actions: Any) -> tuple[Arrays, NDArray, NDArray, NDArray, dict[str, Any]]:
@@ -105,7 +105,7 @@ class TextGenVectorEnv(VectorEnv):
             state = self._restart(rows, None)
             infos = self._started(rows, infos)
         infos |= self._mask_info(range(self.num_envs))
-        return self._observe(state), rewards, terminations, truncations, infos
+        return observe(state), rewards, terminations, truncations, infos
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Which tokens may come next in each row, bool [n, V]. All of them without `action_mask`."""
@@ -147,12 +147,6 @@ class TextGenVectorEnv(VectorEnv):
         shown = np.isin(np.arange(self.num_envs), list(rows))
         return {"action_mask": np.where(shown[:, None], self.action_masks(), 0).astype(np.int8), "_action_mask": shown}
 
-    def _observe(self, state: TextState) -> Arrays:
-        return {
-            "input_ids": state.input_ids.cpu().numpy().copy(),
-            "attention_mask": state.attention_mask.cpu().numpy().astype(np.int8),
-        }
-
     def _infos(self, transition: Transition, stepped: NDArray, ended: NDArray) -> dict[str, Any]:
         """Arrays, and masks of the rows that they speak for, laid out as Gymnasium's own vector environments do."""
         same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
@@ -171,6 +165,24 @@ class TextGenVectorEnv(VectorEnv):
                 info = {"final_obs": observe(transition.state, row), "final_info": info}
             infos = self._add_info(infos, info, row)
         return infos
+
+
+def row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
+    """One row of a vector environment's infos, as a single environment would give it.
+
+    Gymnasium keeps beside every `key` a mask `_key` of the rows that it speaks for.
+    """
+    found: dict[str, Any] = {}
+    for key, values in infos.items():
+        speaks = infos.get(f"_{key}")
+        if key in ("final_obs", "final_info") or speaks is None or not speaks[row]:
+            continue
+        if isinstance(values, dict):
+            found[key] = row_info(values, row)
+        else:
+            value = values[row]
+            found[key] = value.item() if isinstance(value, np.generic) else value
+    return found
 
 
 def _step_limit(given: int | None) -> float:
