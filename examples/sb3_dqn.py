@@ -49,8 +49,8 @@ def main(steps: int = 40_000, rows: int = 16, episodes: int = 128, seed: int = 0
     start = dict(start=env.env.unwrapped.task.config.max_prompt_tokens)
     networks = dict(features_extractor_class=Bags, features_extractor_kwargs=start, net_arch=[128])
     replay = dict(buffer_size=20_000, learning_starts=1000, batch_size=128, train_freq=1, target_update_interval=2000)
-    explore = dict(exploration_fraction=0.5, exploration_final_eps=0.05, gamma=1.0, learning_rate=1e-3, seed=seed, device="cpu")
-    model = DQN("MultiInputPolicy", env, policy_kwargs=networks, **replay, **explore)
+    explore = dict(exploration_fraction=0.5, exploration_final_eps=0.05, gamma=1.0, learning_rate=1e-3, seed=seed)
+    model = DQN("MultiInputPolicy", env, policy_kwargs=networks, **replay, **explore, device="cpu")
     act = lambda observation, infos: ids[model.predict(observation, deterministic=True)[0]]  # noqa: E731
     return compare(act, lambda: model.learn(steps), episodes, settings)
 

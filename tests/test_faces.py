@@ -9,7 +9,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torchrl.envs import GymWrapper, check_env_specs
@@ -395,15 +394,6 @@ def test_infos_and_plain_types(settings):
     json.dumps(end)
 
 
-def test_time_limit_truncates(settings):
-    """Gymnasium's TimeLimit cuts from outside: truncated, not terminated, and no score is paid."""
-    env = gym.make("TextGen-v0", max_episode_steps=2, **{**settings, "kl_coef": 0})
-    env.reset(seed=0)
-    env.step(65)
-    _, reward, terminated, truncated, info = env.step(65)
-    assert (reward, terminated, truncated) == (0.0, False, True) and "score" not in info
-
-
 def test_seeds(settings):
     """Same seed and actions, same episodes; other seeds, other prompts."""
     stories = []
@@ -471,18 +461,6 @@ def test_clients_may_write_into_observations(settings):
             answer, wanted = (env.step(np.full(shape, token)) for env in (rude, polite))
             observation = answer[0]
             assert_same(answer, wanted, f"step with {token}")
-
-
-def test_spec_to_json_and_back(settings):
-    """The spec survives JSON, and the environment made from it plays the same episode."""
-    env = gym.make("TextGen-v0", **{**settings, "stop_token_ids": [65, 66]})
-    again = gym.make(EnvSpec.from_json(env.spec.to_json()))
-    first, second = env.reset(seed=3), again.reset(seed=3)
-    assert_same(first, second, "reset")
-    for token in (70, 71, 66):
-        answer = env.step(token)
-        assert_same(answer, again.step(token), "step")
-    assert answer[2] and answer[4]["finish_reason"] == "stop"
 
 
 def test_spec_copies_no_shared_object(settings):

@@ -409,7 +409,9 @@ def test_vector_numpy_to_torch(ragged, mode):
 LIMITS = [*itertools.product(MODES, [3, 6], [None]), (MODES[0], 1, None), (MODES[1], -1, None)]
 
 
-@pytest.mark.parametrize(("mode", "limit", "action_mask"), [*LIMITS, *itertools.product(MODES, [3], ["special"])])
+@pytest.mark.parametrize(
+    ("mode", "limit", "action_mask"), [*LIMITS, *itertools.product(MODES, [3], [["special", "top_k:40"]])]
+)
 def test_vector_limit_is_that_of_time_limit(ragged, mode, limit, action_mask):
     """`make_vec(..., max_episode_steps=n)`: step for step SyncVectorEnv of singles in TimeLimit, infos included."""
     ragged = {**ragged, "action_mask": action_mask}

@@ -30,9 +30,9 @@ class VecEnvAdapter(VecEnv):
         mode = env.metadata.get("autoreset_mode") if isinstance(env, VectorEnv) else None
         if mode is not AutoresetMode.SAME_STEP:
             raise ValueError(
-                "Stable-Baselines3 expects the first observation of the next episode in the step that ends one, so this "
-                f"takes a vector environment whose autoreset_mode must be SAME_STEP, got {mode} of {env}; make it with "
-                'gym.make_vec(..., autoreset_mode="SameStep").'
+                "Stable-Baselines3 expects the first observation of the next episode in the step that ends one, so "
+                f"this takes a vector environment whose autoreset_mode must be SAME_STEP, got {mode} of {env}; make "
+                'it with gym.make_vec(..., autoreset_mode="SameStep").'
             )
         self.env = env
         self._actions: Any = None

@@ -118,8 +118,8 @@ class TextGenTorchEnv(EnvBase):
         """The token ids of an action, on the models' device, wherever the TensorDict lives."""
         if action.shape != self.batch_size or action.is_floating_point() or action.dtype is torch.bool:
             raise ValueError(
-                f"the action must be token ids, int64 {list(self.batch_size)}, got {action.dtype} {list(action.shape)}; "
-                "of one-hot rows take argmax(-1)."
+                f"the action must be token ids, int64 {list(self.batch_size)}, got {action.dtype} "
+                f"{list(action.shape)}; of one-hot rows take argmax(-1)."
             )
         return action.to(self.task.device, torch.int64)
 
