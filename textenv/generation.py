@@ -124,7 +124,7 @@ def judge(
         )
     read = []
     for rows in torch.arange(rows_given, device=task.device).split(rows_per_pass):
-        indices = rows.tolist()
+        indices: list[int] = rows.tolist()
         own = {name: [values[index] for index in indices] for name, values in (columns or {}).items()}
         texts = [prompt_texts[index] for index in indices]
         read.append(_read(task, state.select(rows), texts, own, indices))
