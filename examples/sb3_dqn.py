@@ -41,7 +41,7 @@ class Bags(BaseFeaturesExtractor):
 
 def main(steps: int = 40_000, rows: int = 16, episodes: int = 128, seed: int = 0) -> Comparison:
     """Learns from `steps` tokens, `rows` episodes side by side."""
-    settings = dict(reward=named, kl_coef=0, max_new_tokens=4)
+    settings = dict(reward=named, kl_coef=0, max_new_tokens=4, device="cpu")
     env = gym.make_vec("TextGen-v0", num_envs=rows, autoreset_mode="SameStep", **settings)
     ids = np.array([env.task.tokenizer(f" {word}").input_ids[0] for word in WORDS] + [*env.task.stop_token_ids])
     choices = gym.spaces.Discrete(len(ids))
@@ -50,7 +50,7 @@ def main(steps: int = 40_000, rows: int = 16, episodes: int = 128, seed: int = 0
     networks = dict(features_extractor_class=Bags, features_extractor_kwargs=start, net_arch=[128])
     replay = dict(buffer_size=20_000, learning_starts=1000, batch_size=128, train_freq=1, target_update_interval=2000)
     explore = dict(exploration_fraction=0.5, exploration_final_eps=0.05, gamma=1.0, learning_rate=1e-3, seed=seed)
-    model = DQN("MultiInputPolicy", env, policy_kwargs=networks, **replay, **explore)
+    model = DQN("MultiInputPolicy", env, policy_kwargs=networks, **replay, **explore, device="cpu")
     act = lambda observation, infos: ids[model.predict(observation, deterministic=True)[0]]  # noqa: E731
     return compare(act, lambda: model.learn(steps), episodes, settings)
 

@@ -31,6 +31,7 @@ def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 1
         policy_kwargs=policy_settings(reader),
         **dict(n_steps=rollout, batch_size=256, n_epochs=2, learning_rate=1e-3, gamma=1.0),
         seed=seed,
+        device="cpu",
     )
     reader.start(model.policy.action_net)
 

@@ -49,6 +49,7 @@ def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 1
         policy_kwargs=policy_settings(reader),
         **dict(n_steps=rollout, batch_size=256, n_epochs=2, learning_rate=1e-3, gamma=1.0, ent_coef=0.003),
         seed=seed,
+        device="cpu",
     )
     reader.start(model.policy.action_net)
     return compare(lambda observation, infos: model.predict(observation)[0], lambda: model.learn(steps), episodes)

@@ -294,8 +294,9 @@ def test_bad_vector_arguments(settings):
     """autoreset_mode, num_envs, seeds and reset_mask say what they should have been."""
     with pytest.raises(ValueError, match=r"autoreset_mode must be one of .*'NextStep'.*got 'Sometimes'"):
         TextGenVectorEnv(2, autoreset_mode="Sometimes", **settings)
-    with pytest.raises(ValueError, match=r"num_envs must be .*got 0"):
-        TextGenVectorEnv(0, **settings)
+    for rows in (0, 2.5, "2", True, None):
+        with pytest.raises(ValueError, match=rf"num_envs must be a whole number of at least 1, got {rows!r}"):
+            TextGenVectorEnv(rows, **settings)
     env = TextGenVectorEnv(2, **settings)
     for seed in ([1], [1, 2, 3]):
         with pytest.raises(ValueError, match=r"seed must be one whole number or a list of 2 \(num_envs\), got"):

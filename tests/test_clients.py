@@ -12,6 +12,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torchrl.collectors import Collector
 from torchrl.envs import GymWrapper, check_env_specs
 
+from textenv import TextGenConfig
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PPO = dict(steps=32, rows=4, rollout=8, episodes=4)
 CLIENTS = [  # example, the library it is for, its shrunk settings
@@ -32,6 +34,18 @@ def examples_on_path(monkeypatch):
     """`python examples/x.py` finds its neighbours; so must we. Tianshou's compiler would take longer than all tests."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_taken(monkeypatch):
+    """An example that leaves the device to the machine would fail where there is CUDA: its policy is on the CPU."""
+    named = TextGenConfig.torch_device
+
+    def torch_device(config):
+        assert config.device != "auto", "the example leaves the device to the machine"
+        return named(config)
+
+    monkeypatch.setattr(TextGenConfig, "torch_device", torch_device)
 
 
 @pytest.fixture

@@ -286,6 +286,16 @@ def test_wrappers_of_other_spaces_refuse(ragged, wrap, error):
         wrap(gym.make("TextGen-v0", **ragged))
 
 
+def test_flat_observations_are_vectors(ragged):
+    """What refuses a Dict takes the flat row: other types, and running means."""
+    flat = lambda: wrappers.FlattenObservation(gym.make("TextGen-v0", **ragged))  # noqa: E731
+    wanted, _ = flat().reset(seed=0)
+    observation, _ = wrappers.DtypeObservation(flat(), np.float32).reset(seed=0)
+    assert observation.dtype == np.float32 and observation.tolist() == wanted.tolist()
+    normalized = wrappers.NormalizeObservation(flat())
+    assert np.isfinite(normalized.reset(seed=0)[0]).all() and np.isfinite(normalized.step(65)[0]).all()
+
+
 # ---- around the vector environment
 
 
@@ -399,7 +409,9 @@ def test_vector_numpy_to_torch(ragged, mode):
 LIMITS = [*itertools.product(MODES, [3, 6], [None]), (MODES[0], 1, None), (MODES[1], -1, None)]
 
 
-@pytest.mark.parametrize(("mode", "limit", "action_mask"), [*LIMITS, *itertools.product(MODES, [3], ["special"])])
+@pytest.mark.parametrize(
+    ("mode", "limit", "action_mask"), [*LIMITS, *itertools.product(MODES, [3], [["special", "top_k:40"]])]
+)
 def test_vector_limit_is_that_of_time_limit(ragged, mode, limit, action_mask):
     """`make_vec(..., max_episode_steps=n)`: step for step SyncVectorEnv of singles in TimeLimit, infos included."""
     ragged = {**ragged, "action_mask": action_mask}

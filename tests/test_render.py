@@ -1,5 +1,6 @@
 """What people see: text in colour, live typing, pictures and videos, in every face."""
 
+import dataclasses
 import io
 import itertools
 import re
@@ -257,6 +258,27 @@ def test_human_mode_types_what_ansi_shows(settings, monkeypatch):
     assert re.sub(r"(\x1b\[38;5;\d+m)([^\x1b]*)\1", r"\1\2", joined).count("m€") == env.render().count("m€") == 1
 
 
+@pytest.mark.parametrize(
+    ("encoding", "wanted"), [("ascii", b"caf? ?!\n"), ("latin-1", b"caf\xe9 ?!\n"), ("utf-8", "café 日!\n".encode())]
+)
+def test_human_mode_writes_what_the_encoding_has(settings, monkeypatch, encoding, wanted):
+    """A letter that standard output cannot encode is a question mark; it never stops a step."""
+    env = gym.make("TextGen-v0", render_mode="human", **{**settings, "prompts": ["café "]})
+    out = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding=encoding))
+    play(env, ids_of("日!"))
+    env.close()
+    assert out.getvalue() == wanted
+
+
+def test_human_mode_without_a_console(settings, monkeypatch):
+    """Where there is no standard output at all, nothing is shown and nothing fails."""
+    env = gym.make("TextGen-v0", render_mode="human", **settings)
+    monkeypatch.setattr("sys.stdout", None)
+    play(env, [*ids_of("a"), tiny.END])
+    env.close()
+
+
 def test_vector_env_has_no_human_mode(settings):
     """Sixty-four rows cannot type into one terminal: refused, with what to do instead."""
     with pytest.raises(ValueError, match=r"one of \['ansi', 'rgb_array'\], got 'human'; .*use gym.make"):
@@ -350,6 +372,17 @@ def test_any_text_can_be_drawn(text, kind):
     page = make_page(written("p", ids_of(text)), 0, tiny.tokenizer(), [float("inf")] * len(ids_of(text)))
     assert picture.draw(page, 4).shape == picture.draw(Page(prompt="", pieces=()), 4).shape
     assert paint(page)
+
+
+def test_facts_stand_apart(kind):
+    """Between the facts of the footer is paper, from top to bottom, for budgets of four digits too."""
+    facts = ("token 1024 of 1024", "reward -1234.56", "score -123.45, length")
+    page = Page(prompt="", pieces=("a",), values=(-1.0,), scale=6.0, unit=viewers.UNIT, footer=facts)
+    footer = picture.draw(page, 4)[-picture.FOOTER + 16 :]
+    legend = picture.draw(dataclasses.replace(page, footer=()), 4)[-picture.FOOTER + 16 :]
+    inked = [(image != np.array(picture.PAPER)).any((0, 2)) for image in (footer, legend)]  # by column
+    starts = [picture.MARGIN + index * picture.FACT for index in range(3)] + [int(inked[1].argmax())]
+    assert all(not inked[0][start - 6 : start].any() and inked[0][start : start + 6].any() for start in starts)
 
 
 def test_every_frame_has_the_size_of_the_first(settings):

@@ -119,6 +119,9 @@ def test_refuses_other_autoreset_modes(ragged, mode):
     """SB3 would train on the wrong observations with them."""
     with pytest.raises(ValueError, match=r'must be SAME_STEP, got .*gym.make_vec\(..., autoreset_mode="SameStep"\)'):
         VecEnvAdapter(gym.make_vec("TextGen-v0", num_envs=2, autoreset_mode=mode, **ragged))
+    for other in (gym.make("TextGen-v0", **ragged), "TextGen-v0"):
+        with pytest.raises(ValueError, match=r"takes a vector environment .*SAME_STEP, got None of .*TextGen-v0.*make"):
+            VecEnvAdapter(other)
 
 
 class Talkative(TextGenVectorEnv):

@@ -1,13 +1,15 @@
-"""The native vector environment's own promises: time limits, batched rewards, the last observation of an episode."""
+"""The native vector environment's own promises: batched rewards, the last observation of an episode, what a cut one pays.
 
-import gymnasium as gym
+Its time limits are compared with Gymnasium's in test_gymnasium_wrappers.py.
+"""
+
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from tests import tiny
-from tests.test_faces import assert_same, random_tokens
+from tests.test_faces import random_tokens
 from textenv.vector_env import TextGenVectorEnv
 
 STOPS = list(range(75))  # a quarter of all ids
@@ -30,34 +32,6 @@ def quick(settings):
     return {**settings, "reward": length_reward, "stop_token_ids": STOPS, "max_new_tokens": 6}
 
 
-@pytest.mark.parametrize("action_mask", [None, "top_k:40"])
-@pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_time_limit_equals_sync(quick, mode, action_mask):
-    """`max_episode_steps` truncates the native environment's rows as TimeLimit does single ones, infos included."""
-    quick = {**quick, "action_mask": action_mask}
-    native = gym.make_vec("TextGen-v0", 3, max_episode_steps=3, autoreset_mode=mode.value, **quick)
-    assert isinstance(native, TextGenVectorEnv)
-    sync = gym.make_vec("TextGen-v0", 3, "sync", vector_kwargs={"autoreset_mode": mode}, max_episode_steps=3, **quick)
-    assert_same(native.reset(seed=7), sync.reset(seed=7), "reset")
-    ends = {"terminated": 0, "truncated": 0, "both": 0}
-    tokens = random_tokens(30, 3)
-    tokens[2] = 5  # a stop token at the limit
-    for step, actions in enumerate(tokens):
-        got, wanted = native.step(actions), sync.step(actions)
-        assert_same(got, wanted, f"step {step}")
-        ended = got[2] | got[3]
-        for name, which in (
-            ("terminated", got[2] & ~got[3]),
-            ("truncated", got[3] & ~got[2]),
-            ("both", got[2] & got[3]),
-        ):
-            ends[name] += int(which.sum())
-        if mode is AutoresetMode.DISABLED and ended.any():
-            again = [env.reset(options={"reset_mask": ended.copy()}) for env in (native, sync)]
-            assert_same(*again, f"reset after step {step}")
-    assert min(ends.values()) > 0
-
-
 def test_a_row_cut_by_the_limit_is_over(quick):
     """Without automatic resets a truncated row takes no token until it is reset, and has paid no score."""
     env = TextGenVectorEnv(2, max_episode_steps=1, autoreset_mode="Disabled", **{**quick, "kl_coef": 0})
@@ -68,13 +42,6 @@ def test_a_row_cut_by_the_limit_is_over(quick):
         env.step(np.array([200, 200]))
     env.reset(options={"reset_mask": np.array([True, True])})
     env.step(np.array([200, 200]))
-
-
-@pytest.mark.parametrize("limit", [0, -2, 2.5, "3", True])
-def test_bad_time_limits(quick, limit):
-    """A limit that is no number of steps is refused."""
-    with pytest.raises(ValueError, match=r"max_episode_steps must be a whole number of at least 1, or None .*got"):
-        TextGenVectorEnv(2, max_episode_steps=limit, **quick)
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))

@@ -13,6 +13,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import Autoreset
 
 from agents.text.penalty import Penalty
 from agents.text.rollout import TextRollout, collect
@@ -219,6 +220,31 @@ def test_time_limit_rows_rest_too(settings):
     assert env.step({"token": [65, 65], "log_prob": [-1.0, -1.0]})[4]["_penalty"].all()
 
 
+class WithoutInfos(gym.vector.VectorWrapper):
+    """Loses what the environment tells."""
+
+    def step(self, actions):
+        return *self.env.step(actions)[:4], {}
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_tokens_that_no_info_speaks_of(settings):
+    """Wrappers below that restart episodes or lose infos are refused, rather than charged for with a wrong sum."""
+    env = WholePenalty(Autoreset(gym.make("TextGen-v0", **settings)))
+    env.reset(seed=0)
+    assert env.step({"token": tiny.END, "log_prob": -1.0})[2]
+    with pytest.raises(ValueError, match=r"no reference_log_prob .*place this wrapper inside .*Autoreset"):
+        env.step({"token": 65, "log_prob": -1.0})
+    outside = Autoreset(WholePenalty(gym.make("TextGen-v0", **settings)))
+    outside.reset(seed=0)
+    outside.step({"token": tiny.END, "log_prob": -1.0})
+    assert outside.step({"token": 65, "log_prob": -1.0})[1] == 0.0
+    vector = VectorWholePenalty(WithoutInfos(TextGenVectorEnv(2, **settings)))
+    vector.reset(seed=0)
+    with pytest.raises(ValueError, match=r"no reference_log_prob"):
+        vector.step({"token": [65, 65], "log_prob": [-1.0, -1.0]})
+
+
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_controller_in_the_wrappers(settings):
     """β moves at the end of every episode by the KL of that episode alone; steps until then pay the old β."""
@@ -346,6 +372,10 @@ def test_bad_wrapping(settings):
         WholePenalty(free, "k3")
     with pytest.raises(ValueError, match=r"kl_coef is 0.*AdaptiveKL\(coef=0.1.*leave both at their defaults"):
         WholePenalty(free, controller=AdaptiveKL(0.1, 6.0, 100, "response"))
+    with pytest.raises(ValueError, match=r"estimator must be one of k1, k2, k3, got \['k1'\]"):
+        WholePenalty(env, ["k1"])
+    with pytest.raises(ValueError, match=r"controller must be one of textenv.kl, got 0.1; .*give FixedKL"):
+        WholePenalty(env, controller=0.1)
     with pytest.raises(ValueError, match=r"for TextGen-v0.*got CartPoleEnv.*wrap each single TextGen-v0"):
         WholePenalty(gym.make("CartPole-v1"))
     with pytest.raises(ValueError, match=r"got CartPoleEnv"):

@@ -20,7 +20,7 @@ from textenv.env import TextGenEnv
 from textenv.generation import judge
 from textenv.state import FINISH_REASONS, start
 from textenv.task import Task
-from textenv.vector_env import TextGenVectorEnv
+from textenv.vector_env import TextGenVectorEnv, row_info
 
 # Stepping reads one cached token at a time, the fast path whole texts in other batches: the same float32 sums in
 # another order, which moves a log-probability or a score by about 1e-6 of its size. Real differences are larger.
@@ -52,36 +52,37 @@ def check_faces(task: Task, *, rows: int = 4, seed: int = 0, torchrl_env: Any = 
 def play_env(env: gym.Env, tokens: NDArray, seed: int) -> Iterator[Event]:
     """Steps a single environment through each column of tokens [N, rows], seeded with seed + row."""
     for row, column in enumerate(tokens.T):
-        yield row, None, _text(env.reset(seed=seed + row)[0])
+        yield row, None, _started(*env.reset(seed=seed + row))
         for token in column:
             observation, reward, terminated, _, info = env.step(token)
             info.pop("action_mask", None)  # advice about the next token, no part of this one's story
             yield row, int(token), {**_text(observation), "reward": reward, "terminated": terminated, **info}
             if terminated:
-                yield row, None, _text(env.reset()[0])
+                yield row, None, _started(*env.reset())
 
 
 def play_vector_env(env: gym.vector.VectorEnv, tokens: NDArray, seed: int) -> Iterator[Event]:
     """Steps a vector environment in autoreset mode NEXT_STEP through tokens [N, rows]."""
-    observation, _ = env.reset(seed=seed)
-    yield from ((row, None, _text(observation, row)) for row in range(env.num_envs))
+    observation, info = env.reset(seed=seed)
+    yield from ((row, None, _started(observation, row_info(info, row), row)) for row in range(env.num_envs))
     ended = np.zeros(env.num_envs, dtype=bool)
     for actions in tokens:
         observation, reward, terminated, _, info = env.step(actions)
         info.pop("action_mask", None)
         for row, token in enumerate(actions.tolist()):
-            shown = _text(observation, row)
-            if not ended[row]:
-                shown |= {"reward": reward[row], "terminated": terminated[row]}
-                shown |= _info_of(info, row)
-            yield row, None if ended[row] else token, shown
+            own = row_info(info, row)
+            if ended[row]:
+                yield row, None, _started(observation, own, row)
+            else:
+                paid = {"reward": reward[row], "terminated": terminated[row]}
+                yield row, token, _text(observation, row) | paid | own
         ended = terminated
 
 
 def play_torchrl_env(env: Any, tokens: NDArray) -> Iterator[Event]:
     """Steps a TorchRL environment, which starts ended rows anew, through tokens [N, rows]."""
     data, rows = env.reset(), range(tokens.shape[1])
-    yield from ((row, None, _text(data, row)) for row in rows)
+    yield from ((row, None, _started(data, data[row], row)) for row in rows)
     for actions in tokens:
         stepped, data = env.step_and_maybe_reset(data.set("action", torch.from_numpy(actions).to(env.device)))
         after = stepped["next"]
@@ -94,7 +95,7 @@ def play_torchrl_env(env: Any, tokens: NDArray) -> Iterator[Event]:
                 shown["finish_reason"] = FINISH_REASONS[after["finish_code"][row].item()]
             yield row, int(actions[row]), shown
             if shown["terminated"]:
-                yield row, None, _text(data, row)
+                yield row, None, _started(data, data[row], row)
 
 
 def check_face(task: Task, face: str, events: Iterable[Event], hidden: set[str]) -> None:
@@ -106,14 +107,15 @@ def check_face(task: Task, face: str, events: Iterable[Event], hidden: set[str])
         episode = [] if token is None else current[row]
         where = f"{face}, row {row}, " + ("reset" if token is None else f"step {len(episode) - 1}")
         if token is None:
-            assert shown["tokens"] in prompts, f"{where}: tokens {shown['tokens']} are no prompt of the task"
+            prompt, tokens = shown["prompt_index"], shown["tokens"]
+            assert prompts[prompt] == tokens, f"{where}: tokens are {tokens}, of prompt {prompt} {prompts[prompt]}"
         else:
             ends = token in task.stop_token_ids or len(episode) == task.config.max_new_tokens
             assert shown["terminated"] == ends, f"{where}: terminated is {shown['terminated']}, must be {ends}"
         current[row] = [*episode, (row, token, shown)]
         finished += [current[row]] if token is not None and ends else []
     assert finished, f"{face}: no episode ended"
-    starts = [prompts.index(episode[0][2]["tokens"]) for episode in finished]
+    starts = [episode[0][2]["prompt_index"] for episode in finished]
     for episode, story in zip(finished, _fast_path(task, starts, finished), strict=True):
         for step, ((row, token, got), wanted) in enumerate(zip(episode, story, strict=True)):
             where = f"{face}, row {row}, " + ("reset" if token is None else f"step {step - 1}")
@@ -133,12 +135,13 @@ def _fast_path(task: Task, starts: list[int], episodes: Sequence[list[Event]]) -
         state = state.append(column, column >= 0)
     judged = judge(task, state, prompts.texts, columns=prompts.columns)
     stories = []
-    for row, tokens in enumerate(written):
+    for row, (index, tokens) in enumerate(zip(starts, written, strict=True)):
         prompt = _text(vars(prompts), row)
         story = []
         for length in range(len(tokens) + 1):
             mask = prompt["mask"] + [True] * length + [False] * (budget - length)
             story.append({"tokens": prompt["tokens"] + tokens[:length], "mask": mask})
+        story[0]["prompt_index"] = index
         for step, shown in enumerate(story[1:]):
             shown["reward"] = judged.reward[row, step].item()
             shown["reference_log_prob"] = judged.reference_log_prob[row, step].item()
@@ -150,18 +153,17 @@ def _fast_path(task: Task, starts: list[int], episodes: Sequence[list[Event]]) -
     return stories
 
 
+def _started(observation: Any, info: Any, row: int | None = None) -> Shown:
+    """What a reset shows: the prompt, and which one of the task's it is."""
+    return {**_text(observation, row), "prompt_index": int(info["prompt_index"])}
+
+
 def _text(observation: Any, row: int | None = None) -> Shown:
     """Real tokens and mask of an observation, or of one of its rows."""
     ids, mask = observation["input_ids"], observation["attention_mask"]
     ids, mask = (ids, mask) if row is None else (ids[row], mask[row])
     real = [bool(one) for one in mask.tolist()]
     return {"tokens": [id for id, counts in zip(ids.tolist(), real, strict=True) if counts], "mask": real}
-
-
-def _info_of(infos: dict[str, Any], row: int) -> Shown:
-    """One row's part of a vector environment's infos, with dictionaries inside it likewise."""
-    own = {key: value for key, value in infos.items() if f"_{key}" in infos and infos[f"_{key}"][row]}
-    return {key: _info_of(value, row) if isinstance(value, dict) else value[row] for key, value in own.items()}
 
 
 def _close(got: Any, wanted: Any) -> bool:

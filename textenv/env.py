@@ -205,8 +205,8 @@ def make_spaces(task: Task) -> tuple[spaces.Dict, spaces.Discrete]:
     return observation, spaces.Discrete(task.vocabulary)
 
 
-def observe(state: TextState, row: int) -> Observation:
-    """A fresh observation of one row."""
+def observe(state: TextState, row: int | slice = slice(None)) -> Observation:
+    """A fresh observation of one row, or of all rows together."""
     return {
         "input_ids": state.input_ids[row].cpu().numpy().copy(),
         "attention_mask": state.attention_mask[row].cpu().numpy().astype(np.int8),
@@ -224,6 +224,13 @@ def step_info(task: Task, transition: Transition, row: int) -> dict[str, Any]:
         info["finish_reason"] = transition.finish_reason(row)
         info["response"] = transition.responses[row]
     return info
+
+
+def as_rows(name: str, given: Any) -> int:
+    """How many episodes an environment is to hold side by side, by the argument of that name."""
+    if isinstance(given, bool) or not isinstance(given, int | np.integer) or given < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {given!r}.")
+    return int(given)
 
 
 def as_tokens(action: Any, rows: int) -> NDArray[np.int64]:

@@ -122,17 +122,12 @@ def judge(
         raise ValueError(
             f"judge got {rows_given} responses and {len(prompt_texts)} prompt texts; give one text a response."
         )
-    chunks = torch.arange(rows_given, device=task.device).split(rows_per_pass)
-    fields = {"": prompt_texts, **(columns or {})}
-    read = [
-        _read(
-            task,
-            state.select(rows),
-            {name: [values[int(row)] for row in rows] for name, values in fields.items()},
-            rows,
-        )
-        for rows in chunks
-    ]
+    read = []
+    for rows in torch.arange(rows_given, device=task.device).split(rows_per_pass):
+        indices: list[int] = rows.tolist()
+        own = {name: [values[index] for index in indices] for name, values in (columns or {}).items()}
+        texts = [prompt_texts[index] for index in indices]
+        read.append(_read(task, state.select(rows), texts, own, indices))
     # All rows at once: what a score is measured by must not depend on how many are read at a time.
     scores = normalise(task.normaliser, concatenate([one.scores for one in read]))
     reference_log_prob = torch.cat([one.reference_log_prob for one in read])
@@ -204,19 +199,20 @@ class _Reading:
     responses: list[str]
 
 
-def _read(task: Task, state: TextState, fields: dict[str, list[Any]], rows: Tensor) -> _Reading:
-    """Some rows read by all frozen models; fields: the prompts' texts under "", and their further fields."""
+def _read(
+    task: Task, state: TextState, prompt_texts: list[str], columns: dict[str, list[Any]], rows: list[int]
+) -> _Reading:
+    """Some rows read by all frozen models; rows: which of all they are."""
     stops = torch.tensor(task.stop_token_ids, device=task.device)
     mask = state.response_mask  # [B, R]
     last_tokens = state.response_ids.gather(1, (state.length[:, None] - 1).clamp_min(0))[:, 0]
     code = finish(last_tokens, state.length, stops, task.config.max_new_tokens).where(state.length > 0, RUNNING)
     if bool((code == RUNNING).any()):
         raise ValueError(
-            f"judge reads finished responses, and row {int(rows[code == RUNNING][0])} has neither a stop token at its "
-            "end nor the whole budget of tokens; write it to its end first."
+            f"judge reads finished responses, and row {rows[int((code == RUNNING).nonzero()[0])]} has neither a stop "
+            "token at its end nor the whole budget of tokens; write it to its end first."
         )
-    prompt_texts, columns = fields[""], {name: values for name, values in fields.items() if name}
-    episodes = Episodes(prompt_texts, state, code == STOP, task.tokenizer, columns, rows.tolist())
+    episodes = Episodes(prompt_texts, state, code == STOP, task.tokenizer, columns, rows)
     scores = read_scores(task.reward, episodes)
     if task.reference is None:
         reference_log_prob = torch.zeros(mask.shape, device=mask.device)

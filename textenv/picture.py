@@ -23,7 +23,7 @@ PAPER, INK, GREY, FAINT = (252, 252, 250), (28, 30, 34), (128, 132, 140), (226, 
 BLUE, RED = (104, 164, 222), (240, 128, 108)  # behind ink, at their strongest
 WIDTH, MARGIN, LINE, FOOTER = 768, 28, 30, 52  # pixels
 BLOCK = 16  # video codecs want sides that are multiples of it
-FACT = 144  # pixels from one fact of the footer to the next, so that they stand still in a video
+FACT = 160  # pixels from one fact of the footer to the next, so that they stand still in a video
 FEWEST, MOST = 4, 24  # lines of text
 LETTERS_A_TOKEN, LETTERS_A_LINE = 5, 70  # rough, to choose a height; what does not fit scrolls
 

@@ -43,7 +43,8 @@ def log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if sampling.top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
-        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        mass = ordered.softmax(-1)
+        mass_before = mass.cumsum(-1) - mass
         drop = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, mass_before >= sampling.top_p)
         logits = logits.masked_fill(drop, -torch.inf)
     return logits.log_softmax(-1)

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from textenv.vector_env import row_info
+
 
 class VecEnvAdapter(VecEnv):
     """A Gymnasium vector environment in autoreset mode SAME_STEP as an SB3 `VecEnv`.
@@ -25,12 +27,12 @@ class VecEnvAdapter(VecEnv):
     """
 
     def __init__(self, env: VectorEnv) -> None:
-        mode = env.metadata.get("autoreset_mode")
+        mode = env.metadata.get("autoreset_mode") if isinstance(env, VectorEnv) else None
         if mode is not AutoresetMode.SAME_STEP:
             raise ValueError(
-                "Stable-Baselines3 expects the first observation of the next episode in the step that ends one, so the "
-                f"environment's autoreset_mode must be SAME_STEP, got {mode}; make it with "
-                'gym.make_vec(..., autoreset_mode="SameStep").'
+                "Stable-Baselines3 expects the first observation of the next episode in the step that ends one, so "
+                f"this takes a vector environment whose autoreset_mode must be SAME_STEP, got {mode} of {env}; make "
+                'it with gym.make_vec(..., autoreset_mode="SameStep").'
             )
         self.env = env
         self._actions: Any = None
@@ -106,21 +108,3 @@ class VecEnvAdapter(VecEnv):
     def get_images(self) -> Sequence[NDArray | None]:
         """One picture a row, where the environment's `render_mode` is `rgb_array`."""
         return self.env_method("render")
-
-
-def row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
-    """One row of a vector environment's infos, as a single environment would give it.
-
-    Gymnasium keeps beside every `key` a mask `_key` of the rows that it speaks for.
-    """
-    found: dict[str, Any] = {}
-    for key, values in infos.items():
-        speaks = infos.get(f"_{key}")
-        if key in ("final_obs", "final_info") or speaks is None or not speaks[row]:
-            continue
-        if isinstance(values, dict):
-            found[key] = row_info(values, row)
-        else:
-            value = values[row]
-            found[key] = value.item() if isinstance(value, np.generic) else value
-    return found

@@ -15,7 +15,8 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from textenv.dynamics import TextDynamics, Transition
+from textenv.dynamics import TextDynamics
+from textenv.env import as_rows
 from textenv.options import choose_prompts
 from textenv.state import LENGTH, TextState
 from textenv.task import Task
@@ -34,6 +35,11 @@ class TextGenTorchEnv(EnvBase):
     """
 
     def __init__(self, task: Task, rows: int, seed: int = 0) -> None:
+        if not isinstance(task, Task):
+            raise ValueError(
+                f"task must be a Task, got {type(task).__name__}; build one with build_task(TextGenConfig(...))."
+            )
+        rows = as_rows("rows", rows)
         shape, device = torch.Size([rows]), task.device
         flag, text = torch.Size([rows, 1]), torch.Size([rows, task.width])
         super().__init__(device=device, batch_size=shape)
@@ -76,6 +82,10 @@ class TextGenTorchEnv(EnvBase):
     def _reset(
         self, tensordict: TensorDictBase | None = None, options: Mapping[str, Any] | None = None, **kwargs: object
     ) -> TensorDictBase:
+        if kwargs:
+            raise TypeError(
+                f"reset takes a TensorDict and options={{...}}, got {sorted(kwargs)}; to seed, call set_seed before it."
+            )
         mask = None if tensordict is None else tensordict.get("_reset", None)
         count = self.batch_size[0]
         rows = list(range(count)) if mask is None else mask.reshape(count).nonzero()[:, 0].tolist()
@@ -84,45 +94,47 @@ class TextGenTorchEnv(EnvBase):
             state = self.dynamics.reset(rows, [self.dynamics.draw(row, self.generators[row]) for row in rows])
         else:
             state = self.dynamics.begin(rows, *chosen)
-        zeros = torch.zeros(count, device=self.device)
-        parts = {name: zeros.clone() for name in self.task.score_part_names}
-        return self._pack(state, zeros, (zeros.clone(), parts), zeros.long(), zeros.bool())
+        zeros = self.observation_spec.zero().update(self.full_done_spec.zero())
+        return zeros.update(self._context(state))
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        transition: Transition = self.dynamics.step(tensordict["action"], self.dynamics.running)
-        packed = self._pack(
-            transition.state,
-            transition.reference_log_prob,
-            (transition.score, transition.score_parts),
-            transition.finish_code,
-            ~self.dynamics.running,
-        )
-        return packed.set("reward", transition.reward[:, None])
+        transition = self.dynamics.step(self._tokens(tensordict["action"]), self._active(tensordict))
+        done = ~self.dynamics.running
+        told = {
+            "reward": transition.reward,
+            "reference_log_prob": transition.reference_log_prob,
+            "score": transition.score,
+            "finish_code": transition.finish_code,
+            "done": done,
+            "terminated": done.clone(),
+            "truncated": torch.zeros_like(done),
+        }
+        columns: dict[str, Any] = {name: values[:, None] for name, values in told.items()}
+        columns["score_parts"] = {name: part[:, None] for name, part in transition.score_parts.items()}
+        columns |= self._context(transition.state)
+        return TensorDict(columns, batch_size=self.batch_size, device=self.device)
 
-    def _pack(
-        self,
-        state: TextState,
-        reference_log_prob: Tensor,
-        score: tuple[Tensor, dict[str, Tensor]],
-        finish_code: Tensor,
-        done: Tensor,
-    ) -> TensorDict:
+    def _tokens(self, action: Tensor) -> Tensor:
+        """The token ids of an action, on the models' device, wherever the TensorDict lives."""
+        if action.shape != self.batch_size or action.is_floating_point() or action.dtype is torch.bool:
+            raise ValueError(
+                f"the action must be token ids, int64 {list(self.batch_size)}, got {action.dtype} "
+                f"{list(action.shape)}; of one-hot rows take argmax(-1)."
+            )
+        return action.to(self.task.device, torch.int64)
+
+    def _active(self, tensordict: TensorDictBase) -> Tensor:
+        """The rows that write a token: those still going on, of those that TorchRL asks to be stepped."""
+        asked = tensordict.get("_step", None)
+        running = self.dynamics.running
+        return running if asked is None else running & asked.reshape(self.batch_size).to(running.device)
+
+    def _context(self, state: TextState) -> dict[str, Tensor]:
+        """What is observed of the texts themselves."""
         masks = {"action_mask": self.dynamics.action_mask()} if self.task.masks else {}
-        whole, parts = score
-        return TensorDict(
-            {
-                **masks,
-                "input_ids": state.input_ids,
-                "attention_mask": state.attention_mask,
-                "prompt_index": torch.tensor(self.dynamics.prompt_index, device=self.device)[:, None],
-                "reference_log_prob": reference_log_prob[:, None],
-                "score": whole[:, None],
-                "score_parts": {name: part[:, None] for name, part in parts.items()},
-                "finish_code": finish_code[:, None],
-                "done": done[:, None],
-                "terminated": done[:, None].clone(),
-                "truncated": torch.zeros_like(done)[:, None],
-            },
-            batch_size=self.batch_size,
-            device=self.device,
-        )
+        return {
+            **masks,
+            "input_ids": state.input_ids,
+            "attention_mask": state.attention_mask,
+            "prompt_index": torch.tensor(self.dynamics.prompt_index)[:, None],
+        }

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from textenv.config import read_settings
 from textenv.dynamics import TextDynamics, Transition
-from textenv.env import as_tokens, make_spaces, observe, step_info
+from textenv.env import as_rows, as_tokens, make_spaces, observe, step_info
 from textenv.options import Choice, choose_prompts, rows_to_reset
 from textenv.state import TextState
 from textenv.task import build_task
@@ -56,10 +56,9 @@ class TextGenVectorEnv(VectorEnv):
         render_mode: str | None = None,
         **settings: Any,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
         check_render_mode(render_mode, self.metadata["render_modes"], "; to watch one row live, use gym.make")
-        self.num_envs, self.render_mode = num_envs, render_mode
+        self.num_envs = num_envs = as_rows("num_envs", num_envs)
+        self.render_mode = render_mode
         self.max_episode_steps = _step_limit(max_episode_steps)
         self.autoreset_mode = _mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
@@ -78,11 +77,12 @@ class TextGenVectorEnv(VectorEnv):
         """Starts new episodes in all rows, or in those of `options["reset_mask"]` (bool array)."""
         rows = rows_to_reset(options, self.num_envs)
         chosen = choose_prompts(options, self.task, rows, self.num_envs)
-        for row, row_seed in zip(range(self.num_envs), _seeds(seed, self.num_envs), strict=True):
-            if row_seed is not None and row in rows:
-                self._generators[row] = np_random(row_seed)[0]
-                self.dynamics.seed(row)
-        observation = self._observe(self._restart(rows, chosen))
+        seeds = _seeds(seed, self.num_envs)
+        seeded = {row: np_random(seeds[row])[0] for row in rows if seeds[row] is not None}  # all, before any is used
+        for row, generator in seeded.items():
+            self._generators[row] = generator
+            self.dynamics.seed(row)
+        observation = observe(self._restart(rows, chosen))
         return observation, self._started(rows, {}) | self._mask_info(rows)
 
     def step(self, actions: Any) -> tuple[Arrays, NDArray, NDArray, NDArray, dict[str, Any]]:
@@ -105,7 +105,7 @@ class TextGenVectorEnv(VectorEnv):
             state = self._restart(rows, None)
             infos = self._started(rows, infos)
         infos |= self._mask_info(range(self.num_envs))
-        return self._observe(state), rewards, terminations, truncations, infos
+        return observe(state), rewards, terminations, truncations, infos
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Which tokens may come next in each row, bool [n, V]. All of them without `action_mask`."""
@@ -147,12 +147,6 @@ class TextGenVectorEnv(VectorEnv):
         shown = np.isin(np.arange(self.num_envs), list(rows))
         return {"action_mask": np.where(shown[:, None], self.action_masks(), 0).astype(np.int8), "_action_mask": shown}
 
-    def _observe(self, state: TextState) -> Arrays:
-        return {
-            "input_ids": state.input_ids.cpu().numpy().copy(),
-            "attention_mask": state.attention_mask.cpu().numpy().astype(np.int8),
-        }
-
     def _infos(self, transition: Transition, stepped: NDArray, ended: NDArray) -> dict[str, Any]:
         """Arrays, and masks of the rows that they speak for, laid out as Gymnasium's own vector environments do."""
         same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
@@ -171,6 +165,24 @@ class TextGenVectorEnv(VectorEnv):
                 info = {"final_obs": observe(transition.state, row), "final_info": info}
             infos = self._add_info(infos, info, row)
         return infos
+
+
+def row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
+    """One row of a vector environment's infos, as a single environment would give it.
+
+    Gymnasium keeps beside every `key` a mask `_key` of the rows that it speaks for.
+    """
+    found: dict[str, Any] = {}
+    for key, values in infos.items():
+        speaks = infos.get(f"_{key}")
+        if key in ("final_obs", "final_info") or speaks is None or not speaks[row]:
+            continue
+        if isinstance(values, dict):
+            found[key] = row_info(values, row)
+        else:
+            value = values[row]
+            found[key] = value.item() if isinstance(value, np.generic) else value
+    return found
 
 
 def _step_limit(given: int | None) -> float:
@@ -200,4 +212,4 @@ def _seeds(seed: int | Sequence[int | None] | None, rows: int) -> list[int | Non
         return [int(seed) + row for row in range(rows)]
     if not isinstance(seed, Sequence | np.ndarray) or isinstance(seed, str) or len(seed) != rows:
         raise ValueError(f"seed must be one whole number or a list of {rows} (num_envs), got {seed!r}.")
-    return list(seed)
+    return [int(one) if isinstance(one, np.integer) else one for one in seed]

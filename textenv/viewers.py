@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from torch import Tensor
 
@@ -89,7 +89,7 @@ class Typist:
         self.story.add(transition, 0)
         value = self.story.values[-1]
         self._type(self.story.pieces[-1], None if self.task.reference is None else shade(value, SURPRISE))
-        if sys.stdout.isatty():
+        if _is_terminal(sys.stdout):
             time.sleep(1 / FPS)
         if self.story.ending:
             self._type(f"  [{self.story.ending}]", PROMPT)
@@ -106,7 +106,11 @@ class Typist:
         self.open = False
 
     def _type(self, text: str, code: int | None) -> None:
-        sys.stdout.write(colour(text, code) if sys.stdout.isatty() else text)
+        if sys.stdout is None:  # a program without a console has none
+            return
+        encoding = sys.stdout.encoding or "utf-8"
+        text = text.encode(encoding, "replace").decode(encoding)  # what the terminal has no letter for is a "?"
+        sys.stdout.write(colour(text, code) if _is_terminal(sys.stdout) else text)
         sys.stdout.flush()
 
 
@@ -144,6 +148,10 @@ class Story:
             footer=parts,
             progress=length / budget,
         )
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
 
 
 def _text_viewer(task: Task, rows: int) -> Viewer:

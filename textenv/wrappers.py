@@ -34,7 +34,7 @@ class WholePenalty(gym.Wrapper, RecordConstructorArgs):
     The reward is the environment's, less its half of the penalty, less `β · estimator(log_prob,
     reference_log_prob)`: with k1 and the environment's own β it is `reward − β · log_prob`. `info["penalty"]` is
     what was subtracted. `log_prob` is the policy's at the environment's temperature, under the distribution that the
-    token was sampled from. Place it inside wrappers that change rewards.
+    token was sampled from. Place it inside wrappers that change rewards or infos, or restart episodes.
 
     estimator: k1, k2 or k3 (kl.py says what each is good for). controller: who sets β; by default it stays at the
     environment's `kl_coef`. An `AdaptiveKL` looks at the KL of every episode at its end.
@@ -63,8 +63,8 @@ class WholePenalty(gym.Wrapper, RecordConstructorArgs):
         everyone = np.ones(1, dtype=bool)
         log_probs = self.account.read(log_prob, everyone)
         observation, reward, terminated, truncated, info = self.env.step(token)
-        reference = np.array([info.get("reference_log_prob", 0.0)])  # none where kl_coef is 0
-        rewards, penalties = self.account.charge(np.array([reward], dtype=float), log_probs, reference)
+        reference = np.array([info.get("reference_log_prob", np.nan)])
+        rewards, penalties = self.account.charge(np.array([reward], dtype=float), log_probs, reference, everyone)
         self.account.close(everyone, np.array([terminated or truncated]))
         info = {**info, "penalty": float(penalties[0])}
         return observation, float(rewards[0]), terminated, truncated, info
@@ -107,7 +107,8 @@ class VectorWholePenalty(VectorWrapper):
         log_probs = self.account.read(log_prob, active)
         observation, reward, terminated, truncated, infos = self.env.step(tokens)
         ended = terminated | truncated
-        rewards, penalties = self.account.charge(reward, log_probs, _reference_log_probs(infos, self.num_envs))
+        reference = _reference_log_probs(infos, self.num_envs)
+        rewards, penalties = self.account.charge(reward, log_probs, reference, active)
         self.account.close(active, ended)
         self._resting = ended & (self._mode is AutoresetMode.NEXT_STEP)
         return observation, rewards, terminated, truncated, self._infos(infos, penalties, active, ended)
@@ -126,11 +127,13 @@ class _Account:
 
     def __init__(self, task: Task, rows: int, estimator: str, controller: Controller | None) -> None:
         self.kl_coef, self.estimator = task.config.kl_coef, estimator
-        if estimator not in ESTIMATORS:
+        if estimator not in tuple(ESTIMATORS):
             raise ValueError(
                 f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}; the exact KL would need the "
                 "policy's whole distribution, which an action does not carry."
             )
+        if isinstance(controller, int | float):
+            raise ValueError(f"controller must be one of textenv.kl, got {controller}; for a fixed β give FixedKL(β).")
         if self.kl_coef == 0 and (estimator != "k1" or controller is not None):
             raise ValueError(
                 f"the environment's kl_coef is 0, so there is no reference to measure estimator={estimator!r} or "
@@ -160,8 +163,19 @@ class _Account:
             )
         return log_probs
 
-    def charge(self, reward: NDArray, log_probs: NDArray, reference: NDArray) -> tuple[NDArray, NDArray]:
-        """The whole rewards, and the penalties in them, float64. Rows that are not active have zeros throughout."""
+    def charge(
+        self, reward: NDArray, log_probs: NDArray, reference: NDArray, active: NDArray
+    ) -> tuple[NDArray, NDArray]:
+        """The whole rewards, and the penalties in them, float64. Rows that are not active have zeros throughout.
+
+        reference: NaN where no `info` told it; then a token was asked for and none written, or infos were lost.
+        """
+        reference = np.where(active, reference, 0.0) if self.kl_coef > 0 else np.zeros_like(log_probs)
+        if np.isnan(reference).any():
+            raise ValueError(
+                "the environment's info has no reference_log_prob for this token, so it cannot be charged; place this "
+                "wrapper inside those that restart episodes or change infos, such as Autoreset."
+            )
         paid, log_prob, reference_log_prob = (torch.from_numpy(array) for array in (reward, log_probs, reference))
         kl = ESTIMATORS[self.estimator](log_prob, reference_log_prob)
         penalty = self.controller.coef * kl
@@ -214,7 +228,7 @@ def _as_numbers(given: Any, rows: int) -> NDArray[np.float64]:
 
 def _reference_log_probs(infos: dict[str, Any], rows: int) -> NDArray[np.float64]:
     """Of the tokens just written; in mode SAME_STEP that of an episode's last one is in `final_info`."""
-    found = np.zeros(rows)
+    found = np.full(rows, np.nan)
     for part in (infos, infos.get("final_info", {})):
         if "reference_log_prob" in part:
             found = np.where(part["_reference_log_prob"], part["reference_log_prob"], found)
