@@ -351,7 +351,7 @@ def test_row_7_of_64(settings, wrong):
         one.step(letters[0])
     BROKEN.set()
     for _ in range(2):
-        with pytest.raises(ValueError, match="reward '[a-z_]+' " + says.format(prompt=env.dynamics.prompt_texts[7])):
+        with pytest.raises(ValueError, match="reward '[a-z_]+' " + says.format(prompt=env.dynamics.played[7].text)):
             env.step(letters[1])
     BROKEN.clear()
     HANG.set()

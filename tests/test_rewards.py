@@ -63,7 +63,7 @@ def play(env, tokens, seed=0):
     env.reset(seed=seed)
     for token in tokens:
         *_, info = env.step(token)
-    return info, env.unwrapped.dynamics.prompt_texts[0]
+    return info, env.unwrapped.dynamics.played[0].text
 
 
 # ---- reward models

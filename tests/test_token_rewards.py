@@ -17,7 +17,7 @@ from textenv import Scores, TextGenConfig, build_task, per_token, shared
 from textenv.conformance import check_faces
 from textenv.dynamics import TextDynamics
 from textenv.generation import judge
-from textenv.rewards import WeightedSum
+from textenv.rewards import Episodes, WeightedSum
 from textenv.state import start
 from textenv.token_rewards import TokenFunctionReward
 from textenv.token_texts import TokenTexts
@@ -117,12 +117,17 @@ def test_one_call_a_step(settings):
 
 
 def test_no_token_reward_costs_nothing(settings, monkeypatch):
-    """Without such a reward no text is put together before an episode ends."""
-    monkeypatch.setattr(textenv.dynamics, "last_token_rewards", lambda *args: pytest.fail("a step was paid"))
-    monkeypatch.setattr(TextDynamics, "_episodes", lambda *args: pytest.fail("rewards were shown something"))
-    dynamics = TextDynamics(build_task(TextGenConfig(**{**settings, "reward": count, "kl_coef": 0})), 2)
+    """Without such a reward nothing is put together for rewards, and no text decoded, before an episode ends."""
+    task, calls = build_task(TextGenConfig(**{**settings, "reward": count, "kl_coef": 0})), []
+    decode = task.tokenizer.decode
+    monkeypatch.setattr(task.tokenizer, "decode", lambda *args, **more: calls.append("text") or decode(*args, **more))
+    monkeypatch.setattr(textenv.dynamics, "Episodes", lambda *args: calls.append("episodes") or Episodes(*args))
+    dynamics = TextDynamics(task, 2)
     dynamics.reset([0, 1], [0, 1])
     dynamics.step(torch.tensor([65, 65]))
+    assert not calls
+    dynamics.step(torch.tensor([65, tiny.END]))
+    assert set(calls) == {"episodes", "text"}  # the spies see what there is to see
 
 
 class OwnTokenReward:

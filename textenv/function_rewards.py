@@ -7,20 +7,16 @@ response where they are known.
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from textenv.calling import CallFailed, CallOverdue, call_each
+from textenv.calling import CallFailed, CallOverdue, call_each, describe
 from textenv.rewards import Episodes, Scores, refuse_unfinite
-
-HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -176,14 +172,6 @@ def call_batch(function: Callable[[], Any], episodes: Episodes, name: str, timeo
             f"reward {name!r} took longer than reward_timeout={timeout} seconds for a batch of {_batch(episodes)}; "
             "make it faster, or raise reward_timeout."
         ) from overdue
-
-
-def describe(error: BaseException) -> str:
-    """An exception in a line: its type, its message and the line of the user's function that it came from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if Path(frame.filename).parent != HERE] or frames
-    place = f" ({theirs[0].filename}, line {theirs[0].lineno})" if theirs else ""
-    return f"{type(error).__name__}: {error}{place}"
 
 
 def as_numbers(returned: Any, name: str, episodes: Episodes) -> Tensor:
