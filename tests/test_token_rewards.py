@@ -130,6 +130,29 @@ def test_no_token_reward_costs_nothing(settings, monkeypatch):
     assert set(calls) == {"episodes", "text"}  # the spies see what there is to see
 
 
+def test_a_step_tried_again_counts_its_scores_once(settings):
+    """A token's reward that goes wrong in a row that goes on undoes the score of the row that ended as well."""
+    broken = [True]
+
+    @per_token
+    def pays(prompts, tokens):
+        assert not (broken and any(len(row) == 2 and row[-1] == "b" for row in tokens))
+        return [[0.5] * len(row) for row in tokens]
+
+    changes = dict(score_normalisation="running", prompt_sampling="prioritised", reward=pays, kl_coef=0)
+    task = build_task(TextGenConfig(**{**settings, **changes}))
+    dynamics = TextDynamics(task, 2)
+    dynamics.reset([0, 1], [0, 1])
+    dynamics.step(torch.tensor([65, 65]))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="raised AssertionError"):
+            dynamics.step(torch.tensor([tiny.END, ids("b")[0]]))
+        assert task.normaliser.statistics.count == 0 and dynamics.samplers[0].episodes == 0
+    broken.clear()
+    assert dynamics.step(torch.tensor([tiny.END, ids("b")[0]])).reward.tolist() == [0.5, 0.5]
+    assert task.normaliser.statistics.count == 1 and dynamics.samplers[0].episodes == 1
+
+
 class OwnTokenReward:
     """A user's own object that pays by the token: the tokens' ids over a hundred."""
 
@@ -164,6 +187,10 @@ WRONG = {
     "type": (
         lambda tokens: [["1", "2"], [0.0, 0.0]],
         r"must return 2 numbers, one a token, for row 8 .*'c'\), got .*'1', '2'",
+    ),
+    "huge": (
+        lambda tokens: [[10**400, 0], [0, 0]],
+        r"must return 2 numbers, one a token, for row 8 .*'c'\), got '\[1000",
     ),
     "nan": (lambda tokens: [[0.0, 0.0], [0.0, math.nan]], r"returned nan for token 1 of row 9 \(prompt 'b'"),
     "raise": (lambda tokens: tokens[7], "raised IndexError: .* for a batch of 2 responses, the first of them row 8"),
