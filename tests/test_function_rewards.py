@@ -23,7 +23,7 @@ from textenv.calling import CallFailed, CallOverdue, call_each
 from textenv.conformance import check_faces
 from textenv.function_rewards import FunctionReward
 from textenv.reward_building import check_columns
-from textenv.rewards import WeightedSum
+from textenv.rewards import WeightedSum, read_scores
 from textenv.vector_env import TextGenVectorEnv
 
 pytestmark = pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
@@ -410,7 +410,7 @@ def test_long_texts_are_cut_in_messages():
     """An error message quotes the beginning of a long response, not all of it."""
     long = written([[65]], [tiny.tokenizer()("word " * 200).input_ids], tiny.tokenizer())
     with pytest.raises(ValueError, match="returned nan for row 0") as raised:
-        FunctionReward(lambda prompts, responses: [math.nan], "f")(long)
+        read_scores(FunctionReward(lambda prompts, responses: [math.nan], "f"), long)
     assert len(str(raised.value)) < 400
 
 

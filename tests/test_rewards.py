@@ -17,7 +17,7 @@ from textenv import TextGenConfig, build_task, shared
 from textenv.dynamics import TextDynamics
 from textenv.function_rewards import FunctionReward
 from textenv.reward_model import RewardModel, last_token_scores, log_odds
-from textenv.rewards import Scores, WeightedSum
+from textenv.rewards import Scores, WeightedSum, read_scores
 from textenv.torchrl_env import TextGenTorchEnv
 from textenv.vector_env import TextGenVectorEnv
 
@@ -212,7 +212,7 @@ def test_bad_function_rewards(returned, says):
     ids = tokenizer("ABCD").input_ids
     episodes = written([ids[:1], ids[1:2]], [ids[2:3], ids[3:]], tokenizer)
     with pytest.raises(ValueError, match=f"'my_reward'.*{says}"):
-        FunctionReward(lambda prompts, responses: returned, "my_reward")(episodes)
+        read_scores(FunctionReward(lambda prompts, responses: returned, "my_reward"), episodes)
 
 
 def test_functions_get_copies():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from textenv.calling import CallFailed, CallOverdue, call_each, describe
-from textenv.rewards import Episodes, Scores, refuse_unfinite
+from textenv.rewards import Episodes, Scores
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,8 @@ class FunctionReward:
         self.columns = Columns((), (), False) if reads else find_columns(function, name)
 
     def __call__(self, episodes: Episodes) -> Scores:
-        """Scores of B responses. Refuses what is not one finite number a response."""
-        scores = as_numbers(self._call(episodes), self.name, episodes)
-        refuse_unfinite(scores, self.name, episodes)
-        scores = scores.to(episodes.state.input_ids.device)
+        """Scores of B responses. Refuses what is not one number a response, finite or not."""
+        scores = as_numbers(self._call(episodes), self.name, episodes).to(episodes.state.input_ids.device)
         return Scores(scores, {self.name: scores})
 
     def _call(self, episodes: Episodes) -> Any:
