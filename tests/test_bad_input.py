@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2ForSequenceClassification, MistralConfig, MistralForCausalLM
 
 import textenv.reward_building
 import textenv.task
@@ -205,6 +205,18 @@ def test_live_models_in_train_mode(settings, kind):
         refuse(settings, r"the reward model is in train mode.*model.eval\(\)", reward=shared(given))
     assert model.training and reward.training
     refuse(settings, "reference must be .*LanguageModel.*got", reference=shared(model))
+
+
+def test_live_reward_models_that_cannot_read(settings):
+    """A live reward model of too few positions or ids is refused at once, bare or wrapped, and not at the first score."""
+    for changes, says in [
+        (dict(n_positions=27), r"= 28, more than the reward model's 27 positions; lower one"),
+        (dict(vocab_size=299), "the reward model has 299 token ids and the reference 300"),
+    ]:
+        ends = dict(pad_token_id=tiny.PAD, eos_token_id=tiny.END, bos_token_id=None, num_labels=1)
+        model = GPT2ForSequenceClassification(GPT2Config(**(tiny.GPT2 | changes), **ends)).eval()
+        for given in (model, RewardModel(model)):
+            refuse(settings, says, reward=shared(given))
 
 
 def test_stop_tokens_of_a_live_model(settings):

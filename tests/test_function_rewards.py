@@ -18,12 +18,12 @@ import torch
 
 from tests import tiny
 from tests.episodes import written
-from textenv import TextGenConfig, build_task, per_response, reads_episodes, shared
+from textenv import TextGenConfig, build_task, per_response, reads_episodes, scores, shared
 from textenv.calling import CallFailed, CallOverdue, call_each
 from textenv.conformance import check_faces
 from textenv.function_rewards import FunctionReward
 from textenv.reward_building import check_columns
-from textenv.rewards import WeightedSum
+from textenv.rewards import WeightedSum, read_scores
 from textenv.vector_env import TextGenVectorEnv
 
 pytestmark = pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
@@ -351,7 +351,7 @@ def test_row_7_of_64(settings, wrong):
         one.step(letters[0])
     BROKEN.set()
     for _ in range(2):
-        with pytest.raises(ValueError, match="reward '[a-z_]+' " + says.format(prompt=env.dynamics.prompt_texts[7])):
+        with pytest.raises(ValueError, match="reward '[a-z_]+' " + says.format(prompt=env.dynamics.played[7].text)):
             env.step(letters[1])
     BROKEN.clear()
     HANG.set()
@@ -391,11 +391,26 @@ def test_after_a_broken_reward_without_retry(settings):
     assert terminated and info["score"] == 0.0
 
 
+async def raises_async(prompts, responses):
+    """Raises inside a coroutine."""
+    raise RuntimeError("no network")
+
+
+def test_the_line_that_is_named_is_the_users():
+    """The message names the line of the user's function, in a coroutine too, and that of a ready-made reward."""
+    for function in (raises_async, per_response()(raises_async), reads_episodes(lambda episodes: 1 / 0)):
+        for timeout in (None, FOREVER):
+            with pytest.raises(ValueError, match=r"\(/[^ ]*test_function_rewards.py, line \d+\) for "):
+                FunctionReward(function, "f", timeout=timeout)(two())
+    with pytest.raises(ValueError, match=r"holds no number \(/[^ ]*scores.py, line \d+\) for row 1"):
+        FunctionReward(scores.numeric_match, "f")(two(columns={"answer": ["1", "none"]}))
+
+
 def test_long_texts_are_cut_in_messages():
     """An error message quotes the beginning of a long response, not all of it."""
     long = written([[65]], [tiny.tokenizer()("word " * 200).input_ids], tiny.tokenizer())
     with pytest.raises(ValueError, match="returned nan for row 0") as raised:
-        FunctionReward(lambda prompts, responses: [math.nan], "f")(long)
+        read_scores(FunctionReward(lambda prompts, responses: [math.nan], "f"), long)
     assert len(str(raised.value)) < 400
 
 
@@ -404,6 +419,11 @@ def test_bad_reward_timeout(settings, value):
     """reward_timeout is seconds above 0, or None."""
     with pytest.raises(ValueError, match=r"reward_timeout must be (a finite number or None|above 0)"):
         build_task(TextGenConfig(**{**settings, "reward_timeout": value}))
+
+
+def test_a_time_limit_longer_than_threads_can_wait():
+    """Any finite number of seconds is a limit."""
+    assert FunctionReward(lambda prompts, responses: [1, 2], "f", timeout=1e300)(two()).total.tolist() == [1.0, 2.0]
 
 
 def test_numbers_of_a_function_may_need_gradients():

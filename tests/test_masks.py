@@ -15,6 +15,7 @@ from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.text.networks import FORBIDDEN
 from tests import tiny
 from tests.learning import losses, make_rollout, make_trainer, same, weights
+from tests.test_faces import assert_same
 from textenv import LanguageModel, TextGenConfig, build_task, shared
 from textenv.dynamics import TextDynamics
 from textenv.generation import generate
@@ -23,6 +24,7 @@ from textenv.sampling import Sampling, log_probs
 from textenv.state import position_ids
 from textenv.token_sets import TokenSets
 from textenv.torchrl_env import TextGenTorchEnv
+from textenv.vector_env import TextGenVectorEnv
 
 SAMPLING = Sampling(temperature=0.7)
 one_kind = pytest.mark.parametrize("kind", ["gpt2"], indirect=True)  # where the architecture plays no part
@@ -163,7 +165,7 @@ def test_word_list(task):
 @one_kind
 def test_function_and_intersection(task):
     """A user's function gets the prompt and the ids so far; several masks must all agree."""
-    built = task(action_mask=[vowels_first, "special"])
+    built = task(action_mask=[shared(vowels_first), "special"])
     _, prompts, responses = write(built)
     for prompt, row in zip(prompts.texts, responses, strict=True):
         for place, one in enumerate(row):
@@ -316,6 +318,8 @@ def test_masks_without_a_penalty(settings):
         ("regex:(", "no valid regular expression"),
         ("regex:", "must be"),
         ("words:", "must be"),
+        ("words:a,,b", "has an empty word in .*'a', '', 'b'"),
+        ("words: ", "has an empty word"),
         ("tests.test_masks:missing", "missing"),
         (3, "got int"),
         ([None, 3.5], "got float"),
@@ -329,7 +333,19 @@ def test_bad_masks(task, mask, message):
 
 @one_kind
 @pytest.mark.parametrize(
-    ("returned", "message"), [([999], "outside 0..299"), (["x"], "must return token ids"), (None, "token ids")]
+    ("returned", "message"),
+    [
+        ([999], "outside 0..299 for prompt"),
+        ([-1], "outside 0..299"),
+        (["x"], r"must return token ids, got \['x'\] for prompt '.*' and response ids \[\]; return a list"),
+        ("12", "must return token ids"),
+        (None, "must return token ids"),
+        ([3.0], "must return token ids"),
+        ([[3]], "must return token ids"),
+        ([True] * 300, "must return token ids"),  # a mask of truth values is no list of ids
+        (np.ones(300, dtype=bool), "must return token ids"),
+        (torch.ones(300, dtype=torch.bool), "must return token ids"),
+    ],
 )
 def test_functions_that_return_nonsense(settings, returned, message):
     """The error names the mask and the text, and the environment works again after reset."""
@@ -337,9 +353,112 @@ def test_functions_that_return_nonsense(settings, returned, message):
     env = gym.make("TextGen-v0", action_mask=shared(lambda *_: answers[0]), disable_env_checker=True, **settings)
     with pytest.raises(ValueError, match=message):
         env.reset(seed=0)
-    answers[0] = [5]
+    for right in ([5], {5}, iter([5]), np.array([5]), torch.tensor([5]), [np.int64(5)], [torch.tensor(5)]):
+        answers[0] = right
+        assert env.reset(seed=0)[1]["action_mask"].nonzero()[0].tolist() == [5]
+    answers[0] = []
+    assert env.step(5)[4]["action_mask"].nonzero()[0].tolist() == [tiny.END]
+
+
+BROKEN = []  # holds an exception where `breaks` is to go wrong
+
+
+def breaks(prompt, response_ids):
+    """Letters only; goes wrong after the token 7."""
+    if BROKEN and response_ids[-1:] == [7]:
+        raise BROKEN[0]
+    return range(100)
+
+
+def drive(face, settings):
+    """A face's environment, and its reset, step and masks as functions that give comparable values."""
+    if face == "single":
+        env = gym.make("TextGen-v0", disable_env_checker=True, **settings).unwrapped
+        return env, lambda: env.reset(seed=4), lambda tokens: env.step(tokens[0]), env.action_masks
+    if face != "torchrl":
+        env = TextGenVectorEnv(2, autoreset_mode=face, **settings)
+        return env, lambda: env.reset(seed=4), lambda tokens: env.step(np.array(tokens)), env.action_masks
+    env = TextGenTorchEnv(build_task(TextGenConfig(**settings)), 2, seed=4)
+    shown = [None]
+
+    def reset():
+        env.set_seed(4)
+        shown[0] = env.reset()
+        return {key: value.numpy() for key, value in shown[0].flatten_keys().items()}
+
+    def step(tokens):
+        stepped, after = env.step_and_maybe_reset(shown[0].set("action", torch.tensor(tokens)))
+        shown[0] = after
+        return tuple({key: value.numpy() for key, value in one.flatten_keys().items()} for one in (stepped, after))
+
+    return env, reset, step, lambda: env.dynamics.action_mask().numpy()
+
+
+@one_kind
+@pytest.mark.parametrize("face", ["single", "NextStep", "SameStep", "Disabled", "torchrl"])
+def test_a_mask_that_goes_wrong_leaves_the_step_undone(settings, face):
+    """As with a reward that raises: nothing moved in any face, the step can be tried again, and `reset` works."""
+    changes = dict(score_normalisation="running", prompt_sampling="prioritised", max_new_tokens=4)
+    settings = {**settings, **changes, "action_mask": ["special", "top_k:200", breaks]}
+    (env, reset, step, masks), (untouched, plain_reset, plain_step, _) = (drive(face, settings) for _ in range(2))
+    assert_same(reset(), plain_reset(), "reset")
+    assert_same(step([65, 66]), plain_step([65, 66]), "a step")
+    BROKEN[:], before = [KeyError("lost")], masks()
+    says = r"action mask 'breaks' raised KeyError: 'lost' \(.*test_masks.py, line \d+\) for prompt '.+' and .*\[65, 7\]"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=says):
+            step([7, tiny.END])  # where there is a second row it ends here: its score is paid, its curriculum hears it
+        assert (masks() == before).all()
+    BROKEN.clear()
+    for tokens in ([7, tiny.END], [68, 69], [tiny.END, 70]):
+        assert_same(step(list(tokens)), plain_step(list(tokens)), f"{tokens}")
+        if face == "Disabled" and tokens[1] == tiny.END:
+            again = [one.reset(options={"reset_mask": np.array([False, True])}) for one in (env, untouched)]
+            assert_same(*again, "reset of the row that ended")
+    statistics, wanted = (one.task.normaliser.statistics.state_dict() for one in (env, untouched))
+    assert statistics == wanted and wanted["count"] == (1 if face == "single" else 2)
+    found, wanted = ([one.state_dict() for one in each.dynamics.samplers] for each in (env, untouched))
+    assert found == wanted
+    assert_same(reset(), plain_reset(), "reset at the end")
+
+
+@one_kind
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_a_mask_that_goes_wrong_at_a_reset(settings, mode):
+    """A row that could not be started is over, rather than half begun; `reset` starts it."""
+    broken = []
+
+    def at_the_start(prompt, response_ids):
+        return [] if response_ids or not broken else 1 / 0
+
+    env = TextGenVectorEnv(2, autoreset_mode=mode, action_mask=shared(at_the_start), **settings)
     env.reset(seed=0)
-    assert env.step(5)[4]["action_mask"].sum() == 1
+    for tokens in ([65, tiny.END],) if mode == "NextStep" else ():
+        env.step(np.array(tokens))
+    broken.append(True)
+    with pytest.raises(ValueError, match="action mask 'at_the_start' raised ZeroDivisionError"):
+        env.step(np.array([66, tiny.END]))
+    with pytest.raises(ValueError, match=r"the episode in row 1 is over or was never started; call reset\(\) first"):
+        env.step(np.array([66, 66]))
+    broken.clear()
+    env.reset(seed=0)
+    env.step(np.array([66, 66]))
+
+
+@one_kind
+def test_masks_are_asked_once(settings):
+    """A user's function hears of every context once, however often the masks are looked at."""
+    heard = []
+
+    def listen(prompt, response_ids):
+        heard.append(list(response_ids))
+        return [65]
+
+    env = TextGenVectorEnv(2, autoreset_mode="SameStep", action_mask=shared(listen), **settings)
+    env.reset(seed=0)
+    env.step(np.array([65, tiny.END]))
+    env.action_masks()
+    assert heard == [[], [], [65], []]
 
 
 def test_mask_policy_name():

@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tests import tiny
 from tests.test_faces import assert_same, random_tokens
 from textenv import TextGenConfig, build_task
+from textenv.dynamics import Played
 from textenv.samplers import SAMPLERS, PrioritisedSampler
 from textenv.torchrl_env import TextGenTorchEnv
 from textenv.vector_env import TextGenVectorEnv
@@ -175,7 +176,7 @@ def test_options(quick):
         before = copy.deepcopy(given)
         observation, info = env.reset(options=given)
         assert (text_of(observation), info) == (text, {"prompt_index": index}) and given == before
-        assert env.unwrapped.dynamics.prompt_texts == [text]
+        assert env.unwrapped.dynamics.played[0].text == text
     for empty in ({}, None):
         assert_same(env.reset(options=empty), plain.reset(options=empty), "after options")
 
@@ -183,13 +184,47 @@ def test_options(quick):
 def test_columns_of_the_prompt_played(quick):
     """The dynamics knows the further fields of the prompt that each row plays, of options too."""
     env = make(**quick)
-    dynamics = env.unwrapped.dynamics
-    env.reset(options={"prompt_index": 9})
-    assert (dynamics.prompt_index, dynamics.prompt_columns) == ([9], [{"easy": False, "weight": 0.5}])
-    env.reset(options={"prompt": {"prompt": "x", "easy": True, "weight": 1.0}})
-    assert (dynamics.prompt_index, dynamics.prompt_columns) == ([-1], [{"easy": True, "weight": 1.0}])
-    env.reset(options={"prompt": "x"})
-    assert dynamics.prompt_columns == [{}]
+    fields = {"easy": False, "weight": 0.5}
+    for options, played in [
+        ({"prompt_index": 9}, Played(9, "p9", fields)),
+        ({"prompt": {"prompt": "x", **fields}}, Played(-1, "x", fields)),
+        ({"prompt": "x"}, Played(-1, "x", {})),
+    ]:
+        env.reset(options=options)
+        assert env.unwrapped.dynamics.played == [played]
+
+
+def bonus_reward(prompts, responses, bonus=None):
+    """The prompts' field `bonus`; where there is none, 100."""
+    return [100.0] * len(prompts) if bonus is None else [float(one) for one in bonus]
+
+
+@pytest.mark.parametrize("ends", [[0, 0, 0], [0, 200, 0], [200, 0, 200]])
+def test_neighbours_do_not_decide_the_fields(quick, ends):
+    """What a reward sees of a prompt is the same whichever rows end with it, with fields of its own or without."""
+    prompts = [{"prompt": "a", "bonus": 1}, {"prompt": "b", "bonus": 2}]
+    reward = "tests.test_prompt_choice:bonus_reward"
+    env = TextGenVectorEnv(3, **{**quick, "prompts": prompts, "reward": reward, "score_normalisation": "running"})
+    env.reset(options={"prompt_indices": [0, 0, 1]})
+    env.reset(options={"prompt": "bare", "reset_mask": np.array([False, True, False])})
+    *_, ended, _, info = env.step(np.array(ends))
+    assert ended.tolist() == [token < 150 for token in ends]
+    assert info["score_parts"]["raw"][ended].tolist() == np.array([1.0, 100.0, 2.0])[ended].tolist()
+    assert env.task.normaliser.statistics.count == ended.sum()
+
+
+def needy_reward(prompts, responses, bonus):
+    """The prompts' field `bonus`."""
+    return bonus
+
+
+def test_a_prompt_without_a_needed_field_is_refused_at_reset(quick):
+    """A prompt of the caller's own that the reward could never score is refused before it is played."""
+    settings = {**quick, "prompts": [{"prompt": "a", "bonus": 1}], "reward": "tests.test_prompt_choice:needy_reward"}
+    for env in (make(**settings), TextGenVectorEnv(2, **settings)):
+        with pytest.raises(ValueError, match="needs the prompts' column 'bonus', and they have no columns"):
+            env.reset(options={"prompt": "bare"})
+        env.reset(options={"prompt": {"prompt": "bare", "bonus": 5}})
 
 
 def test_what_was_asked_for_is_learned_from(quick):

@@ -17,7 +17,7 @@ from textenv import TextGenConfig, build_task, shared
 from textenv.dynamics import TextDynamics
 from textenv.function_rewards import FunctionReward
 from textenv.reward_model import RewardModel, last_token_scores, log_odds
-from textenv.rewards import Scores, WeightedSum
+from textenv.rewards import Scores, WeightedSum, read_scores
 from textenv.torchrl_env import TextGenTorchEnv
 from textenv.vector_env import TextGenVectorEnv
 
@@ -63,7 +63,7 @@ def play(env, tokens, seed=0):
     env.reset(seed=seed)
     for token in tokens:
         *_, info = env.step(token)
-    return info, env.unwrapped.dynamics.prompt_texts[0]
+    return info, env.unwrapped.dynamics.played[0].text
 
 
 # ---- reward models
@@ -212,7 +212,7 @@ def test_bad_function_rewards(returned, says):
     ids = tokenizer("ABCD").input_ids
     episodes = written([ids[:1], ids[1:2]], [ids[2:3], ids[3:]], tokenizer)
     with pytest.raises(ValueError, match=f"'my_reward'.*{says}"):
-        FunctionReward(lambda prompts, responses: returned, "my_reward")(episodes)
+        read_scores(FunctionReward(lambda prompts, responses: returned, "my_reward"), episodes)
 
 
 def test_functions_get_copies():

@@ -105,6 +105,7 @@ def test_weighted():
         ([1.0, -1.0], "weight of prompt number 1 must be a finite number, 0 or more, got -1.0"),
         ([1.0, float("nan")], "weight of prompt number 1 must be a finite number, .*got nan"),
         ([float("inf"), 1.0], "weight of prompt number 0 must be a finite number, .*got inf"),
+        ([10**400, 1.0], "weight of prompt number 0 must be a finite number, .*got 1000"),
         (["2", 1.0], "weight of prompt number 0 must be a finite number, .*got '2'"),
         ([None, 1.0], "weight of prompt number 0 must be a finite number, .*got None"),
         ([True, 1.0], "weight of prompt number 0 must be a finite number, .*got True"),

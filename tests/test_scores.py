@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import gymnasium as gym
+import numpy as np
 import pytest
 
 from tests import tiny
@@ -47,8 +48,9 @@ def test_repetition(ids, share):
 
 def test_exact_match():
     """Case and runs of white space do not count; all else does; numbers are written out."""
-    responses = ["The  cat\n", " the cat", "the cat.", "a cat", "7"]
-    assert of(scores.exact_match, responses, answer=["the cat"] * 4 + [7]) == [1.0, 1.0, 0.0, 0.0, 1.0]
+    responses = ["The  cat\n", " the cat", "the cat.", "a cat", "7", "8"]
+    answers = [*["the cat"] * 4, 7, np.int64(8)]
+    assert of(scores.exact_match, responses, answer=answers) == [1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
 
 
 NUMBERS = {

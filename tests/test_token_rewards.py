@@ -17,7 +17,7 @@ from textenv import Scores, TextGenConfig, build_task, per_token, shared
 from textenv.conformance import check_faces
 from textenv.dynamics import TextDynamics
 from textenv.generation import judge
-from textenv.rewards import WeightedSum
+from textenv.rewards import Episodes, WeightedSum
 from textenv.state import start
 from textenv.token_rewards import TokenFunctionReward
 from textenv.token_texts import TokenTexts
@@ -117,12 +117,40 @@ def test_one_call_a_step(settings):
 
 
 def test_no_token_reward_costs_nothing(settings, monkeypatch):
-    """Without such a reward no text is put together before an episode ends."""
-    monkeypatch.setattr(textenv.dynamics, "last_token_rewards", lambda *args: pytest.fail("a step was paid"))
-    monkeypatch.setattr(TextDynamics, "_episodes", lambda *args: pytest.fail("rewards were shown something"))
-    dynamics = TextDynamics(build_task(TextGenConfig(**{**settings, "reward": count, "kl_coef": 0})), 2)
+    """Without such a reward nothing is put together for rewards, and no text decoded, before an episode ends."""
+    task, calls = build_task(TextGenConfig(**{**settings, "reward": count, "kl_coef": 0})), []
+    decode = task.tokenizer.decode
+    monkeypatch.setattr(task.tokenizer, "decode", lambda *args, **more: calls.append("text") or decode(*args, **more))
+    monkeypatch.setattr(textenv.dynamics, "Episodes", lambda *args: calls.append("episodes") or Episodes(*args))
+    dynamics = TextDynamics(task, 2)
     dynamics.reset([0, 1], [0, 1])
     dynamics.step(torch.tensor([65, 65]))
+    assert not calls
+    dynamics.step(torch.tensor([65, tiny.END]))
+    assert set(calls) == {"episodes", "text"}  # the spies see what there is to see
+
+
+def test_a_step_tried_again_counts_its_scores_once(settings):
+    """A token's reward that goes wrong in a row that goes on undoes the score of the row that ended as well."""
+    broken = [True]
+
+    @per_token
+    def pays(prompts, tokens):
+        assert not (broken and any(len(row) == 2 and row[-1] == "b" for row in tokens))
+        return [[0.5] * len(row) for row in tokens]
+
+    changes = dict(score_normalisation="running", prompt_sampling="prioritised", reward=pays, kl_coef=0)
+    task = build_task(TextGenConfig(**{**settings, **changes}))
+    dynamics = TextDynamics(task, 2)
+    dynamics.reset([0, 1], [0, 1])
+    dynamics.step(torch.tensor([65, 65]))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="raised AssertionError"):
+            dynamics.step(torch.tensor([tiny.END, ids("b")[0]]))
+        assert task.normaliser.statistics.count == 0 and dynamics.samplers[0].episodes == 0
+    broken.clear()
+    assert dynamics.step(torch.tensor([tiny.END, ids("b")[0]])).reward.tolist() == [0.5, 0.5]
+    assert task.normaliser.statistics.count == 1 and dynamics.samplers[0].episodes == 1
 
 
 class OwnTokenReward:
@@ -159,6 +187,10 @@ WRONG = {
     "type": (
         lambda tokens: [["1", "2"], [0.0, 0.0]],
         r"must return 2 numbers, one a token, for row 8 .*'c'\), got .*'1', '2'",
+    ),
+    "huge": (
+        lambda tokens: [[10**400, 0], [0, 0]],
+        r"must return 2 numbers, one a token, for row 8 .*'c'\), got '\[1000",
     ),
     "nan": (lambda tokens: [[0.0, 0.0], [0.0, math.nan]], r"returned nan for token 1 of row 9 \(prompt 'b'"),
     "raise": (lambda tokens: tokens[7], "raised IndexError: .* for a batch of 2 responses, the first of them row 8"),

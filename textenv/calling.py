@@ -10,10 +10,13 @@ import asyncio
 import inspect
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+BETWEEN = (Path(__file__).parent, Path(asyncio.__file__).parent)  # whose code runs before the user's own
 Event = tuple[int, str, Any]  # number of the call, "started", "returned" or "raised", and when, what or the exception
 
 
@@ -90,9 +93,11 @@ def _gather(events: SimpleQueue[Event], count: int, timeout: float | None) -> li
     started: dict[int, float] = {}
     returned: dict[int, Any] = {}
     while len(returned) < count:
-        left = None if timeout is None or not started else min(started.values()) + timeout - time.monotonic()
+        left = None
+        if timeout is not None and started:
+            left = min(max(min(started.values()) + timeout - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
         try:
-            index, kind, value = events.get(timeout=None if left is None else max(left, 0.0))
+            index, kind, value = events.get(timeout=left)
         except Empty:
             raise CallOverdue(min(started, key=lambda one: started[one])) from None
         if kind == "started":
@@ -103,3 +108,11 @@ def _gather(events: SimpleQueue[Event], count: int, timeout: float | None) -> li
             raise CallFailed(index, value) from value
         returned[index] = value
     return [returned[index] for index in range(count)]
+
+
+def describe(error: BaseException) -> str:
+    """An exception in a line: its type, its message and the line of the user's function that it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if Path(frame.filename).parent not in BETWEEN] or frames[-1:]
+    place = f" ({theirs[0].filename}, line {theirs[0].lineno})" if theirs else ""
+    return f"{type(error).__name__}: {error}{place}"

@@ -6,8 +6,8 @@ torchrl_env.py) hold no logic of their own, and the fast path (generation.py) gi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from textenv.kl import environment_reward
 from textenv.language_model import Reader
 from textenv.masks import Masker
 from textenv.prompts import Prompts
-from textenv.rewards import Episodes, Scores, last_token_rewards, read_scores, token_members
+from textenv.rewards import Episodes, Scores, concatenate, last_token_rewards, newest, read_scores, token_members
 from textenv.sampling import chosen_log_probs
 from textenv.score_normalisation import normalise
 from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
@@ -43,15 +43,25 @@ class Transition:
         return FINISH_REASONS[int(self.finish_code[row])]
 
 
+@dataclass(frozen=True)
+class Played:
+    """The prompt of one row's episode."""
+
+    index: int = -1  # which of the task's prompts it is; -1 is one from elsewhere
+    text: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)  # its further fields
+
+
+Batch = tuple[Tensor, Episodes]  # indices of rows, int64 [b], and these rows as rewards see them
+
+
 class TextDynamics:
     """B episodes side by side. Rows may be at different places, and start anew at different times."""
 
     def __init__(self, task: Task, rows: int) -> None:
         self.task, self.rows = task, rows
-        self.prompt_texts = [""] * rows
+        self.played = [Played() for _ in range(rows)]
         self.token_members = token_members(task.reward)
-        self.prompt_index = [-1] * rows  # which of the task's prompts each row plays; -1 is one from elsewhere
-        self.prompt_columns: list[dict[str, Any]] = [{} for _ in range(rows)]  # the further fields of that prompt
         self.samplers = [task.prompt_sampler(task.prompts, "uniform") for _ in range(rows)]
         self.stop_token_ids = torch.tensor(task.stop_token_ids, device=task.device)
         prompts = task.prompts
@@ -65,6 +75,13 @@ class TextDynamics:
         shape = (rows, task.width, task.vocabulary)
         self.reference = None if task.reference is None else Reader(task.reference.model, *shape)
         self.masker = Masker(task.masks, task.stop_token_ids, shape) if task.masks else None
+        every = torch.ones((), dtype=torch.bool, device=task.device).expand(rows, task.vocabulary)
+        self.allowed = every  # bool [B, V], which tokens may come next; takes room only where masks are set
+
+    @property
+    def prompt_index(self) -> list[int]:
+        """Which of the task's prompts each row plays; -1 is one from elsewhere."""
+        return [one.index for one in self.played]
 
     def seed(self, row: int) -> None:
         """Lets a row's order of prompts begin anew, so that it is decided by the seed alone."""
@@ -79,32 +96,39 @@ class TextDynamics:
         return self.begin(rows, self.task.prompts.select(prompt_indices), prompt_indices)
 
     def begin(self, rows: Sequence[int], prompts: Prompts, prompt_indices: Sequence[int]) -> TextState:
-        """Starts new episodes in the given rows, from prompts whose indices are -1 where they are not the task's."""
-        for place, (row, index) in enumerate(zip(rows, prompt_indices, strict=True)):
-            self.prompt_texts[row], self.prompt_index[row] = prompts.texts[place], index
-            self.prompt_columns[row] = {name: values[place] for name, values in prompts.columns.items()}
+        """Starts new episodes in the given rows, from prompts whose indices are -1 where they are not the task's.
+
+        Where a mask goes wrong, the old episodes in these rows are over, and the rows may be started again.
+        """
         index = torch.tensor(list(rows), dtype=torch.long, device=self.task.device)
+        self.running = self.running.index_fill(0, index, False)
+        for place, (row, prompt_index) in enumerate(zip(rows, prompt_indices, strict=True)):
+            columns = {name: values[place] for name, values in prompts.columns.items()}
+            self.played[row] = Played(prompt_index, prompts.texts[place], columns)
         budget = self.task.config.max_new_tokens
         fresh = start(prompts.input_ids, prompts.attention_mask, budget, self.task.pad_token_id)
         self.state = self.state.restart(index, fresh)
-        self.running[index] = True
         if self.reference is not None:
             self.reference.restart(fresh, index)
+        started = torch.zeros_like(self.running).index_fill(0, index, True)
         if self.masker is not None:
             self.masker.restart(self.state, index)
+            self.allowed = self._masks(self.masker, self.state, started).where(started[:, None], self.allowed)
+        self.running = self.running | started
         return self.state
 
     def action_mask(self) -> Tensor:
         """Which tokens may come next: bool [B, V], true in whole where no episode is running or no mask is set."""
-        if self.masker is None:
-            return torch.ones(self.rows, self.task.vocabulary, dtype=torch.bool, device=self.task.device)
-        return self.masker.allowed(self.state, self.prompt_texts, self.running)
+        if self.masker is not None and self.masker.outdated():
+            self.allowed = self._masks(self.masker, self.state, self.running)
+        return self.allowed
 
     def step(self, tokens: Tensor, active: Tensor | None = None) -> Transition:
         """Writes one token in each active row (all rows unless told).
 
         tokens: int64 [B]; active: bool [B]. Raises ValueError for an id outside the vocabulary, for a row whose
-        episode is over, and for a reward that goes wrong. Then nothing has changed: the step may be tried again.
+        episode is over, and for a reward or a mask that goes wrong. Then nothing has changed: the step may be tried
+        again.
         """
         active = torch.ones_like(self.running) if active is None else active
         self._check(tokens, active)
@@ -112,14 +136,19 @@ class TextDynamics:
         state = self.state.append(tokens, active)
         code = finish(tokens, state.length, self.stop_token_ids, self.task.config.max_new_tokens)
         code = code.where(active, RUNNING)
-        ended = code != RUNNING
-        scores, responses = self._score(state, code)
-        token_reward = self._token_reward(state, active & ~ended, scores)
-        # From here on no reward is called, so that one that raises leaves the step undone.
-        self.state, self.running = state, self.running & ~ended
+        ended, running = code != RUNNING, self.running & (code == RUNNING)
+        batches = self._batches(state, code, ended)
+        given = [read_scores(self.task.reward, episodes) for _, episodes in batches]
+        unfinished = self._batches(state, code, active & running) if self.token_members else []
+        token_reward = self._token_reward(batches, given, unfinished)
+        responses = {row: text for rows, one in batches for row, text in zip(rows.tolist(), one.responses, strict=True)}
+        allowed = self._masks_after(state, running)
+        # From here on nobody else's code is called, so that what raises leaves the step undone.
+        self.state, self.running, self.allowed = state, running, allowed
+        scores = self._paid(batches, given)
         self._tell_samplers(ended, scores.total)
-        if bool(self.running.any()):
-            self._read()
+        if self.reference is not None and bool(running.any()):
+            self.reference.advance(state)
         reward = environment_reward(scores.final, ended, reference_log_prob, self.task.config.kl_coef) + token_reward
         return Transition(state, reward, ended, code, reference_log_prob, scores.total, scores.parts, responses)
 
@@ -139,14 +168,20 @@ class TextDynamics:
 
     def _tell_samplers(self, ended: Tensor, score: Tensor) -> None:
         for row in ended.nonzero()[:, 0].tolist():
-            if self.prompt_index[row] >= 0:
-                self.samplers[row].update([self.prompt_index[row]], [float(score[row])])
+            if self.played[row].index >= 0:
+                self.samplers[row].update([self.played[row].index], [float(score[row])])
 
-    def _read(self) -> None:
-        if self.reference is not None:
-            self.reference.advance(self.state)
-        if self.masker is not None:
-            self.masker.advance(self.state)
+    def _masks(self, masker: Masker, state: TextState, rows: Tensor) -> Tensor:
+        return masker.allowed(state, [one.text for one in self.played], rows)
+
+    def _masks_after(self, state: TextState, running: Tensor) -> Tensor:
+        """Bool [B, V], once this state is reached."""
+        if self.masker is None:
+            return self.allowed
+        # Reading ahead is no change: what a reader saw last is read again before a mask asks for it.
+        if bool(running.any()):
+            self.masker.advance(state)
+        return self._masks(self.masker, state, running)
 
     def _reference_log_prob(self, tokens: Tensor, active: Tensor) -> Tensor:
         if self.reference is None:
@@ -154,48 +189,47 @@ class TextDynamics:
         tokens = tokens.where(active, 0)
         return chosen_log_probs(self.reference.logits, tokens, self.task.config.temperature).where(active, 0.0)
 
-    def _score(self, state: TextState, code: Tensor) -> tuple[Scores, dict[int, str]]:
-        """Scores as they are paid and texts of the rows that ended; the scores of all other rows are zero."""
-        rows = (code != RUNNING).nonzero()[:, 0]
-        if not len(rows):
+    def _batches(self, state: TextState, code: Tensor, chosen: Tensor) -> list[Batch]:
+        """The rows of `chosen` (bool [B]) as rewards see them, apart where their prompts have other fields.
+
+        The task's prompts have the same ones. Prompts of the caller's own may have others, and what a reward sees of
+        a prompt must not depend on its neighbours.
+        """
+        groups: dict[frozenset[str], list[int]] = {}
+        for row in chosen.nonzero()[:, 0].tolist():
+            groups.setdefault(frozenset(self.played[row].columns), []).append(row)
+        return [self._batch(state, code, rows) for rows in groups.values()]
+
+    def _batch(self, state: TextState, code: Tensor, rows: list[int]) -> Batch:
+        index, played = torch.tensor(rows, device=code.device), [self.played[row] for row in rows]
+        columns = {name: [one.columns[name] for one in played] for name in played[0].columns}
+        texts, stopped = [one.text for one in played], code[index] == STOP
+        return index, Episodes(texts, state.select(index), stopped, self.task.tokenizer, columns, rows)
+
+    def _token_reward(self, ended: Sequence[Batch], given: Sequence[Scores], unfinished: Sequence[Batch]) -> Tensor:
+        """What rewards of single tokens pay for the newest token of each row, float32 [B]."""
+        paid = torch.zeros(self.rows, device=self.task.device)
+        if self.token_members:
+            for (rows, episodes), scores in zip(ended, given, strict=True):
+                assert scores.tokens is not None
+                paid[rows] = newest(scores.tokens, episodes.state)
+            for rows, episodes in unfinished:
+                paid[rows] = last_token_rewards(self.token_members, episodes)
+        return paid
+
+    def _paid(self, batches: Sequence[Batch], given: Sequence[Scores]) -> Scores:
+        """Scores of all rows as they are paid: zero where the episode goes on."""
+        if not batches:
             names = self.task.score_part_names
-            zero, *parts = torch.zeros(1 + len(names), self.rows, device=code.device)
-            return Scores(zero, dict(zip(names, parts, strict=True))), {}
-        episodes = self._episodes(state, rows, code)
-        scores = normalise(self.task.normaliser, read_scores(self.task.reward, episodes))
-        whole = Scores(
+            zero, *parts = torch.zeros(1 + len(names), self.rows, device=self.task.device)
+            return Scores(zero, dict(zip(names, parts, strict=True)))
+        rows = torch.cat([rows for rows, _ in batches])
+        scores = normalise(self.task.normaliser, concatenate(given))
+        return Scores(
             final=self._spread(scores.final, rows),
             parts={name: self._spread(part, rows) for name, part in scores.parts.items()},
             tokens=None if scores.tokens is None else self._spread(scores.tokens, rows),
         )
-        return whole, dict(zip(rows.tolist(), episodes.responses, strict=True))
-
-    def _token_reward(self, state: TextState, going_on: Tensor, scores: Scores) -> Tensor:
-        """What rewards of single tokens pay for the newest token of each row, float32 [B]."""
-        paid = torch.zeros(self.rows, device=going_on.device)
-        if scores.tokens is not None:
-            paid = scores.tokens.gather(1, (state.length[:, None] - 1).clamp_min(0))[:, 0]
-        if self.token_members and bool(going_on.any()):
-            rows = going_on.nonzero()[:, 0]
-            unfinished = self._episodes(state, rows, torch.full_like(going_on, RUNNING, dtype=torch.long))
-            paid[rows] = last_token_rewards(self.token_members, unfinished)
-        return paid
-
-    def _episodes(self, state: TextState, rows: Tensor, code: Tensor) -> Episodes:
-        return Episodes(
-            [self.prompt_texts[row] for row in rows.tolist()],
-            state.select(rows),
-            code[rows] == STOP,
-            self.task.tokenizer,
-            columns=self._columns(rows.tolist()),
-            rows=rows.tolist(),
-        )
-
-    def _columns(self, rows: Sequence[int]) -> dict[str, list[Any]]:
-        """The further fields of the prompts in these rows, as far as all of them have them."""
-        fields = [self.prompt_columns[row] for row in rows]
-        names = [name for name in fields[0] if all(name in field for field in fields)]
-        return {name: [field[name] for field in fields] for name in names}
 
     def _spread(self, values: Tensor, rows: Tensor) -> Tensor:
         """Values of these rows among zeros for the others: [b, ...] -> [B, ...]."""

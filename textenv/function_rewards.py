@@ -7,20 +7,16 @@ response where they are known.
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from textenv.calling import CallFailed, CallOverdue, call_each
-from textenv.rewards import Episodes, Scores, refuse_unfinite
-
-HERE = Path(__file__).parent
+from textenv.calling import CallFailed, CallOverdue, call_each, describe
+from textenv.rewards import Episodes, Scores
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,8 @@ class FunctionReward:
         self.columns = Columns((), (), False) if reads else find_columns(function, name)
 
     def __call__(self, episodes: Episodes) -> Scores:
-        """Scores of B responses. Refuses what is not one finite number a response."""
-        scores = as_numbers(self._call(episodes), self.name, episodes)
-        refuse_unfinite(scores, self.name, episodes)
-        scores = scores.to(episodes.state.input_ids.device)
+        """Scores of B responses. Refuses what is not one number a response, finite or not."""
+        scores = as_numbers(self._call(episodes), self.name, episodes).to(episodes.state.input_ids.device)
         return Scores(scores, {self.name: scores})
 
     def _call(self, episodes: Episodes) -> Any:
@@ -176,14 +170,6 @@ def call_batch(function: Callable[[], Any], episodes: Episodes, name: str, timeo
             f"reward {name!r} took longer than reward_timeout={timeout} seconds for a batch of {_batch(episodes)}; "
             "make it faster, or raise reward_timeout."
         ) from overdue
-
-
-def describe(error: BaseException) -> str:
-    """An exception in a line: its type, its message and the line of the user's function that it came from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if Path(frame.filename).parent != HERE] or frames
-    place = f" ({theirs[0].filename}, line {theirs[0].lineno})" if theirs else ""
-    return f"{type(error).__name__}: {error}{place}"
 
 
 def as_numbers(returned: Any, name: str, episodes: Episodes) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textenv.loading import load_function, unwrap
 from textenv.masks import AllowedIds, MaskPolicy, NoSpecialTokens, Pattern, TokenMask, word_list
 from textenv.sampling import Sampling
 
@@ -22,14 +23,15 @@ class MaskParts:
     reference: Callable[[], PreTrainedModel]  # called where a mask policy needs a model to start from
 
 
-def build_masks(given: Any, parts: MaskParts, load_function: Callable[[str], Callable]) -> tuple[TokenMask, ...]:
+def build_masks(given: Any, parts: MaskParts) -> tuple[TokenMask, ...]:
     """The masks that `action_mask` names: one, or several of which all must agree."""
+    given = unwrap(given)
     if given is None:
         return ()
     if isinstance(given, list | tuple):
-        return tuple(mask for one in given for mask in build_masks(one, parts, load_function))
+        return tuple(mask for one in given for mask in build_masks(one, parts))
     if isinstance(given, str):
-        return (_named(given, parts, load_function),)
+        return (_named(given, parts),)
     if isinstance(given, NoSpecialTokens | MaskPolicy | AllowedIds | Pattern):
         return (given,)
     if callable(given):
@@ -44,7 +46,7 @@ _FORMS = (
 )
 
 
-def _named(name: str, parts: MaskParts, load_function: Callable[[str], Callable]) -> TokenMask:
+def _named(name: str, parts: MaskParts) -> TokenMask:
     kind, colon, rest = name.partition(":")
     if name == "special":
         return NoSpecialTokens(parts.tokenizer, parts.stop_token_ids, parts.vocabulary)

@@ -11,13 +11,15 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import regex
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textenv.calling import describe
 from textenv.language_model import Reader
 from textenv.sampling import Sampling, log_probs
 from textenv.state import TextState
@@ -60,12 +62,11 @@ class NoSpecialTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], vocabulary: int) -> None:
         written = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
-        self.ids = sorted(one for one in written | set(stop_token_ids) if one < vocabulary)
-        self.vocabulary = vocabulary
+        self.ids = _listed([[one for one in written | set(stop_token_ids) if one < vocabulary]], vocabulary)[0]
 
     def allowed(self, contexts: Contexts) -> Tensor:
         """Bool [V]."""
-        return _listed([self.ids], self.vocabulary)[0].to(contexts.state.length.device)
+        return self.ids.to(contexts.state.length.device)
 
 
 class MaskPolicy:
@@ -109,15 +110,21 @@ class AllowedIds:
         return _listed(rows, self.vocabulary).to(contexts.state.length.device)
 
     def _checked(self, prompt: str, response: list[int]) -> list[int]:
-        returned = self.function(prompt, list(response))
+        where = f"for prompt {prompt!r} and response ids {response}"
         try:
-            ids = [int(one) for one in returned]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"action mask {self.name!r} must return token ids, got {returned!r:.80}.") from error
+            returned = self.function(prompt, list(response))
+        except Exception as error:  # a user's function may raise whatever it likes
+            raise ValueError(f"action mask {self.name!r} raised {describe(error)} {where}.") from error
+        ids = _whole_numbers(returned)
+        if ids is None:
+            raise ValueError(
+                f"action mask {self.name!r} must return token ids, got {returned!r:.80} {where}; return a list of "
+                "whole numbers, the ids that may come next."
+            )
         if any(not 0 <= one < self.vocabulary for one in ids):
             raise ValueError(
-                f"action mask {self.name!r} returned an id outside 0..{self.vocabulary - 1} for prompt {prompt!r} and "
-                f"response ids {response}; return ids of the vocabulary."
+                f"action mask {self.name!r} returned an id outside 0..{self.vocabulary - 1} {where}; return ids of the "
+                "vocabulary."
             )
         return ids
 
@@ -166,6 +173,8 @@ class Pattern:
 
 def word_list(words: Sequence[str]) -> str:
     """The regular expression of a text that consists of these words, with spaces between."""
+    if not all(map(str.strip, words)):
+        raise ValueError(f"action_mask 'words:...' has an empty word in {list(words)}; write words:good,bad,fine.")
     options = "|".join(regex.escape(word.strip()) for word in words)
     return f"(?:{options})(?: (?:{options}))*"
 
@@ -214,13 +223,28 @@ class Masker:
         result[rows] = together
         return result
 
+    def outdated(self) -> bool:
+        """Whether a mask's model was refreshed since it was last asked."""
+        pairs = zip(self.masks, self.readers, strict=True)
+        return any(reader is not None and reader.model is not mask.model for mask, reader in pairs)
+
     def _current(self, state: TextState) -> list[Reader | None]:
         """The readers, made anew where a mask's model was refreshed; they then read the texts so far again."""
-        for index, mask in enumerate(self.masks):
-            reader = self.readers[index]
-            if reader is not None and mask.model is not None and reader.model is not mask.model:
-                self.readers[index] = reader.of_model(mask.model, state)
+        if self.outdated():
+            self.readers = [
+                reader.of_model(mask.model, state) if reader is not None and mask.model is not None else None
+                for mask, reader in zip(self.masks, self.readers, strict=True)
+            ]
         return self.readers
+
+
+def _whole_numbers(returned: Any) -> list[int] | None:
+    """What a function returned as ids; None where it is something else, a mask of truth values for instance."""
+    try:
+        ids = np.array(returned.tolist() if isinstance(returned, Tensor) else list(returned))
+    except (TypeError, ValueError):
+        return None
+    return ids.tolist() if ids.size == 0 or (ids.ndim == 1 and ids.dtype.kind in "iu") else None
 
 
 def _listed(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:

@@ -44,9 +44,9 @@ def build_reward(given: Any, surroundings: Surroundings) -> Reward:
     if isinstance(given, str):
         return _load_reward_model(given, surroundings, given)
     if isinstance(given, PreTrainedModel):
-        given = _wrap_model(given, surroundings)
-    if isinstance(given, RewardModel) and given.model.training:
-        raise ValueError("the reward model is in train mode, where dropout blurs it; call model.eval() first.")
+        given = RewardModel(given, label=surroundings.config.reward_label)
+    if isinstance(given, RewardModel):
+        _check_model(given, surroundings)
     if isinstance(given, Reward):
         return given
     if callable(given):
@@ -84,14 +84,19 @@ def _build_sum(given: Mapping[Any, Any], surroundings: Surroundings) -> Weighted
     return WeightedSum([(weight, build_reward(name, surroundings)) for name, weight in given.items()])
 
 
-def _wrap_model(model: PreTrainedModel, surroundings: Surroundings) -> RewardModel:
-    width = model.config.get_text_config().vocab_size
+def _check_model(reward: RewardModel, surroundings: Surroundings) -> None:
+    """Refuses a live model that would go wrong later."""
+    if reward.model.training:
+        raise ValueError("the reward model is in train mode, where dropout blurs it; call model.eval() first.")
+    if reward.tokenizer is not None:
+        return
+    width = reward.model.config.get_text_config().vocab_size
     if width < surroundings.vocabulary:
         raise ValueError(
             f"the reward model has {width} token ids and the reference {surroundings.vocabulary}, so it does not read "
             "the same tokens; pass shared(RewardModel(model, tokenizer=...))."
         )
-    return RewardModel(model, label=surroundings.config.reward_label)
+    check_room("reward model", reward.model.config, surroundings.config)
 
 
 def _load_reward_model(folder: str, surroundings: Surroundings, name: str) -> RewardModel:
@@ -101,9 +106,9 @@ def _load_reward_model(folder: str, surroundings: Surroundings, name: str) -> Re
     # Models of one family may pad the same vocabulary to other widths; an id must fit to be read as it is.
     fits = model.config.get_text_config().vocab_size >= surroundings.vocabulary
     same = fits and own.get_vocab() == surroundings.tokenizer.get_vocab()
-    if same:
-        check_room("reward model", model.config, config)
-    return RewardModel(model, tokenizer=None if same else own, label=config.reward_label, name=name)
+    reward = RewardModel(model, tokenizer=None if same else own, label=config.reward_label, name=name)
+    _check_model(reward, surroundings)
+    return reward
 
 
 def _name_of(function: Any) -> str:

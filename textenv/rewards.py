@@ -212,17 +212,22 @@ def token_members(reward: Reward) -> tuple[tuple[float, TokenReward], ...]:
     return ((1.0, reward),) if isinstance(reward, TokenReward) else ()
 
 
+def newest(tokens: Tensor, state: TextState) -> Tensor:
+    """What stands at the last token of each response: [B, R] -> [B]."""
+    return tokens.gather(1, state.length[:, None] - 1)[:, 0]
+
+
 def last_token_rewards(members: Sequence[tuple[float, TokenReward]], episodes: Episodes) -> Tensor:
     """What the last token of each unfinished response is paid, float32 [B]."""
-    last = episodes.state.length[:, None] - 1  # [B, 1]
-    paid = torch.zeros(len(episodes), device=last.device)
+    device = episodes.state.length.device
+    paid = torch.zeros(len(episodes), device=device)
     for weight, reward in members:
         tokens = _checked(
             reward.token_rewards(episodes), tuple(episodes.state.response_mask.shape), reward.name, "token rewards"
         )
-        newest = tokens.to(last.device).gather(1, last)[:, 0]  # [B]
-        refuse_unfinite(newest, reward.name, episodes)
-        paid = paid + weight * newest
+        own = newest(tokens.to(device), episodes.state)  # [B]
+        refuse_unfinite(own, reward.name, episodes)
+        paid = paid + weight * own
     return paid
 
 

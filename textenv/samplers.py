@@ -6,6 +6,7 @@ where the randomness comes from. What a strategy has seen is its state, and goes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, Protocol
@@ -232,16 +233,29 @@ def _given(weights: Sequence[float] | None) -> Sequence[float]:
 
 
 def _check_weights(weights: Sequence[float]) -> NDArray[np.float64]:
-    for index, weight in enumerate(weights):
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < np.inf:  # type: ignore[operator]
-            raise ValueError(
-                f"the weight of prompt number {index} must be a finite number, 0 or more, got {weight!r}; 0 never "
-                "draws it."
-            )
-    numbers = np.asarray(weights, dtype=np.float64)
+    numbers = np.array([_as_float(weight) for weight in weights])
+    bad = ~((numbers >= 0) & (numbers < np.inf))
+    if bad.any():
+        index = int(bad.argmax())
+        raise ValueError(
+            f"the weight of prompt number {index} must be a finite number, 0 or more, got {weights[index]!r:.80}; 0 "
+            "never draws it."
+        )
     if not 0 < numbers.sum() < np.inf:
         raise ValueError(f"the weights of the prompts must sum to more than 0 and stay finite, got {numbers.sum()}.")
     return numbers
+
+
+def _as_float(weight: Any) -> float:
+    """NaN for what is no number."""
+    if type(weight) is float:  # the usual case first: every row of an environment looks at every weight
+        return weight
+    if isinstance(weight, bool) or not isinstance(weight, Real):
+        return math.nan
+    try:
+        return float(weight)
+    except OverflowError:
+        return math.inf
 
 
 def _check_size(state: dict[str, Any], size: int) -> None:

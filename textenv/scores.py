@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 import torch
@@ -97,6 +98,6 @@ def _plain(text: str) -> str:
 
 
 def _as_text(answer: Any) -> str:
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+    if isinstance(answer, bool) or not isinstance(answer, str | Real):
         raise ValueError(f"an answer must be a text or a number, got {answer!r}")
     return str(answer)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from textenv import reviews
 from textenv.config import DTYPES, TextGenConfig
 from textenv.language_model import LanguageModel
-from textenv.loading import check_room, load_causal_lm, load_config, load_function, load_tokenizer, unwrap
+from textenv.loading import check_room, load_causal_lm, load_config, load_tokenizer, unwrap
 from textenv.mask_building import MaskParts, build_masks
 from textenv.masks import TokenMask
 from textenv.prompt_sources import PromptRows, read_prompts
@@ -66,8 +66,10 @@ class Task:
         return self.reference or _load_reference(self.config, self.device)
 
     def read_prompts(self, source: Any) -> Prompts:
-        """Prompts from any source that the argument `prompts` takes, as this task's models read them."""
-        return _tokenise(read_prompts(source), self.config, self.tokenizer).to(self.device)
+        """Prompts from any source that the argument `prompts` takes, as this task's models and reward read them."""
+        rows = read_prompts(source)
+        check_columns(self.reward, rows.columns)
+        return _tokenise(rows, self.config, self.tokenizer).to(self.device)
 
     def prompt_sampler(self, prompts: Prompts, default: str) -> PromptSampler:
         """The strategy that the settings name, or else the default, over these prompts."""
@@ -99,6 +101,9 @@ def build_task(config: TextGenConfig) -> Task:
     normaliser = make_normaliser(config)
     paid_part_names(reward, normaliser)  # refuses names that collide
     check_columns(reward, rows.columns)
+    parts = MaskParts(
+        tokenizer, stops, vocabulary, reference=lambda: (reference or _load_reference(config, device)).model
+    )
     return Task(
         config=config,
         tokenizer=tokenizer,
@@ -109,19 +114,8 @@ def build_task(config: TextGenConfig) -> Task:
         normaliser=normaliser,
         prompts=_tokenise(rows, config, tokenizer).to(device),
         device=device,
-        masks=_build_masks(config, tokenizer, stops, vocabulary, device),
+        masks=build_masks(config.action_mask, parts),
     )
-
-
-def _build_masks(
-    config: TextGenConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    stops: tuple[int, ...],
-    vocabulary: int,
-    device: torch.device,
-) -> tuple[TokenMask, ...]:
-    parts = MaskParts(tokenizer, stops, vocabulary, lambda: _load_reference(config, device).model)
-    return build_masks(unwrap(config.action_mask), parts, load_function)
 
 
 def _tokenise(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:

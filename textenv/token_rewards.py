@@ -78,7 +78,7 @@ class TokenFunctionReward:
     def _row(self, numbers: Any, expected: int, index: int, episodes: Episodes) -> Tensor:
         try:
             row = torch.as_tensor(numbers, dtype=torch.float32).detach().cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"reward {self.name!r} must return {expected} numbers, one a token, for {episodes.where(index)}, got "
                 f"{str(numbers)[:80]!r}."
