@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import tyro
@@ -45,6 +45,7 @@ def run(example: str, seed: int) -> dict[str, Any]:
     return {
         "example": example,
         "seed": seed,
+        "commit": rows.COMMIT,
         "reference": float(found.reference.values.mean()),
         "reference_std": float(found.reference.values.std()),
         "before": float(found.before.values.mean()),
@@ -55,15 +56,15 @@ def run(example: str, seed: int) -> dict[str, Any]:
 
 
 def main(settings: Settings) -> None:
-    """Runs all, adds them to what was measured before on this commit, and prints a table."""
+    """Runs all, adds them to what was measured before (each row names its commit), and prints a table."""
     sys.path.insert(0, str(rows.HERE.parent / "examples"))
     for example in settings.examples:
         for seed in settings.seeds:
             write(run(example, seed))
     for example in settings.examples:
         gains = [row["gain"] for row in measured() if row["example"] == example]
-        spread = f" ± {stdev(gains):.2f}" if len(gains) > 1 else ""
-        print(f"{example:22} gain {mean(gains):.2f}{spread} standard deviations, {len(gains)} seeds")
+        spread = f"({min(gains):.2f} to {max(gains):.2f})"
+        print(f"{example:22} gain {mean(gains):.2f} {spread} standard deviations, {len(gains)} seeds")
 
 
 def measured() -> list[dict[str, Any]]:

@@ -182,6 +182,37 @@ def test_adaptive_finds_its_target():
         assert controller.coef == pytest.approx(0.25, rel=1e-3)
 
 
+def lagging_policy(controller: AdaptiveKL, kl: float, updates: int) -> list[float]:
+    """What training makes of β, much simplified: the KL after each update, in the controller's unit.
+
+    The KL goes a tenth of the way towards 0.05 / (β + 0.01) nats a token in each iteration of 128 responses, whose
+    length falls from 20 tokens to 16 over the first fifty. kl: nats a token to begin with.
+    """
+    found = []
+    for update in range(updates):
+        tokens = 128 * (20 - 4 * min(update / 50, 1))
+        kl += 0.1 * (0.05 / (controller.coef + 0.01) - kl)
+        measured = controller.update(kl * tokens, int(tokens), 128)
+        found.append(measured[f"controller_kl_per_{controller.unit}"])
+    return found
+
+
+@pytest.mark.parametrize(("horizon", "settled"), [(1_280, 200), (10_000, 1_300)])
+@pytest.mark.parametrize(("unit", "target", "wanted"), [("token", 0.3, 0.05 / 0.3), ("response", 6.0, 0.05 * 16 / 6)])
+@pytest.mark.parametrize("factor", [1 / 20, 20])
+@pytest.mark.parametrize("kl", [0.0, 3.0])
+def test_adaptive_holds_its_target(unit, target, wanted, factor, kl, horizon, settled):
+    """Within `settled` updates the KL of a policy that lags is within 5% of the target, and stays there.
+
+    β begins 20 times too small or too large, the KL at nothing or at ten times the target. At a fifth of
+    128 / horizon an update, a factor of 20 alone takes ln 20 · 5 · horizon / 128 updates: 150 and 1,170.
+    """
+    controller = AdaptiveKL(factor * (wanted - 0.01), target, horizon, unit)
+    held = lagging_policy(controller, kl, 2 * settled)[settled:]
+    assert held == pytest.approx([target] * settled, rel=0.05)
+    assert held[-1] == pytest.approx(target, rel=1e-3) and controller.coef == pytest.approx(wanted - 0.01, rel=1e-3)
+
+
 def test_controllers_go_on_where_they_stopped():
     """state_dict and load_state_dict carry β, to the bit; a fixed β never moves and logs nothing."""
     first, second = AdaptiveKL(0.1, 6.0, 100, "response"), AdaptiveKL(0.5, 6.0, 100, "response")

@@ -149,6 +149,9 @@ class AdaptiveKL:
     Units differ between programs, and targets with them: Ziegler et al., TRL and trlx mean nats a response (their
     target is 6), RL4LMs, verl and OpenRLHF nats a token (RL4LMs' target is 0.1). Say which. A response's KL is the
     sum over its tokens; a token's is the mean over all tokens, so that long responses count for more.
+
+    With n responses an update, β takes about `5 · horizon / n · ln f` updates, at best, to move by a factor of f:
+    choose a horizon that lets it get there within the run.
     """
 
     coef: float  # β to begin with
