@@ -23,7 +23,7 @@ class TextConfig:
     kl_estimator: str = "k1"  # of the penalty in the reward: k1, k2, k3 or exact; k1 alone has the KL's gradient
     kl_controller: str = "fixed"  # or adaptive: β starts at the environment's kl_coef and moves towards kl_target
     kl_target: float | None = None  # nats per kl_unit that an adaptive β keeps to
-    kl_horizon: int = 10_000  # responses after which a KL 20% off its target has moved β by about 20%
+    kl_horizon: int = 1_280  # responses after which a KL 20% off its target has moved β by about 20%
     kl_unit: str = "response"  # what kl_target is counted per: response or token
     evaluation_prompts: int = 256  # held-out prompts measured before and after
     held_out: str | None = (
