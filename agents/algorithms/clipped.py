@@ -32,13 +32,16 @@ class ClippedPolicy:
         """Loss terms of every step, to be summed, and diagnostics."""
         outputs = self.actor.det_part(batch.copy())
         out = self.objective(outputs)
-        return {"policy_loss": out["loss_objective"]} | kl_terms(self.kl_loss, self.actor, outputs), diagnose(
-            out, batch
-        )
+        terms = {"policy_loss": out["loss_objective"]}
+        return terms | kl_terms(self.kl_loss, self.actor, outputs), diagnose(out, batch)
 
 
 def diagnose(out: TensorDict, batch: TensorDict) -> dict[str, Tensor]:
-    """ClipPPOLoss' distance between new and old policy and its share of clipped ratios, as sums over valid steps."""
-    # TorchRL averages them over padding too, where they are exactly zero (see TextActor).
+    """How far ClipPPOLoss found the new policy from the old one, as sums over valid steps.
+
+    `approx_kl` is the mean of ρ − 1 − log ρ over sampled actions, never negative (Schulman 2020's k3, KL(old‖new)).
+    """
+    # TorchRL averages over padding too, where every ratio is exactly 1 (see TextActor).
     steps = batch["mask"].numel()
-    return {"approx_kl": out["kl_approx"].detach() * steps, "clip_fraction": out["clip_fraction"].detach() * steps}
+    approx_kl = out["mean_ratio"] - 1 + out["kl_approx"]
+    return {"approx_kl": approx_kl.detach() * steps, "clip_fraction": out["clip_fraction"].detach() * steps}
