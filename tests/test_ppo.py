@@ -330,7 +330,7 @@ def test_approximate_kl_by_hand(settings):
     assert abs(float(trainer.algorithm.loss(data)[1]["approx_kl"] / valid)) < 1e-5
     perturb(trainer.algorithm.actor)
     ratio = trainer.algorithm.actor.get_dist(data).log_prob(data["action"]) - data["action_log_prob"]
-    expected = (ratio.exp() - 1 - ratio)[data["mask"]].mean()
+    expected = (ratio.exp() - 1 - ratio)[data["mask"]].mean().detach()
     found = trainer.algorithm.loss(data)[1]["approx_kl"] / valid
     assert float(found) == pytest.approx(float(expected), rel=1e-4) and found > 0
 
