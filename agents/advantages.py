@@ -85,3 +85,46 @@ def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """1 − Var(target − value) / Var(target) over the mask: 1 is perfect, 0 is a constant's worth."""
     error, target = (target - value)[mask], target[mask]
     return 1 - error.var(correction=0) / target.var(correction=0).clamp_min(1e-8)
+
+
+def leave_one_out(total: Tensor, group: int) -> Tensor:
+    """Each response's return, less the mean of its siblings' (RLOO: Kool et al. 2019, Ahmadian et al. 2024).
+
+    A_i = R_i − Σ_{j≠i} R_j / (G − 1): no baseline depends on its own response, so the policy gradient stays unbiased.
+    total: float [B], rows of one prompt adjacent, `group` of them. Returns [B].
+    """
+    grouped = in_groups(total, group)  # [B/G, G]
+    others = (grouped.sum(1, keepdim=True) - grouped) / (group - 1)
+    return (grouped - others).flatten()
+
+
+def group_centred(total: Tensor, group: int) -> Tensor:
+    """Each response's return less its group's mean (Dr. GRPO: Liu et al. 2025). Shapes as in `leave_one_out`.
+
+    A deviation to divide by would make a prompt weigh the more, the less its responses differ.
+    """
+    grouped = in_groups(total, group)  # [B/G, G]
+    return (grouped - grouped.mean(1, keepdim=True)).flatten()
+
+
+def group_normalised(total: Tensor, group: int, eps: float = 1e-6) -> Tensor:
+    """Each response's return in standard deviations from its group's mean (GRPO: Shao et al. 2024).
+
+    A_i = (R_i − mean R) / (std R + ε), the unbiased deviation. Shapes as in `leave_one_out`.
+    """
+    deviation = in_groups(total, group).std(1)  # [B/G]
+    return group_centred(total, group) / (deviation + eps).repeat_interleave(group)
+
+
+def in_groups(total: Tensor, group: int) -> Tensor:
+    """Returns of responses to one prompt in a row, [B/G, G], as differences from the first of them.
+
+    What compares them does not mind, and where all got the same nothing is left for rounding to make a signal of.
+    """
+    if group < 2 or len(total) % group:
+        raise ValueError(
+            f"responses are compared in whole groups of two or more to one prompt; got {len(total)} rows in groups of "
+            f"{group}. Make the number of rows a multiple of the environment's group_size."
+        )
+    grouped = total.view(-1, group)
+    return grouped - grouped[:, :1]

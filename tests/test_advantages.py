@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from agents.advantages import estimate_advantages, explained_variance, masked_mean, response_ends, td_errors, whiten
+from agents.advantages import (
+    estimate_advantages,
+    explained_variance,
+    group_centred,
+    group_normalised,
+    leave_one_out,
+    masked_mean,
+    response_ends,
+    sequence_weights,
+    td_errors,
+    token_weights,
+    whiten,
+)
 from textenv.kl import environment_reward, k1, shaped_reward
 
 GAMMA, LMBDA, BETA = 0.9, 0.8, 0.3
@@ -123,6 +135,46 @@ def test_explained_variance_by_hand():
     target, mask = torch.tensor([[1.0, 2.0, 50.0]]), torch.tensor([[True, True, False]])
     assert float(explained_variance(target, target, mask)) == 1.0
     assert float(explained_variance(torch.full((1, 3), 9.0), target, mask)) == pytest.approx(0.0)
+
+
+def test_leave_one_out_by_hand():
+    """Each return less the mean of its siblings', group by group (Ahmadian et al. 2024)."""
+    total = torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0, 10.0])
+    expected = torch.tensor([1 - 4.0, 2 - 3.5, 6 - 1.5, 4 - 7.0, 4 - 7.0, 10 - 4.0])
+    torch.testing.assert_close(leave_one_out(total, 3), expected)
+
+
+def test_group_normalised_by_hand():
+    """Standard deviations from the group's mean, the unbiased deviation (Shao et al. 2024); or not divided by it."""
+    total = torch.tensor([1.0, 3.0, 5.0, 0.0, 0.0, 3.0])
+    expected = torch.tensor([-1.0, 0.0, 1.0, -1 / 3**0.5, -1 / 3**0.5, 2 / 3**0.5])
+    torch.testing.assert_close(group_normalised(total, 3), expected)  # ε = 1e-6 is below its tolerance
+    torch.testing.assert_close(group_centred(total, 3), torch.tensor([-2.0, 0.0, 2.0, -1.0, -1.0, 2.0]))
+
+
+@pytest.mark.parametrize("compare", [leave_one_out, group_centred, group_normalised])
+def test_equal_returns_give_no_signal(compare):
+    """Where all of a group got the same, every advantage is exactly 0: rounding is not blown up to a signal."""
+    assert torch.equal(compare(torch.full((9,), -12.3), 3), torch.zeros(9))
+
+
+@pytest.mark.parametrize("compare", [leave_one_out, group_centred, group_normalised])
+@pytest.mark.parametrize(("rows", "group"), [(6, 4), (6, 1), (3, 6)])
+def test_cut_groups_are_refused(compare, rows, group):
+    """A group of one, or a group cut in two, is refused with the remedy."""
+    with pytest.raises(
+        ValueError, match=rf"whole groups of two or more.*got {rows} rows in groups of {group}.*multiple"
+    ):
+        compare(torch.zeros(rows), group)
+
+
+def test_weights_by_hand():
+    """Every valid step the same, or every row the same; rows without steps weigh nothing."""
+    mask = make_mask([3, 1, 0], 4)
+    by_token = torch.tensor([[0.25] * 3 + [0], [0.25, 0, 0, 0], [0] * 4])
+    by_sequence = torch.tensor([[1 / 6] * 3 + [0], [0.5, 0, 0, 0], [0] * 4])
+    torch.testing.assert_close(token_weights(mask), by_token)
+    torch.testing.assert_close(sequence_weights(mask), by_sequence)
 
 
 def load_torchtune(name: str):

@@ -167,7 +167,7 @@ def test_killed_and_resumed_equals_uninterrupted(trained):
         ),
         (["train", "--resume", "--run", "runs/whole", "--seed", "6"], "another configuration"),
         (["train", "--resume", "--run", "runs/none"], "no run in 'runs/none'"),
-        (["train", "--algorithm", "sarsa"], "no algorithm 'sarsa'; known are ppo"),
+        (["train", "--algorithm", "sarsa"], "no algorithm 'sarsa'; known are a2c"),
         (["train", "--env", "CartPole-v1"], "use TextGen-v0"),
         (["train", "--env-arg", "max_episode_steps=5"], "use max_new_tokens=N"),
         (["train", "--env-arg", "kl_coef=-1"], "kl_coef must be 0 or more"),

@@ -8,26 +8,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from agents.algorithms.ppo import PPOConfig, dual_clipped
+from agents.text.config import TextConfig
 from agents.text.networks import make_critic
 from agents.text.rollout import kl_metrics, trim
 from tests import tiny
+from tests.by_hand import gradients, perturb, whole_loss
 from tests.learning import losses, make_rollout, make_trainer, same, weights
 from textenv import LanguageModel, TextGenConfig, build_task, shared
 from textenv.generation import response_log_probs
 from textenv.reward_model import last_token_scores
-
-
-def perturb(module: torch.nn.Module, scale: float = 0.02) -> None:
-    """Moves the weights, so that ratios and values differ from the recorded ones."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-
-
-def gradients(module: torch.nn.Module) -> torch.Tensor:
-    found = [parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None]
-    return torch.cat(found)
 
 
 def test_first_ratios_are_one(settings):
@@ -198,6 +188,39 @@ def test_critic_of_a_reward_function_starts_from_the_reference(settings):
     assert not critic.head.weight.any() and not critic.head.bias.any()
 
 
+def test_critic_from_the_reference(settings):
+    """`reference`: the reference's backbone and a zero head, though the reward model would fit."""
+    critic = make_trainer(settings, critic="reference").algorithm.critic.module
+    task = build_task(TextGenConfig(**settings))
+    assert same(weights(critic.backbone), weights(task.reference.model.base_model))
+    assert not same(weights(critic.backbone), weights(task.reward.model.base_model))
+    assert not critic.head.weight.any() and not critic.head.bias.any()
+
+
+def test_critic_from_scratch(settings):
+    """`scratch`: random weights of the same shapes, drawn from the seed alone, and a zero head."""
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(found))  # global randomness must not matter
+        found.append(make_trainer(settings, critic="scratch", seed=seed).algorithm.critic.module)
+    reference = build_task(TextGenConfig(**settings)).reference.model.base_model
+    assert same(weights(found[0]), weights(found[1])) and not same(weights(found[0]), weights(found[2]))
+    assert [w.shape for w in weights(found[0].backbone)] == [w.shape for w in weights(reference)]
+    assert not same(weights(found[0].backbone), weights(reference))
+    assert not found[0].head.weight.any() and not found[0].head.bias.any()
+
+
+def test_critic_from_the_reward_model(settings):
+    """`reward-model`: what `auto` chooses where it fits; a reward function is refused in a sentence."""
+    chosen, automatic = (make_trainer(settings, critic=start).algorithm.critic for start in ("reward-model", "auto"))
+    assert same(weights(chosen), weights(automatic))
+    function = settings | dict(reward=lambda prompts, responses: [1.0] * len(prompts))
+    with pytest.raises(ValueError, match=r"cannot start from the reward .* Choose --critic reference, or leave it out"):
+        make_trainer(function, critic="reward-model")
+    with pytest.raises(ValueError, match="critic must be one of auto, reward-model, reference, scratch, got 'value'"):
+        TextConfig(critic="value")
+
+
 def test_a_value_depends_on_earlier_tokens_only(settings):
     """V_t changes with token t − 1 and does not change with token t or any later one."""
     trainer = make_trainer(settings)
@@ -249,3 +272,87 @@ def test_response_log_probs_is_zero_outside(settings):
     found = response_log_probs(trainer.collector.task.reference.model, state, 0.7, rows_per_pass=3)
     torch.testing.assert_close(found, data["reference_log_prob"], atol=1e-5, rtol=1e-5)
     assert not found[~data["mask"]].any()
+
+
+def test_dual_clip_by_hand():
+    """Where A < 0 the loss stops at −cA and its gradient there is 0; where A > 0, or below the bound, nothing changes."""
+    ratio = torch.tensor([[0.5, 2.0, 4.0, 4.0]], requires_grad=True)
+    advantage = torch.tensor([[-1.0, -1.0, -2.0, 1.0]])
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+    found = dual_clipped(loss, advantage, 3.0)
+    found.sum().backward()
+    # losses max(0.5, 0.8), max(2, 1.2), min(max(8, 2.4), 6) and max(−4, −1.2)
+    torch.testing.assert_close(found.detach(), torch.tensor([[0.8, 2.0, 6.0, -1.2]]))
+    torch.testing.assert_close(ratio.grad, torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_dual_clip_in_the_loss(settings):
+    """With a dual clip the whole loss and its gradient are those of the loop, and differ from those without."""
+    found = {}
+    for bound in (0.0, 1.3):
+        trainer = make_trainer(settings, algorithm=dict(dual_clip=bound))
+        data = make_rollout(trainer).data
+        for network in trainer.algorithm.trained.values():
+            perturb(network)
+        sum(losses(trainer, data).values()).backward()
+        found[bound] = gradients(trainer.algorithm.actor)
+        trainer.optimizer.zero_grad()
+        whole_loss(trainer, data).backward()
+        expected = gradients(trainer.algorithm.actor)
+        scale = expected.abs().max()
+        # float32 sums in another order: a few roundings of the largest entry
+        torch.testing.assert_close(found[bound] / scale, expected / scale, atol=1e-5, rtol=0)
+    assert (found[0.0] - found[1.3]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+@pytest.mark.parametrize(("target_kl", "steps"), [(0.0, 12), (1e-3, 2), (1e9, 12)])
+def test_target_kl_stops_the_updates(settings, target_kl, steps):
+    """Updates on a rollout stop with the step that found the policy too far away; the next rollout is learned from."""
+    trainer = make_trainer(settings, algorithm=dict(target_kl=target_kl, epochs=6), learning_rate=1e-2)
+    taken, step = [], trainer.optimizer.step
+    trainer.optimizer.step = lambda: (taken.append(1), step())
+    iterations = trainer.iterate()
+    next(iterations)
+    assert len(taken) == steps
+    next(iterations)
+    assert len(taken) > steps
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_approximate_kl_by_hand(settings):
+    """`approx_kl` is the mean of ρ − 1 − log ρ over valid tokens: never negative, and 0 before the first step."""
+    trainer = make_trainer(settings)
+    data = make_rollout(trainer).data
+    valid = data["mask"].sum()
+    # a ratio's rounding of 1e-6, in a sum of some sixty
+    assert abs(float(trainer.algorithm.loss(data)[1]["approx_kl"] / valid)) < 1e-5
+    perturb(trainer.algorithm.actor)
+    ratio = trainer.algorithm.actor.get_dist(data).log_prob(data["action"]) - data["action_log_prob"]
+    expected = (ratio.exp() - 1 - ratio)[data["mask"]].mean().detach()
+    found = trainer.algorithm.loss(data)[1]["approx_kl"] / valid
+    assert float(found) == pytest.approx(float(expected), rel=1e-4) and found > 0
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_whitening_is_a_choice(settings):
+    """Advantages have mean 0 and deviation 1 over a rollout's tokens; with `whiten` off they are the raw ones."""
+    data = make_rollout(make_trainer(settings)).data
+    valid = data["advantage"][data["mask"]]
+    assert abs(float(valid.mean())) < 1e-5 and float(valid.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    data = make_rollout(make_trainer(settings, algorithm=dict(whiten=False))).data
+    assert torch.equal(data["advantage"], data["raw_advantage"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(dual_clip=1.1), "dual_clip must be above 1 \\+ clip, or 0 for none, got 1.1; 3 is usual"),
+        (dict(target_kl=-1.0), "target_kl must be 0 or more, got -1.0"),
+    ],
+)
+def test_bad_settings(settings, message):
+    """Bad settings are refused before any work, with the value and the remedy."""
+    with pytest.raises(ValueError, match=message):
+        PPOConfig(**settings)

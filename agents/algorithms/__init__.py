@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from agents.algorithms.a2c import A2C, A2CConfig
+from agents.algorithms.grpo import GRPO, GRPOConfig
 from agents.algorithms.ppo import PPO, PPOConfig
+from agents.algorithms.reinforce import Reinforce, ReinforceConfig
+from agents.algorithms.rloo import RLOO, RLOOConfig
 
-ALGORITHMS: dict[str, tuple[type, type]] = {"ppo": (PPOConfig, PPO)}
+ALGORITHMS: dict[str, tuple[type, type]] = {
+    "a2c": (A2CConfig, A2C),
+    "grpo": (GRPOConfig, GRPO),
+    "ppo": (PPOConfig, PPO),
+    "reinforce": (ReinforceConfig, Reinforce),
+    "rloo": (RLOOConfig, RLOO),
+}
 
 
 def find_algorithm(name: str) -> tuple[type, type]:

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from torch import nn
 
-from agents.advantages import Ends, estimate_advantages, explained_variance, td_errors
+from agents.advantages import Ends, estimate_advantages, explained_variance, td_errors, whiten
 from agents.interfaces import Networks
 
 
@@ -23,6 +23,21 @@ def policy_of(actor: ProbabilisticTensorDictSequential) -> nn.Module:
     return inside(actor[0])
 
 
+def head_of(actor: ProbabilisticTensorDictSequential) -> Any:
+    """The distribution at an actor's end. It reads what the network before it (`det_part`) has written.
+
+    A loss that gets this alone, and the network's outputs with the data, shares one forward pass with what else
+    needs the distribution.
+    """
+    return actor[-1]
+
+
+def add_whitened(rollout: TensorDict, on: bool) -> None:
+    """Adds `advantage` [B, R, 1]: the raw one, whitened over the valid steps of the rollout where that is on."""
+    advantage, mask = rollout["raw_advantage"], rollout["mask"][..., None]
+    rollout["advantage"] = whiten(advantage, mask) if on else advantage
+
+
 def inside(module: Any) -> nn.Module:
     """The network inside a TensorDictModule."""
     return module.module
@@ -30,13 +45,18 @@ def inside(module: Any) -> nn.Module:
 
 @torch.no_grad()
 def add_advantages(
-    rollout: TensorDict, networks: Networks, critic: TensorDictModule, gamma: float, lmbda: float
+    rollout: TensorDict,
+    networks: Networks,
+    critic: TensorDictModule,
+    gamma: float,
+    lmbda: float,
+    reward_key: str = "shaped_reward",
 ) -> dict[str, float]:
     """Adds `state_value`, `td_error`, `raw_advantage` and `value_target`, all [B, R, 1].
 
     Returns what the critic knew before it was updated.
     """
-    ends, reward = ends_of(rollout), rollout["shaped_reward"]
+    ends, reward = ends_of(rollout), rollout[reward_key]
     value = networks.all_states(inside(critic), rollout)[..., 0]  # [B, R + 1]
     advantage, target = estimate_advantages(reward, value, ends, gamma, lmbda)
     rollout["state_value"] = value[:, :-1].where(ends.mask, 0.0)[..., None]

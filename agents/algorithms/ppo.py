@@ -12,9 +12,11 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.objectives import ClipPPOLoss
 
-from agents.advantages import token_weights, whiten
-from agents.algorithms.actor_critic import add_advantages, policy_of
-from agents.config import check_counts, check_not_negative, check_shares
+from agents.advantages import token_weights
+from agents.algorithms.actor_critic import add_advantages, add_whitened, head_of, policy_of
+from agents.algorithms.clipped import diagnose
+from agents.algorithms.kl_loss import KL_LOSSES, kl_loss_of, kl_terms, reward_key
+from agents.config import check_choice, check_counts, check_not_negative, check_shares
 from agents.interfaces import Networks
 
 
@@ -31,6 +33,7 @@ class PPOConfig:
     gamma: float = 1.0  # discount per step
     lmbda: float = 0.95  # GAE's mix of TD errors (0) and whole returns (1)
     whiten: bool = True  # advantages of a rollout to mean 0 and standard deviation 1
+    kl_loss: str = "none"  # none: the KL is a part of the reward; k2 or k3: this estimator is a term of the loss
 
     def __post_init__(self) -> None:
         check_counts(self, ("epochs",))
@@ -38,6 +41,7 @@ class PPOConfig:
             raise ValueError(f"clip must lie in (0, 1), got {self.clip}.")
         check_not_negative(self, ("value_clip", "entropy_coef", "target_kl"))
         check_shares(self, ("gamma", "lmbda"))
+        check_choice(self, "kl_loss", KL_LOSSES)
         if self.dual_clip != 0 and not self.dual_clip > 1 + self.clip:
             raise ValueError(f"dual_clip must be above 1 + clip, or 0 for none, got {self.dual_clip}; 3 is usual.")
 
@@ -54,8 +58,9 @@ class PPO:
         self.trained: dict[str, nn.Module] = {"actor": self.actor, "critic": self.critic}
         self.targets: dict[str, nn.Module] = {}
         self.weights = token_weights
+        self.kl_loss = kl_loss_of(config.kl_loss, networks)
         self.objective = ClipPPOLoss(
-            self.actor,
+            head_of(self.actor),
             self.critic,
             clip_epsilon=config.clip,
             clip_value=config.value_clip or None,
@@ -66,29 +71,28 @@ class PPO:
             functional=False,
             log_explained_variance=False,
             reduction="none",
+            device=next(self.actor.parameters()).device,
         )
         self.objective.loss_mask_key = "mask"
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
         """Adds `state_value`, `advantage` (whitened) and `value_target`, all [B, R, 1]."""
-        metrics = add_advantages(rollout, self.networks, self.critic, self.config.gamma, self.config.lmbda)
-        advantage = rollout["raw_advantage"]
-        rollout["advantage"] = whiten(advantage, rollout["mask"][..., None]) if self.config.whiten else advantage
+        gamma, lmbda = self.config.gamma, self.config.lmbda
+        metrics = add_advantages(rollout, self.networks, self.critic, gamma, lmbda, reward_key(self.kl_loss))
+        add_whitened(rollout, self.config.whiten)
         return metrics
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Loss terms of every step, to be summed, and diagnostics."""
-        out = self.objective(batch)
+        outputs = self.actor.det_part(batch.copy())
+        out = self.objective(outputs)
         policy_loss = out["loss_objective"]
         if self.config.dual_clip > 0:
             policy_loss = dual_clipped(policy_loss, batch["advantage"][..., 0], self.config.dual_clip)
         terms = {"policy_loss": policy_loss, "value_loss": out["loss_critic"]}
         if self.config.entropy_coef > 0:
             terms["entropy_loss"] = out["loss_entropy"]
-        # TorchRL averages these over padding too, where they are exactly zero (see TextActor).
-        steps = batch["mask"].numel()
-        diagnostics = {"approx_kl": out["kl_approx"] * steps, "clip_fraction": out["clip_fraction"] * steps}
-        return terms, {name: value.detach() for name, value in diagnostics.items()}
+        return terms | kl_terms(self.kl_loss, self.actor, outputs), diagnose(out, batch)
 
     def after_step(self, metrics: dict[str, float]) -> bool:
         """Whether the policy is as far from the old one as it may go (`target_kl`); PPO has no target networks."""
