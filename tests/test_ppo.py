@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agents.algorithms.ppo import PPOConfig, dual_clipped
+from agents.algorithms.ppo import PPOConfig
+from agents.losses import dual_clipped
 from agents.text.config import TextConfig
 from agents.text.networks import make_critic
 from agents.text.rollout import kl_metrics, trim

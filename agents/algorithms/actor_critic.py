@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from torch import nn
+from torch.distributions import Distribution
 
 from agents.advantages import Ends, estimate_advantages, explained_variance, td_errors, whiten
 from agents.interfaces import Networks
@@ -23,13 +24,17 @@ def policy_of(actor: ProbabilisticTensorDictSequential) -> nn.Module:
     return inside(actor[0])
 
 
-def head_of(actor: ProbabilisticTensorDictSequential) -> Any:
-    """The distribution at an actor's end. It reads what the network before it (`det_part`) has written.
+def output_of(module: TensorDictModule, batch: TensorDict) -> Any:
+    """What the network inside a TensorDictModule makes of a batch."""
+    return inside(module)(*(batch[key] for key in module.in_keys))
 
-    A loss that gets this alone, and the network's outputs with the data, shares one forward pass with what else
-    needs the distribution.
-    """
-    return actor[-1]
+
+def distribution_of(actor: ProbabilisticTensorDictSequential, batch: TensorDict) -> Distribution:
+    """What `actor.get_dist(batch)` gives, without its bookkeeping, which costs as much as a small network."""
+    network, head = actor[0], actor[-1]
+    outputs = output_of(network, batch)
+    named = dict(zip(head.in_keys, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
+    return head.distribution_class(**named, **head.distribution_kwargs)
 
 
 def add_whitened(rollout: TensorDict, on: bool) -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 
 from agents.advantages import group_centred, group_normalised, sequence_weights, token_weights
-from agents.algorithms.actor_critic import policy_of
-from agents.algorithms.clipped import ClippedPolicy
+from agents.algorithms.actor_critic import distribution_of, policy_of
+from agents.algorithms.clipped import clipped_terms
 from agents.algorithms.group import group_metrics, group_of, returns, spread_advantages
 from agents.algorithms.kl_loss import KL_LOSSES, kl_loss_of, reward_key
 from agents.config import check_choice, check_counts
@@ -55,7 +55,6 @@ class GRPO:
         self.targets: dict[str, nn.Module] = {}
         self.weights = AGGREGATIONS[config.aggregation]
         self.kl_loss = kl_loss_of(config.kl_loss, networks)
-        self.loss = ClippedPolicy(self.actor, config.clip, self.kl_loss).loss
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
         """Adds `advantage` [B, R, 1]."""
@@ -63,6 +62,10 @@ class GRPO:
         compare = group_normalised if self.config.normalise else group_centred
         spread_advantages(rollout, compare(total, self.group))
         return group_metrics(total, self.group)
+
+    def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Loss terms of every step, to be summed, and diagnostics."""
+        return clipped_terms(distribution_of(self.actor, batch), batch, self.config.clip, self.kl_loss)
 
     def after_step(self, metrics: dict[str, float]) -> bool:
         """Nothing follows the actor."""

@@ -8,10 +8,8 @@ KL(π_ref‖π). Both hold while the policy is the one that sampled.
 from __future__ import annotations
 
 from tensordict import TensorDict
-from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 
-from agents.algorithms.actor_critic import head_of
 from agents.interfaces import Networks
 from textenv.kl import ESTIMATORS
 
@@ -28,19 +26,12 @@ def reward_key(estimator: str) -> str:
     return "shaped_reward" if estimator == "none" else "task_reward"
 
 
-def kl_terms(estimator: str, actor: ProbabilisticTensorDictSequential, outputs: TensorDict) -> dict[str, Tensor]:
-    """`kl_loss` [B, R] of a batch, or nothing where there is none.
-
-    outputs: the batch with what the actor's network made of it, so that the network is not run again.
-    """
+def kl_terms(estimator: str, log_prob: Tensor, batch: TensorDict) -> dict[str, Tensor]:
+    """`kl_loss` [B, R] of a batch, or nothing where there is none. log_prob: the actor's now, [B, R]."""
     if estimator == "none":
         return {}
-    log_prob = head_of(actor).get_dist(outputs).log_prob(outputs["action"])  # [B, R]
-    return {
-        "kl_loss": kl_penalty(
-            log_prob, outputs["reference_log_prob"], outputs["kl_coef"], outputs["mask"], estimator=estimator
-        )
-    }
+    reference_log_prob, kl_coef, mask = batch["reference_log_prob"], batch["kl_coef"], batch["mask"]
+    return {"kl_loss": kl_penalty(log_prob, reference_log_prob, kl_coef, mask, estimator=estimator)}
 
 
 def kl_penalty(

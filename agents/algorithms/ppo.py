@@ -1,23 +1,28 @@
 """Proximal policy optimisation (Schulman et al. 2017), as RLHF uses it (Ziegler et al. 2019).
 
-TorchRL's ClipPPOLoss on whole sequences: one forward pass a network and batch, padding masked out.
+Whole sequences, one forward pass a network and batch, padding masked out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torchrl.objectives import ClipPPOLoss
 
 from agents.advantages import token_weights
-from agents.algorithms.actor_critic import add_advantages, add_whitened, head_of, policy_of
-from agents.algorithms.clipped import diagnose
-from agents.algorithms.kl_loss import KL_LOSSES, kl_loss_of, kl_terms, reward_key
+from agents.algorithms.actor_critic import (
+    add_advantages,
+    add_whitened,
+    distribution_of,
+    output_of,
+    policy_of,
+)
+from agents.algorithms.clipped import clipped_terms
+from agents.algorithms.kl_loss import KL_LOSSES, kl_loss_of, reward_key
 from agents.config import check_choice, check_counts, check_not_negative, check_shares
 from agents.interfaces import Networks
+from agents.losses import clipped_value_loss, dual_clipped, value_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,21 +64,6 @@ class PPO:
         self.targets: dict[str, nn.Module] = {}
         self.weights = token_weights
         self.kl_loss = kl_loss_of(config.kl_loss, networks)
-        self.objective = ClipPPOLoss(
-            head_of(self.actor),
-            self.critic,
-            clip_epsilon=config.clip,
-            clip_value=config.value_clip or None,
-            critic_coeff=0.5,  # the ½ of the value loss; the networks share no weight, so it needs no other
-            loss_critic_type="l2",
-            entropy_bonus=config.entropy_coef > 0,
-            entropy_coeff=config.entropy_coef,
-            functional=False,
-            log_explained_variance=False,
-            reduction="none",
-            device=next(self.actor.parameters()).device,
-        )
-        self.objective.loss_mask_key = "mask"
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
         """Adds `state_value`, `advantage` (whitened) and `value_target`, all [B, R, 1]."""
@@ -84,24 +74,21 @@ class PPO:
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Loss terms of every step, to be summed, and diagnostics."""
-        outputs = self.actor.det_part(batch.copy())
-        out = self.objective(outputs)
-        policy_loss = out["loss_objective"]
-        if self.config.dual_clip > 0:
-            policy_loss = dual_clipped(policy_loss, batch["advantage"][..., 0], self.config.dual_clip)
-        terms = {"policy_loss": policy_loss, "value_loss": out["loss_critic"]}
-        if self.config.entropy_coef > 0:
-            terms["entropy_loss"] = out["loss_entropy"]
-        return terms | kl_terms(self.kl_loss, self.actor, outputs), diagnose(out, batch)
+        config, distribution = self.config, distribution_of(self.actor, batch)
+        terms, diagnostics = clipped_terms(distribution, batch, config.clip, self.kl_loss)
+        if config.dual_clip > 0:
+            terms["policy_loss"] = dual_clipped(terms["policy_loss"], batch["advantage"][..., 0], config.dual_clip)
+        terms["value_loss"] = self._value_loss(batch)
+        if config.entropy_coef > 0:
+            terms["entropy_loss"] = -config.entropy_coef * distribution.entropy()
+        return terms, diagnostics
+
+    def _value_loss(self, batch: TensorDict) -> Tensor:
+        value, target = output_of(self.critic, batch)[..., 0], batch["value_target"][..., 0]  # [B, R] both
+        if self.config.value_clip == 0:
+            return value_loss(value, target)
+        return clipped_value_loss(value, batch["state_value"][..., 0], target, self.config.value_clip)
 
     def after_step(self, metrics: dict[str, float]) -> bool:
         """Whether the policy is as far from the old one as it may go (`target_kl`); PPO has no target networks."""
         return 0 < self.config.target_kl < metrics["approx_kl"]
-
-
-def dual_clipped(policy_loss: Tensor, advantage: Tensor, bound: float) -> Tensor:
-    """Dual clip (Ye et al. 2020): where the advantage is negative, the loss is at most −bound · advantage.
-
-    policy_loss, advantage: [B, R].
-    """
-    return torch.where(advantage < 0, torch.minimum(policy_loss, -bound * advantage), policy_loss)

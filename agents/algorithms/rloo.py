@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 
 from agents.advantages import leave_one_out, token_weights
-from agents.algorithms.actor_critic import policy_of
-from agents.algorithms.clipped import ClippedPolicy
+from agents.algorithms.actor_critic import distribution_of, policy_of
+from agents.algorithms.clipped import clipped_terms
 from agents.algorithms.group import group_metrics, group_of, returns, spread_advantages
 from agents.algorithms.kl_loss import KL_LOSSES, kl_loss_of, reward_key
 from agents.config import check_choice, check_counts
@@ -49,13 +49,16 @@ class RLOO:
         self.targets: dict[str, nn.Module] = {}
         self.weights = token_weights
         self.kl_loss = kl_loss_of(config.kl_loss, networks)
-        self.loss = ClippedPolicy(self.actor, config.clip, self.kl_loss).loss
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
         """Adds `advantage` [B, R, 1]."""
         total = returns(rollout, reward_key(self.kl_loss))  # [B]
         spread_advantages(rollout, leave_one_out(total, self.group))
         return group_metrics(total, self.group)
+
+    def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Loss terms of every step, to be summed, and diagnostics."""
+        return clipped_terms(distribution_of(self.actor, batch), batch, self.config.clip, self.kl_loss)
 
     def after_step(self, metrics: dict[str, float]) -> bool:
         """Nothing follows the actor."""

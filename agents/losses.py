@@ -1,0 +1,47 @@
+"""The losses of policies and critics: pure functions, a number a step.
+
+PPO's are TorchRL's ClipPPOLoss to the last digit (a test), written out because its bookkeeping, diagnostics that count
+padding among them, costs more than the networks of classic control do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """max(−A ρ, −A clip(ρ, 1 − ε, 1 + ε)), ρ = exp(log π − log π_old) (PPO: Schulman et al. 2017). All [B, R]."""
+    ratio = (log_prob - old_log_prob).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def dual_clipped(policy_loss: Tensor, advantage: Tensor, bound: float) -> Tensor:
+    """Dual clip (Ye et al. 2020): where the advantage is negative, the loss is at most −bound · advantage.
+
+    policy_loss, advantage: [B, R].
+    """
+    return torch.where(advantage < 0, torch.minimum(policy_loss, -bound * advantage), policy_loss)
+
+
+def value_loss(value: Tensor, target: Tensor) -> Tensor:
+    """½ (V − target)². All [B, R]."""
+    return 0.5 * (value - target).square()
+
+
+def clipped_value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: float) -> Tensor:
+    """½ max((V − target)², (V_old ± c clip − target)²): no gain in moving a value far at once. All [B, R]."""
+    near = old_value + (value - old_value).clamp(-clip, clip)
+    return torch.maximum(value_loss(value, target), value_loss(near, target))
+
+
+@torch.no_grad()
+def distance(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
+    """How far the new policy is from the old one, summed over valid steps.
+
+    `approx_kl`: ρ − 1 − log ρ, never negative, whose mean is KL(old‖new) (Schulman 2020's k3). `clip_fraction`: the
+    steps whose ratio is outside 1 ± clip. log_prob, old_log_prob: [B, R]; mask: bool [B, R].
+    """
+    log_ratio = (log_prob - old_log_prob).where(mask, 0.0)
+    ratio = log_ratio.exp()
+    return {"approx_kl": (ratio - 1 - log_ratio).sum(), "clip_fraction": ((ratio - 1).abs() > clip).float().sum()}
