@@ -54,8 +54,8 @@ class OneLayer(PreTrainedModel):
 
 
 def _small_model() -> LanguageModel:
-    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=32, vocab_size=tiny.VOCABULARY)
-    config.bos_token_id, config.eos_token_id = None, tiny.END
+    sizes = dict(n_embd=8, n_layer=1, n_head=1, n_positions=32, vocab_size=tiny.VOCABULARY)
+    config = GPT2Config(**sizes, eos_token_id=tiny.END, bos_token_id=None)
     model = OneLayer(config).eval().requires_grad_(False)
     return LanguageModel(model, tiny.tokenizer(), (tiny.END,))
 
