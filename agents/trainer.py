@@ -98,9 +98,8 @@ class Trainer:
 
     def _minibatches(self, rows: TensorDict) -> Iterator[TensorDict]:
         for _ in range(self.algorithm.config.epochs):
-            order = torch.randperm(len(rows), generator=self.generator).to(rows.device)
-            for part in order.split(self.config.minibatch):
-                yield rows[part]
+            shuffled = rows[torch.randperm(len(rows), generator=self.generator).to(rows.device)]
+            yield from shuffled.chunk(max(1, round(len(rows) / self.config.minibatch)))
 
     def _step(self, minibatch: TensorDict) -> dict[str, float]:
         """One optimiser step on the mean over a minibatch, however it is split."""
@@ -115,14 +114,14 @@ class Trainer:
                 metrics[name] += value.detach()
             for name, value in diagnostics.items():
                 metrics[name] += value / valid
-        for name, network in self.algorithm.trained.items():
-            metrics[f"{name}_grad_norm"] = self._clip(name, network)
+        for name, group in zip(self.algorithm.trained, self.optimizer.param_groups, strict=True):
+            metrics[f"{name}_grad_norm"] = self._clip(name, group["params"])
         self.optimizer.step()
         self.optimizer.zero_grad()
         return {name: float(value) for name, value in metrics.items()}
 
-    def _clip(self, name: str, network: nn.Module) -> float:
-        norm = float(nn.utils.clip_grad_norm_(network.parameters(), self.config.max_grad_norm))
+    def _clip(self, name: str, parameters: list[nn.Parameter]) -> float:
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
         if not norm < float("inf"):
             raise ValueError(
                 f"the {name}'s gradient is {norm} in iteration {self.iteration + 1}; nothing was changed by it, and "

@@ -47,14 +47,22 @@ class Perceptron(nn.Module):
         return self(torch.cat([data["observation"], data["next_observation"][:, -1:]], 1))
 
 
+def sample(log_prob: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """An action for each row of log-probabilities [n, A], and its log-probability, [n] both.
+
+    The first arrival of a race of exponentials with rates π is distributed by π, and costs a fraction of `multinomial`.
+    """
+    race = torch.empty_like(log_prob).exponential_(generator=generator)
+    action = (log_prob - race.log()).argmax(-1)
+    return action, log_prob.gather(1, action[:, None])[:, 0]
+
+
 class DiscreteActor(Perceptron):
     """Logits of a list of actions."""
 
     def act(self, observation: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A sampled action and its log-probability for each row, [n] both."""
-        log_prob = self(observation).log_softmax(-1)  # [n, A]
-        action = torch.multinomial(log_prob.exp(), 1, generator=generator)
-        return action[:, 0], log_prob.gather(1, action)[:, 0]
+        return sample(self(observation).log_softmax(-1), generator)
 
     def greedy(self, observation: Tensor) -> Tensor:
         """The likeliest action for each row, [n]."""
@@ -136,8 +144,7 @@ class QNetwork(Perceptron):
             epsilon = self.get_buffer("epsilon")
             share = torch.full_like(value, 1.0 / value.shape[-1]) * epsilon
             log_prob = share.scatter_add(1, value.argmax(-1, keepdim=True), (1 - epsilon).expand(len(value), 1)).log()
-        action = torch.multinomial(log_prob.exp(), 1, generator=generator)
-        return action[:, 0], log_prob.gather(1, action)[:, 0]
+        return sample(log_prob, generator)
 
     def greedy(self, observation: Tensor) -> Tensor:
         """The best action for each row, [n]."""
