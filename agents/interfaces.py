@@ -22,7 +22,8 @@ class Rollout(Protocol):
 
     Keys of `data`, batch size [B]: what the networks read; `action` [B, R] (or [B, R, A], continuous);
     `action_log_prob`, `mask`, `done`, `terminated` [B, R]; `reward` [B, R], what the environment paid, and
-    `shaped_reward` [B, R], less the penalty, where there is one; `task_reward` [B, R], with no part of a penalty.
+    `shaped_reward` [B, R], less the penalty, where there is one; `task_reward` [B, R], with no part of a penalty. Where
+    there is a penalty also `reference_log_prob` [B, R] and its weight β, `kl_coef` [B].
     """
 
     @property

@@ -34,7 +34,9 @@ def task(folders) -> dict:
 def moved(task: dict, name: str, settings: dict | None = None, **changes):
     """A trainer whose networks are no longer those that wrote its rollout, and the rollout."""
     trainer = make_trainer(task, settings, learner=name, **changes)
+    perturb(trainer.algorithm.actor)  # away from the reference, or no reward would have a penalty in it
     data = make_rollout(trainer).data
+    assert (data["shaped_reward"] - data["task_reward"]).abs().max() > 1e-3
     assert len(set(data["mask"].sum(1).tolist())) > 1  # ragged, or the tests would prove little
     for network in trainer.algorithm.trained.values():
         perturb(network)
