@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from agents.algorithms.dqn import DQN, DQNConfig
 from agents.algorithms.ppo import PPO, PPOConfig
+from agents.algorithms.sac import SAC, SACConfig
 
-ALGORITHMS: dict[str, tuple[type, type]] = {"ppo": (PPOConfig, PPO)}
+ALGORITHMS: dict[str, tuple[type, type]] = {
+    "dqn": (DQNConfig, DQN),
+    "ppo": (PPOConfig, PPO),
+    "sac": (SACConfig, SAC),
+}
 
 
 def find_algorithm(name: str) -> tuple[type, type]:
