@@ -22,16 +22,16 @@ RAGGED = dict(stop_token_ids=[tiny.END, *range(60)])
 SHARED = {field.name for field in dataclasses.fields(TrainConfig)}
 
 
-def make_trainer(settings: dict, algorithm: dict | None = None, **changes) -> Trainer:
-    """A trainer on a tiny task; `algorithm` holds the algorithm's own settings."""
+def make_trainer(settings: dict, algorithm: dict | None = None, learner: str = "ppo", **changes) -> Trainer:
+    """A trainer on a tiny task; `learner` names the algorithm, and `algorithm` holds its own settings."""
     task = build_task(TextGenConfig(**(RAGGED | settings)))
     given = SMALL | changes
-    config = TrainConfig(**{name: value for name, value in given.items() if name in SHARED})
+    config = TrainConfig(algorithm=learner, **{name: value for name, value in given.items() if name in SHARED})
     text = TextConfig(**{name: value for name, value in given.items() if name not in SHARED})
-    algorithm_config, learner = find_algorithm(config.algorithm)
+    settings_class, algorithm_class = find_algorithm(learner)
     networks = TextNetworks(task, text.critic, text.micro_batch, config.seed)
     collector = TextCollector(task, task.prompts, text, config.seed)
-    return Trainer(config, learner(algorithm_config(**(algorithm or {})), networks), collector)
+    return Trainer(config, algorithm_class(settings_class(**(algorithm or {})), networks), collector)
 
 
 def make_rollout(trainer: Trainer, rows: int = 8) -> TextRollout:
