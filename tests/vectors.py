@@ -81,4 +81,3 @@ def as_torchrl(batch: TensorDict) -> TensorDict:
         },
         batch_size=batch.batch_size,
     )
-
