@@ -10,8 +10,12 @@ import torch
 from agents.algorithms.dqn import DQN, DQNConfig
 from agents.algorithms.sac import SAC, SACConfig
 from agents.checkpoint import load_checkpoint, save_checkpoint
+from agents.config import TrainConfig
+from agents.text.config import TextConfig
+from agents.text.experiment import TextExperiment
 from agents.text.networks import language_model_of
 from agents.text.rollout import trim
+from tests import tiny
 from tests.learning import losses, make_rollout, make_trainer, same, weights
 from tests.vectors import VectorNetworks
 
@@ -107,8 +111,8 @@ def test_the_policy_is_the_language_model(settings, name):
     """softmax(Q/β) is what the fast path samples, masks and all, β log Σ exp(Q/β) is V, and all start as π_ref."""
     allowed = lambda prompt, response: range(0, 300, 2 + len(response) % 2)  # noqa: E731
     trainer = make({**settings, "action_mask": allowed}, name)
-    data, mask, beta = (rollout := make_rollout(trainer).data), rollout["mask"], settings["kl_coef"]
-    q = trainer.collector.task and trainer.algorithm.trained[{"dqn": "q_network", "sac": "q_network_2"}[name]]
+    data, beta = make_rollout(trainer).data, settings["kl_coef"]
+    mask, q = data["mask"], list(trainer.algorithm.trained.values())[-1]
     with torch.no_grad():
         values = q(data.clone())["action_value"]
         states = q.module.all_states(data)
@@ -164,7 +168,7 @@ def test_padding_changes_no_loss_and_no_gradient(settings, name):
         results.append([*terms.values(), gradients(trainer)])
     assert same(results[0], results[1])
     for whole, trimmed in zip(results[0], results[2], strict=True):
-        torch.testing.assert_close(whole, trimmed, atol=1e-4 * float(whole.abs().max()), rtol=1e-4)
+        torch.testing.assert_close(whole, trimmed, atol=1e-4 * float(whole.detach().abs().max()), rtol=1e-4)
 
 
 @BOTH
@@ -203,24 +207,25 @@ def test_updates_and_warm_up(settings, name):
 
 @BOTH
 def test_it_learns_a_known_answer(folders, name):
-    """The learner finds the rewarded letter: the share of responses that say it rises from rare to usual."""
+    """The learner finds the rewarded letter among twelve: its share of the tokens goes from a twelfth to most."""
     settings = dict(
         reference=folders["gpt2"],
-        reward=lambda prompts, responses: [float("e" in response) for response in responses],
+        reward=lambda prompts, responses: [response.count("e") / 3 for response in responses],
+        action_mask=lambda prompt, response: range(ord("a") - 33, ord("m") - 33),
         prompts=["a", "bc"],
         kl_coef=0.05,
         max_prompt_tokens=2,
-        max_new_tokens=4,
-        stop_token_ids=[256],
-        temperature=1.0,
+        max_new_tokens=3,
+        stop_token_ids=[tiny.END],
+        temperature=3.0,  # this model's own distribution is all but certain of other letters
         device="cpu",
     )
-    sizes = dict(iterations=15, rollout=64, minibatch=32, micro_batch=32)
+    sizes = dict(iterations=16, schedule="constant", rollout=64, minibatch=32, micro_batch=32)
     own = dict(warm_up=64, updates=8, gamma=1.0, lmbda=0.95, buffer=512)
-    trainer = make(settings, name, own, **sizes, learning_rate=3e-3, critic_learning_rate=3e-3)
+    trainer = make(settings, name, own, **sizes, learning_rate=5e-3, critic_learning_rate=5e-3)
     scores = [iteration.metrics["score"] for iteration in trainer.iterate()]
     assert sum(scores[:2]) / 2 < 0.2
-    assert sum(scores[-3:]) / 3 > 0.6
+    assert sum(scores[-3:]) / 3 > 0.7
 
 
 @pytest.mark.parametrize(
@@ -245,7 +250,7 @@ def test_bad_settings(kind, changes, says):
 @pytest.mark.parametrize("learner", [lambda given: DQN(DQNConfig(), given), lambda given: SAC(SACConfig(), given)])
 def test_continuous_actions_are_refused(learner):
     """What has no list of actions cannot have a value for each."""
-    with pytest.raises(ValueError, match="actions are continuous.*choose an algorithm with a Gaussian policy"):
+    with pytest.raises(ValueError, match=r"actions are continuous.*choose an algorithm with a Gaussian policy"):
         learner(VectorNetworks(discrete=False))
 
 
@@ -253,7 +258,7 @@ def test_continuous_actions_are_refused(learner):
 def test_text_needs_a_temperature(settings, name):
     """Without a penalty there is no temperature to take, and on text none to learn; a number of one's own will do."""
     settings = {**settings, "kl_coef": 0.0}
-    with pytest.raises(ValueError, match="temperature above 0, got 0.*kl_coef=0.1 or so.*or --temperature"):
+    with pytest.raises(ValueError, match=r"temperature above 0, got 0.*kl_coef=0\.1 or so.*or --temperature"):
         make(settings, name)
     assert make(settings, name, dict(temperature=0.2)).algorithm.temperature == 0.2
 
@@ -271,9 +276,5 @@ def test_epsilon_falls_with_the_updates():
 @pytest.mark.parametrize("setting", [dict(kl_estimator="k3"), dict(kl_controller="adaptive", kl_target=1.0)])
 def test_the_penalty_is_the_environments_own(setting):
     """A penalty that these learners would not pay is refused, and the remedy named."""
-    from agents.config import TrainConfig
-    from agents.text.config import TextConfig
-    from agents.text.experiment import TextExperiment
-
-    with pytest.raises(ValueError, match="learns from a replay buffer.*leave kl_estimator and kl_controller"):
+    with pytest.raises(ValueError, match=r"learns from a replay buffer.*leave kl_estimator and kl_controller"):
         TextExperiment(TrainConfig(algorithm="dqn", env_arg=("device=cpu",)), TextConfig(**setting))

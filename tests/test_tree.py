@@ -23,7 +23,7 @@ LETTERS, END, STEPS, BETA = "abc", 256, 3, 0.5
 
 def score(response: str) -> float:
     """Different for every response; two neighbours may be worlds apart."""
-    return 2.4 * len(response) + 0.5 * math.sin(sum((3 + place) * ord(one) for place, one in enumerate(response)))
+    return 1.5 * math.sin(sum((3 + place) * ord(one) for place, one in enumerate(response)))
 
 
 def solve(log_prob_of, response: str = "") -> tuple[float, dict[str, float]]:
@@ -74,13 +74,17 @@ def distance(first: dict[str, float], second: dict[str, float]) -> float:
 
 @pytest.fixture(scope="module")
 def reference():
-    """A language model of one layer, not far from its random start: easy to move to any policy."""
+    """A small language model that gives the letters and the end most of its probability, and other tokens the rest."""
     torch.manual_seed(0)
     ends = dict(eos_token_id=END, pad_token_id=tiny.PAD, bos_token_id=None)
-    model = GPT2LMHeadModel(GPT2Config(**(tiny.GPT2 | dict(n_layer=1)), **ends)).eval()
+    small = tiny.GPT2 | dict(n_layer=1, tie_word_embeddings=False)
+    model = GPT2LMHeadModel(GPT2Config(**small, **ends)).eval()
+    common = torch.nn.functional.normalize(torch.randn(small["n_embd"]), dim=0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
+        model.transformer.wte.weight *= 10  # tokens that are easy to tell apart
+        model.lm_head.weight *= 5
+        model.transformer.ln_f.bias += 2 * common
+        model.lm_head.weight[[*tiny.tokenizer()(LETTERS).input_ids, END]] += 3 * common  # logits higher by 6
     return LanguageModel(model, tiny.tokenizer(), (END,))
 
 
@@ -108,9 +112,9 @@ def test_the_best_policy_is_learned(reference, name):
     _, best = solve(reader(reference.tokenizer, reference.model))
     policy = reader(reference.tokenizer, language_model_of(trainer.algorithm.policy))
     start = distance(leaves_of(policy), best)
-    assert start > 0.5 and sum(share > 0.05 for share in best.values()) >= 3  # far to go, and no single answer
+    assert start > 0.4 and sum(share > 0.05 for share in best.values()) >= 3  # far to go, and no single answer
     list(trainer.iterate())
-    assert distance(leaves_of(policy), best) < 0.15  # 0.05 to 0.1 after so few steps, and falling
+    assert distance(leaves_of(policy), best) < 0.15  # 0.07 and 0.10 after so few steps, and falling
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])

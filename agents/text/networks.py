@@ -93,7 +93,8 @@ class TextQ(nn.Module):
     def all_states(self, data: TensorDict) -> Tensor:
         """Values at s_0..s_R, finite in padding too. Returns float32 [B, R + 1, V]."""
         logits, hidden = read_states(self.model, data, self.sampling)
-        return self.head(hidden).float() + self.temperature * logits.log_softmax(-1)
+        # The head reads and does not train what it reads: errors of V, large at first, would push the policy about.
+        return self.head(hidden.detach()).float() + self.temperature * logits.log_softmax(-1)
 
 
 def read_states(model: PreTrainedModel, data: TensorDict, temperature: float) -> tuple[Tensor, Tensor]:
