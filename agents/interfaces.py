@@ -52,6 +52,15 @@ class Networks(Protocol):
         """`state_value` [B, R, 1] of every state."""
         ...
 
+    def q_network(self, temperature: float) -> TensorDictModule:
+        """`action_value` [B, R, A] of every action, for a policy softmax(Q / temperature).
+
+        The network inside plays that policy; at temperature 0 the best action, but for a share `epsilon` of random
+        ones, a buffer of its own. Its `all_states(batch)` are the values [B, R + 1, A] at s_0..s_R, with gradient, and
+        an actor's network of discrete actions has the same for its logits. No two start alike.
+        """
+        ...
+
     def all_states(self, network: nn.Module, data: TensorDict) -> Tensor:
         """A network's outputs [B, R + 1, ...] at s_0..s_R, without gradient and some rows at a time."""
         ...

@@ -14,6 +14,7 @@ from torch import nn
 
 from agents.config import TrainConfig
 from agents.interfaces import Algorithm, Collector, Rollout
+from agents.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Trainer:
         self.config, self.algorithm, self.collector = config, algorithm, collector
         self.optimizer = make_optimizer(config, algorithm.trained)
         self.generator = torch.Generator().manual_seed(config.seed)  # of the minibatches
+        self.replay = None if algorithm.on_policy else Replay(algorithm.config.buffer, self.device)
         self.iteration = 0  # passes of the loop so far
         self.steps = 0  # tokens or frames gathered so far
         self.seconds = 0.0  # spent in the loop so far
@@ -54,6 +56,7 @@ class Trainer:
             "seconds": self.seconds,
             "generator": self.generator.get_state(),
             "collector": self.collector.state_dict(),
+            "replay": None if self.replay is None else self.replay.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -62,6 +65,8 @@ class Trainer:
         self.seconds = float(state["seconds"])
         self.generator.set_state(state["generator"].cpu())
         self.collector.load_state_dict(state["collector"])
+        if self.replay is not None:
+            self.replay.load_state_dict(state["replay"])
 
     def _iterate(self) -> Iteration:
         started = time.perf_counter()
@@ -97,6 +102,15 @@ class Trainer:
         return {name: sum(values) / len(values) for name, values in totals.items()}
 
     def _minibatches(self, rows: TensorDict) -> Iterator[TensorDict]:
+        if self.replay is None:
+            yield from self._shuffled(rows)
+            return
+        self.replay.extend(rows)
+        if len(self.replay) >= self.algorithm.config.warm_up:
+            for _ in range(self.algorithm.config.updates):
+                yield self.replay.sample(self.config.minibatch, self.generator)
+
+    def _shuffled(self, rows: TensorDict) -> Iterator[TensorDict]:
         for _ in range(self.algorithm.config.epochs):
             shuffled = rows[torch.randperm(len(rows), generator=self.generator).to(rows.device)]
             yield from shuffled.chunk(max(1, round(len(rows) / self.config.minibatch)))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from agents.algorithms.a2c import A2C, A2CConfig
+from agents.algorithms.dqn import DQN, DQNConfig
 from agents.algorithms.grpo import GRPO, GRPOConfig
 from agents.algorithms.ppo import PPO, PPOConfig
 from agents.algorithms.reinforce import Reinforce, ReinforceConfig
 from agents.algorithms.rloo import RLOO, RLOOConfig
+from agents.algorithms.sac import SAC, SACConfig
 
 ALGORITHMS: dict[str, tuple[type, type]] = {
     "a2c": (A2CConfig, A2C),
+    "dqn": (DQNConfig, DQN),
     "grpo": (GRPOConfig, GRPO),
     "ppo": (PPOConfig, PPO),
     "reinforce": (ReinforceConfig, Reinforce),
     "rloo": (RLOOConfig, RLOO),
+    "sac": (SACConfig, SAC),
 }
 
 

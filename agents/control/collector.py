@@ -20,7 +20,7 @@ from agents.control.config import ControlConfig
 from agents.control.environments import Environments
 
 ON_POLICY = ("observation", "action", "action_log_prob", "mask", "state_value", "advantage", "value_target")
-OFF_POLICY = ("observation", "next_observation", "action", "reward", "terminated", "mask")
+OFF_POLICY = ("observation", "next_observation", "action", "reward", "done", "terminated", "mask")
 
 
 @dataclass(frozen=True)

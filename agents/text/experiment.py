@@ -11,6 +11,7 @@ from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from torch import nn
 
 from agents import plots
+from agents.algorithms import find_algorithm
 from agents.config import TrainConfig
 from agents.plots import BLUE, CRITIC, GREEN, GREY, LOSSES, ORANGE, RED, Panel
 from agents.text.collector import TextCollector
@@ -47,6 +48,7 @@ class TextExperiment:
     def __init__(self, config: TrainConfig, settings: TextConfig, task: Task | None = None) -> None:
         """task: in the place of the one that `gym.make` finds under the configuration's `env`."""
         check_minibatch(config, settings)
+        check_penalty(config, settings)
         self.config, self.settings = config, settings
         self.task = make_task(config) if task is None else task
         self.prompts, self.held_out = split_prompts(self.task, settings, config.seed)
@@ -158,6 +160,17 @@ def check_minibatch(config: TrainConfig, settings: TextConfig) -> None:
         raise ValueError(
             f"minibatch must divide rollout, so that every optimiser step sees as many responses; got rollout="
             f"{settings.rollout} and minibatch={config.minibatch}."
+        )
+
+
+def check_penalty(config: TrainConfig, settings: TextConfig) -> None:
+    """Refuses a penalty that a learner from a replay buffer would not pay: it reads the environment's half alone."""
+    algorithm: Any = find_algorithm(config.algorithm)[1]
+    if not algorithm.on_policy and (settings.kl_estimator != "k1" or settings.kl_controller != "fixed"):
+        raise ValueError(
+            f"{config.algorithm} learns from a replay buffer, with the environment's own kl_coef and the exact KL of "
+            f"its policy; got kl_estimator={settings.kl_estimator!r} and kl_controller={settings.kl_controller!r}, "
+            "which would do nothing. Please leave kl_estimator and kl_controller at their defaults."
         )
 
 

@@ -56,11 +56,80 @@ class TextActor(nn.Module):
         width = input_ids.shape[1] - mask.shape[1]  # P
         logits = response_logits(self.model, input_ids, attention_mask, width).float() / self.temperature
         if allowed_ids is not None and allowed_inside is not None:
-            allowed = TokenSets(allowed_ids, allowed_inside).dense(logits.shape[-1])  # [B, R, V]
-            logits = logits.masked_fill(~allowed, FORBIDDEN)
-        certain = torch.zeros(logits.shape[-1], device=logits.device)
-        certain[0] = -FORBIDDEN  # so log_softmax is exactly 0 at id 0
-        return torch.where(mask[..., None], logits, certain)
+            logits = forbid(logits, TokenSets(allowed_ids, allowed_inside))
+        return certain_outside(logits, mask)
+
+    def all_states(self, data: TensorDict) -> Tensor:
+        """Logits at s_0..s_R, the last as in padding: the response is over there. Returns float32 [B, R + 1, V]."""
+        return read_states(self.model, data, self.temperature)[0]
+
+
+class TextQ(nn.Module):
+    """Q(s, a) = V(s) + α log π(a|s): a language model is the policy, and a linear head on its last states is V.
+
+    So the policy softmax(Q/α) is the one that the language model writes by, α log Σ exp(Q/α) is V, and a language
+    model that is the reference makes a policy that is the reference.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: nn.Linear, sampling: float, temperature: float) -> None:
+        """sampling: the temperature that logits are divided by; temperature: α."""
+        super().__init__()
+        self.model, self.head, self.sampling, self.temperature = model, head, sampling, temperature
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mask: Tensor,
+        allowed_ids: Tensor | None = None,
+        allowed_inside: Tensor | None = None,
+    ) -> Tensor:
+        """Values of all tokens at every state before a response token, float32 [B, R, V]; see `TextActor`."""
+        given = dict(zip(INPUTS, (input_ids, attention_mask, mask), strict=True))
+        if allowed_ids is not None and allowed_inside is not None:
+            given |= dict(zip(MASKS, (allowed_ids, allowed_inside), strict=True))
+        return self.all_states(TensorDict(given, batch_size=[len(mask)]))[:, :-1]
+
+    def all_states(self, data: TensorDict) -> Tensor:
+        """Values at s_0..s_R, finite in padding too. Returns float32 [B, R + 1, V]."""
+        logits, hidden = read_states(self.model, data, self.sampling)
+        # The head reads and does not train what it reads: errors of V, large at first, would push the policy about.
+        return self.head(hidden.detach()).float() + self.temperature * logits.log_softmax(-1)
+
+
+def read_states(model: PreTrainedModel, data: TensorDict, temperature: float) -> tuple[Tensor, Tensor]:
+    """A language model's logits at s_0..s_R, under the masks that were stored, and its last hidden states.
+
+    Returns float32 [B, R + 1, V] and [B, R + 1, H].
+    """
+    input_ids, attention_mask, mask = (data[name] for name in INPUTS)
+    states = mask.shape[1] + 1
+    output: Any = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask.long(),
+        position_ids=position_ids(attention_mask),
+        logits_to_keep=states,
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    logits = output.logits.float() / temperature
+    if "allowed_ids" in data:
+        logits = torch.cat(
+            [forbid(logits[:, :-1], TokenSets(data["allowed_ids"], data["allowed_inside"])), logits[:, -1:]], 1
+        )
+    return certain_outside(logits, nn.functional.pad(mask, (0, 1))), output.hidden_states[-1][:, -states:]
+
+
+def forbid(logits: Tensor, allowed: TokenSets) -> Tensor:
+    """Logits [B, R, V] that leave probability to a set of tokens at each position [B, R] alone."""
+    return logits.masked_fill(~allowed.dense(logits.shape[-1]), FORBIDDEN)
+
+
+def certain_outside(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits [B, R, V] where the mask [B, R] is true; elsewhere such that id 0 has all probability."""
+    certain = torch.zeros(logits.shape[-1], device=logits.device)
+    certain[0] = -FORBIDDEN  # so log_softmax is exactly 0 at id 0
+    return torch.where(mask[..., None], logits, certain)
 
 
 class TextCritic(nn.Module):
@@ -103,6 +172,7 @@ class TextNetworks:
         self.task, self.start, self.rows_per_pass, self.seed = task, start, rows_per_pass, seed
         self.group = task.config.group_size
         self.temperature = task.config.kl_coef
+        self.q_networks = 0  # made so far
 
     def actor(self) -> ProbabilisticTensorDictSequential:
         """A policy that starts as the reference."""
@@ -111,6 +181,11 @@ class TextNetworks:
     def critic(self) -> TensorDictModule:
         """Values, from the start that was chosen."""
         return make_critic(self.task, self.start, self.seed)
+
+    def q_network(self, temperature: float) -> TensorDictModule:
+        """Values of tokens, whose policy starts as the reference; no two of them start alike."""
+        self.q_networks += 1
+        return make_q_network(self.task, temperature, self.seed + self.q_networks)
 
     @torch.no_grad()
     def all_states(self, network: Any, data: TensorDict) -> Tensor:
@@ -132,6 +207,21 @@ def make_actor(task: Task) -> ProbabilisticTensorDictSequential:
         ),
     )
     return ProbabilisticTensorDictSequential(*modules)
+
+
+def make_q_network(task: Task, temperature: float, seed: int) -> TensorDictModule:
+    """Values of tokens at a temperature: a copy of the reference, and a small random head drawn from the seed."""
+    if not temperature > 0:
+        raise ValueError(
+            f"values of tokens need a temperature above 0, got {temperature:g}: the policy that writes is "
+            "softmax(Q / temperature). Give --env-arg kl_coef=0.1 or so, whose β it is then, or --temperature."
+        )
+    model = _trainable_copy(task.load_reference().model)
+    head = _zero_head(model)
+    with torch.no_grad():  # random, since two that start alike on the same rows would stay alike
+        head.weight.copy_(0.02 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)))
+    network = TextQ(model, head, task.config.temperature, temperature)
+    return TensorDictModule(network, INPUTS + (MASKS if task.masks else []), ["action_value"])
 
 
 def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TensorDictModule:
