@@ -27,7 +27,11 @@ AGENTS = Path(__file__).parent.parent / "agents"
 PRESETS = AGENTS / "presets.py"
 
 # What a learner needs to be done here in seconds; its own settings stand under `algorithm`.
-SETTINGS: dict[str, dict[str, Any]] = {"ppo": dict(algorithm=dict(epochs=2))}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ppo": dict(algorithm=dict(epochs=2)),
+    "dqn": dict(algorithm=dict(warm_up=8)),
+    "sac": dict(algorithm=dict(warm_up=8)),
+}
 
 
 def settings_of(name: str) -> dict[str, Any]:
