@@ -19,6 +19,8 @@ from agents.algorithms.soft_q import Target, action_targets, soft_value
 from tests.vectors import ACTIONS, VectorNetworks, as_torchrl, make_batch
 
 GAMMA = 0.9
+# TorchRL's losses ask for an updater of their target networks, which one look at a loss does not need.
+pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 
 
 def test_soft_value_by_hand():
