@@ -31,6 +31,14 @@ def _rates(rate: float, **more: Any) -> dict[str, Any]:
 NORMALISED = {"normalize_observation": True, "normalize_reward": True}
 
 PRESETS: dict[str, dict[str, Preset]] = {
+    "TextGen-v0": {
+        "a2c": Preset(train={"learning_rate": 5e-4, "critic_learning_rate": 1e-3, "minibatch": 16}),
+        "reinforce": Preset(train={"learning_rate": 5e-4, "critic_learning_rate": 1e-3, "minibatch": 16}),
+        "rloo": Preset(
+            train={"learning_rate": 5e-4, "minibatch": 16, "env_arg": ("group_size=4",)}, algorithm={"epochs": 2}
+        ),
+        "grpo": Preset(train={"learning_rate": 5e-4, "minibatch": 16, "env_arg": ("group_size=4",)}),
+    },
     "CartPole-v1": {
         "ppo": Preset(  # 99,840 frames
             train=_rates(1e-3, iterations=390, minibatch=256, max_grad_norm=0.5, checkpoint_every=50),

@@ -86,7 +86,7 @@ def _rate(config: TrainConfig) -> Callable[[float], float] | float:
     return (lambda remaining: remaining * rate) if config.schedule == "linear" else rate
 
 
-def _common(env: Any, config: TrainConfig, settings: ControlConfig) -> dict[str, Any]:
+def _common(env: Any, config: TrainConfig, settings: ControlConfig) -> Any:
     activation = torch.nn.Tanh if settings.activation == "tanh" else torch.nn.ReLU
     policy = {"net_arch": list(settings.hidden), "activation_fn": activation}
     return {
@@ -136,7 +136,7 @@ def _dqn(env: Any, config: TrainConfig, settings: ControlConfig, algorithm: Any)
     frames, per_rollout = config.iterations * settings.num_envs * settings.steps, settings.num_envs * settings.steps
     explored = algorithm.epsilon_updates / algorithm.updates * per_rollout
     return DQN(
-        **_common(env, config, settings) | {"learning_rate": config.critic_learning_rate},
+        **(_common(env, config, settings) | {"learning_rate": config.critic_learning_rate}),
         buffer_size=algorithm.buffer,
         learning_starts=algorithm.warm_up,
         batch_size=config.minibatch,
