@@ -45,6 +45,43 @@ PRESETS: dict[str, dict[str, Preset]] = {
             settings={"num_envs": 8, "steps": 32},
             algorithm={"epochs": 20, "gamma": 0.98, "lmbda": 0.8, "value_clip": 0.0},
         ),
+        "a2c": Preset(  # 499,968 frames
+            train=_rates(7e-4, iterations=7812, minibatch=64, max_grad_norm=0.5, checkpoint_every=1000),
+            settings={"num_envs": 8, "steps": 8},
+            algorithm={"gamma": 0.99, "lmbda": 1.0, "whiten": False},
+        ),
+        "reinforce": Preset(  # 499,712 frames
+            train=_rates(3e-3, iterations=488, minibatch=1024, max_grad_norm=0.5, checkpoint_every=100),
+            settings={"num_envs": 8, "steps": 128},
+            algorithm={"gamma": 0.99},
+        ),
+        "dqn": Preset(  # 49,920 frames
+            train=_rates(2.3e-3, iterations=195, minibatch=64, max_grad_norm=10.0, checkpoint_every=50),
+            settings={"num_envs": 8, "steps": 32, "hidden": (256, 256), "activation": "relu"},
+            algorithm={
+                "buffer": 50_000,
+                "warm_up": 1000,
+                "updates": 128,
+                "gamma": 0.99,
+                "tau": 1.0,
+                "target_every": 128,
+                "loss_function": "smooth_l1",
+                "epsilon_end": 0.04,
+                "epsilon_updates": 4000,
+            },
+        ),
+        "sac": Preset(  # 49,920 frames
+            train=_rates(1e-3, iterations=195, minibatch=64, max_grad_norm=10.0, checkpoint_every=50),
+            settings={"num_envs": 8, "steps": 32},
+            algorithm={
+                "buffer": 50_000,
+                "warm_up": 1000,
+                "updates": 128,
+                "gamma": 0.99,
+                "tau": 0.005,
+                "target_entropy": 0.1,
+            },
+        ),
     },
     "Acrobot-v1": {
         "ppo": Preset(  # 499,712 frames
@@ -76,15 +113,17 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
 }
 
-# Any other environment but text: by algorithm, or what all share.
+_ANY = _rates(3e-4, iterations=250, minibatch=256, max_grad_norm=0.5, checkpoint_every=50)
+_REPLAY = {"buffer": 50_000, "warm_up": 1000, "updates": 128, "gamma": 0.99, "tau": 0.005}
+
+# Any other environment but text.
 CONTROL: dict[str, Preset] = {
-    "ppo": Preset(
-        train=_rates(3e-4, iterations=250, minibatch=256, max_grad_norm=0.5, checkpoint_every=50),
-        settings=NORMALISED,
-        algorithm={"gamma": 0.99, "value_clip": 0.0},
-    ),
+    "ppo": Preset(train=_ANY, settings=NORMALISED, algorithm={"gamma": 0.99, "value_clip": 0.0}),
+    "a2c": Preset(train=_ANY | {"iterations": 7812, "minibatch": 64}, settings={"steps": 8}, algorithm={"gamma": 0.99}),
+    "reinforce": Preset(train=_ANY | {"minibatch": 1024}, settings=NORMALISED, algorithm={"gamma": 0.99}),
+    "dqn": Preset(train=_ANY | {"minibatch": 64}, settings={"steps": 32}, algorithm=_REPLAY),
+    "sac": Preset(train=_ANY | {"minibatch": 64}, settings={"steps": 32}, algorithm=_REPLAY),
 }
-OTHERS = Preset(train=_rates(3e-4, iterations=250, minibatch=256, max_grad_norm=0.5, checkpoint_every=50))
 
 
 def defaults(env: str, algorithm: str) -> tuple[TrainConfig, Any, Any]:
@@ -93,7 +132,7 @@ def defaults(env: str, algorithm: str) -> tuple[TrainConfig, Any, Any]:
     Raises ValueError for names that nobody knows.
     """
     (algorithm_settings, _), domain = find_algorithm(algorithm), domain_of(env)
-    fallback = Preset() if domain is TEXT else CONTROL.get(algorithm, OTHERS)
+    fallback = Preset() if domain is TEXT else CONTROL.get(algorithm, Preset())
     preset = PRESETS.get(env, {}).get(algorithm, fallback)
     return (
         TrainConfig(env=env, algorithm=algorithm, **preset.train),

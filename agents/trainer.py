@@ -113,7 +113,8 @@ class Trainer:
     def _shuffled(self, rows: TensorDict) -> Iterator[TensorDict]:
         for _ in range(self.algorithm.config.epochs):
             shuffled = rows[torch.randperm(len(rows), generator=self.generator).to(rows.device)]
-            yield from shuffled.chunk(max(1, round(len(rows) / self.config.minibatch)))
+            parts: Any = shuffled.chunk(max(1, round(len(rows) / self.config.minibatch)))
+            yield from parts
 
     def _step(self, minibatch: TensorDict) -> dict[str, float]:
         """One optimiser step on the mean over a minibatch, however it is split."""

@@ -55,7 +55,7 @@ def table(found: list[dict[str, Any]], tokens: int) -> str:
         for key in ("score", "gold"):
             values = [point[key] for point in points]
             low, high = interval([values])
-            cells.append(f"{interquartile_mean(np.array(values)):.2f} ({low:.2f} to {high:.2f})")
+            cells.append(f"{interquartile_mean(values):.2f} ({low:.2f} to {high:.2f})")
         kl, seconds = (np.mean([point[key] for point in points]) for key in ("kl_per_response", "seconds"))
         lines.append(f"| {name} | {cells[0]} | {cells[1]} | {kl:.1f} | {seconds:.0f} | {len(group)} |")
     return "\n".join(lines)

@@ -12,7 +12,6 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import numpy as np
 import tyro
 from matplotlib import pyplot
 
@@ -57,7 +56,7 @@ def table(groups: dict[str, list[dict[str, Any]]]) -> str:
         for key, _ in PANELS:
             values = last(group, key)
             low, high = interval([values])
-            cells.append(f"{interquartile_mean(np.array(values)):.2f} ({low:.2f} to {high:.2f})")
+            cells.append(f"{interquartile_mean(values):.2f} ({low:.2f} to {high:.2f})")
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(group)} |")
     return "\n".join(lines)
 
@@ -70,7 +69,7 @@ def draw(groups: dict[str, list[dict[str, Any]]]) -> None:
         for place, name in enumerate(names):
             values = last(groups[name], key)
             axis.plot(interval([values]), [place] * 2, color="#1f6fb4", linewidth=6, alpha=0.35, solid_capstyle="butt")
-            axis.plot(interquartile_mean(np.array(values)), place, "|", color="#1f6fb4", markersize=14, mew=2.5)
+            axis.plot(interquartile_mean(values), place, "|", color="#1f6fb4", markersize=14, mew=2.5)
             axis.plot(values, [place] * len(values), ".", color="black", markersize=5, alpha=0.6)
         axis.set_title(title, fontsize=11)
         axis.grid(axis="x", alpha=0.25)

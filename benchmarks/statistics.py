@@ -6,13 +6,14 @@ The definitions of Agarwal et al. 2021, "Deep RL at the edge of the statistical 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import trim_mean
 
 
-def interquartile_mean(scores: np.ndarray) -> float:
-    """The mean of the middle half of all runs. scores: any shape."""
+def interquartile_mean(scores: Any) -> float:
+    """The mean of the middle half of all runs. scores: an array of any shape, or a sequence."""
     return float(trim_mean(np.asarray(scores, dtype=float).ravel(), 0.25))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import gymnasium as gym
@@ -12,6 +13,7 @@ from gymnasium.vector import SyncVectorEnv
 
 from agents import run
 from agents.advantages import Ends, estimate_advantages
+from agents.algorithms import ALGORITHMS
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.config import TrainConfig
 from agents.control.collector import playable
@@ -232,6 +234,34 @@ def test_cartpole_shrunk_learns(tmp_path):
     assert summary["return_after"] > 150
     assert {"return_before", "return_std_after", "frames", "frames_per_second", "seconds"} <= set(summary)
     assert (tmp_path / "run/curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(ALGORITHMS) if name not in ("rloo", "grpo")])
+def test_every_algorithm_learns_cartpole_by_name(name):
+    """Each learner that needs no groups trains on CartPole-v1 by its name alone, and its return rises."""
+    config, settings, algorithm = defaults("CartPole-v1", name)
+    few = {"ppo": 30, "dqn": 30, "sac": 30, "a2c": 600}.get(name, 40)
+    _, trainer = run.build(dataclasses.replace(config, iterations=few), settings, algorithm)
+    returns = [iteration.metrics["return"] for iteration in trainer.iterate() if "return" in iteration.metrics]
+    assert np.mean(returns[:2]) < 40 and np.mean(returns[-5:]) > 60
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+def test_groups_are_of_text(name):
+    """Learners that compare responses to one prompt say so where there is none."""
+    with pytest.raises(
+        ValueError, match=r"compares several responses to one prompt.*choose an algorithm with a critic"
+    ):
+        run.build(*defaults("CartPole-v1", name))
+
+
+@pytest.mark.parametrize("name", ["dqn", "sac"])
+def test_continuous_actions_need_a_gaussian(name):
+    """Learners of a value for every action refuse actions that cannot be listed."""
+    with pytest.raises(
+        ValueError, match=r"value for each of a list of actions.*choose an algorithm with a Gaussian policy"
+    ):
+        run.build(*defaults("Pendulum-v1", name))
 
 
 @pytest.mark.parametrize("env", sorted(PRESETS))

@@ -24,12 +24,12 @@ def policy_of(actor: ProbabilisticTensorDictSequential) -> nn.Module:
     return inside(actor[0])
 
 
-def output_of(module: TensorDictModule, batch: TensorDict) -> Any:
+def output_of(module: Any, batch: TensorDict) -> Any:
     """What the network inside a TensorDictModule makes of a batch."""
     return inside(module)(*(batch[key] for key in module.in_keys))
 
 
-def distribution_of(actor: ProbabilisticTensorDictSequential, batch: TensorDict) -> Distribution:
+def distribution_of(actor: Any, batch: TensorDict) -> Distribution:
     """What `actor.get_dist(batch)` gives, without its bookkeeping, which costs as much as a small network."""
     network, head = actor[0], actor[-1]
     outputs = output_of(network, batch)
