@@ -20,6 +20,7 @@ from agents.__main__ import main
 from agents.algorithms import ALGORITHMS, find_algorithm
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.config import TrainConfig
+from agents.presets import defaults
 from agents.text.config import TextConfig
 from tests.learning import make_trainer, same, weights
 
@@ -85,30 +86,32 @@ def test_resumed_equals_uninterrupted(letters, tmp_path, name):
     assert not same(weights(whole.algorithm.policy), weights(stopped.algorithm.policy))
 
 
-def small_run(name: str, folder: Path) -> tuple[TrainConfig, TextConfig, Any]:
+Parts = tuple[TrainConfig, TextConfig, Any]
+
+
+def small_run(name: str, folder: Path) -> Parts:
     """A run on the embedded task of one iteration, by name."""
-    config = TrainConfig(
-        algorithm=name,
-        run=str(folder),
-        iterations=1,
-        minibatch=8,
-        env_arg=("max_new_tokens=6", "group_size=4", "device=cpu"),
+    config, text, algorithm = defaults("TextGen-v0", name)
+    env_arg = (*config.env_arg, "max_new_tokens=6", "device=cpu")
+    return (
+        dataclasses.replace(config, run=str(folder), iterations=1, minibatch=8, env_arg=env_arg),
+        dataclasses.replace(text, rollout=8, micro_batch=8, evaluation_prompts=8),
+        dataclasses.replace(algorithm, **settings_of(name)),
     )
-    settings_class, _ = find_algorithm(name)
-    return config, TextConfig(rollout=8, micro_batch=8, evaluation_prompts=8), settings_class(**settings_of(name))
 
 
-def flags(config: Any) -> list[str]:
-    """The command line's words for the settings of a configuration that are not its defaults."""
+def flags(parts: Parts) -> list[str]:
+    """The command line's words for what is not the preset's; a tuple's new items come after the preset's."""
     words = []
-    for field in dataclasses.fields(config):
-        value, flag = getattr(config, field.name), "--" + field.name.replace("_", "-")
-        if value == getattr(type(config)(), field.name):
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            words += [word for one in (value if isinstance(value, tuple) else (value,)) for word in (flag, str(one))]
+    for part, preset in zip(parts, defaults("TextGen-v0", parts[0].algorithm), strict=True):
+        for field in dataclasses.fields(part):
+            value, known, flag = getattr(part, field.name), getattr(preset, field.name), field.name.replace("_", "-")
+            if isinstance(value, tuple):
+                words += [word for one in value[len(known) :] for word in (f"--{flag}", str(one))]
+            elif value != known:
+                words += (
+                    [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+                )
     return words
 
 
@@ -122,8 +125,7 @@ def test_it_trains_by_name(tmp_path, monkeypatch, name):
     for result in ("credit.png", "samples.md", "actor/model.safetensors", "summary.json"):
         assert (tmp_path / "python" / result).stat().st_size > 0
     monkeypatch.setattr(plots, "draw_credit", lambda *_: None)
-    run_folder = dataclasses.replace(configs[0], run=str(tmp_path / "words"))
-    main(["train", "--algorithm", name, *[word for part in (run_folder, *configs[1:]) for word in flags(part)]])
+    main(["train", "--algorithm", name, *flags(small_run(name, tmp_path / "words"))])
     rows = [(tmp_path / folder / "metrics.jsonl").read_text().splitlines() for folder in ("python", "words")]
     assert untimed(rows[0][-1]) == untimed(rows[1][-1])
     assert json.loads((tmp_path / "words/summary.json").read_text())["score_after"] == summary["score_after"]

@@ -168,7 +168,7 @@ def test_killed_and_resumed_equals_uninterrupted(trained):
         (["train", "--resume", "--run", "runs/whole", "--seed", "6"], "another configuration"),
         (["train", "--resume", "--run", "runs/none"], "no run in 'runs/none'"),
         (["train", "--algorithm", "sarsa"], "no algorithm 'sarsa'; known are a2c"),
-        (["train", "--env", "CartPole-v1"], "use TextGen-v0"),
+        (["train", "--env", "Nowhere-v0"], "gym.make cannot make 'Nowhere-v0'"),
         (["train", "--env-arg", "max_episode_steps=5"], "use max_new_tokens=N"),
         (["train", "--env-arg", "kl_coef=-1"], "kl_coef must be 0 or more"),
         (["train", "--env-arg", "prompts=none.jsonl"], "no prompts file at 'none.jsonl'"),
@@ -176,10 +176,18 @@ def test_killed_and_resumed_equals_uninterrupted(trained):
         (["generate", "--run", "runs/whole", "--prompt", " "], "prompt number 0 is empty"),
     ],
 )
-def test_mistakes_get_a_sentence(trained, arguments, message):
-    """A mistake ends in one sentence that says the remedy, without a traceback and without work lost."""
+def test_mistakes_get_a_sentence(trained, monkeypatch, arguments, message):
+    """A mistake ends in one sentence that says the remedy, and without work lost."""
     before = sorted(trained.glob("runs/*"))
-    result = agents(*arguments, folder=trained)
-    assert result.returncode != 0
-    assert message in result.stderr and "Traceback" not in result.stderr
+    monkeypatch.chdir(trained)
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert str(end.value.code).startswith("error: ") and message in str(end.value.code)
     assert sorted(trained.glob("runs/*")) == before
+
+
+def test_a_mistake_leaves_no_traceback(trained):
+    """In a shell a mistake gives an exit code and a line of its own, not a traceback."""
+    result = agents("evaluate", "--run", "runs/none", folder=trained)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: no run in") and "Traceback" not in result.stderr
