@@ -1,7 +1,7 @@
 """Settings that work, by environment and algorithm: used when nothing else is said on the command line.
 
 Those of classic control start from RL Baselines3 Zoo's tuned hyperparameters (Raffin 2020,
-https://github.com/DLR-RM/rl-baselines3-zoo), and were measured with the learners here: `benchmarks/classic_control.py`.
+https://github.com/DLR-RM/rl-baselines3-zoo); `benchmarks/classic_control.py` measures them with the learners here.
 """
 
 from __future__ import annotations
