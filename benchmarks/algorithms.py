@@ -56,7 +56,7 @@ def table(found: list[dict[str, Any]], tokens: int) -> str:
             values = [point[key] for point in points]
             low, high = interval([values])
             cells.append(f"{interquartile_mean(values):.2f} ({low:.2f} to {high:.2f})")
-        kl, seconds = (np.mean([point[key] for point in points]) for key in ("kl_per_response", "seconds"))
+        kl, seconds = (np.median([point[key] for point in points]) for key in ("kl_per_response", "seconds"))
         lines.append(f"| {name} | {cells[0]} | {cells[1]} | {kl:.1f} | {seconds:.0f} | {len(group)} |")
     return "\n".join(lines)
 

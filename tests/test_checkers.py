@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import gymnasium as gym
@@ -23,11 +24,18 @@ def length(prompts, responses):
     return [float(len(text)) for text in responses]
 
 
-@pytest.fixture(scope="module", params=[300, 1_000, 50_257, "embedded"])
+# TEXTENV_MODEL=folder adds a causal language model of anybody's to the grid.
+MODELS = [os.environ["TEXTENV_MODEL"]] if "TEXTENV_MODEL" in os.environ else []
+
+
+@pytest.fixture(scope="module", params=[300, 1_000, 50_257, "embedded", *MODELS])
 def vocabulary(request, tmp_path_factory):
-    """Settings of a task with so many tokens, or of the embedded one."""
+    """Settings of a task with so many tokens, of the embedded one, or of a model in a folder."""
     if request.param == "embedded":
         return dict(max_new_tokens=3, device="cpu")
+    if request.param in MODELS:
+        short = dict(max_prompt_tokens=16, max_new_tokens=3, device="cpu")
+        return dict(reference=request.param, reward="tests.test_checkers:length", prompts=tiny.PROMPTS) | short
     torch.manual_seed(0)
     sizes = tiny.GPT2 | dict(n_embd=8, n_layer=1, n_head=2, vocab_size=request.param)
     model = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=tiny.END, pad_token_id=tiny.PAD, bos_token_id=None))
