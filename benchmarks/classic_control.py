@@ -2,7 +2,7 @@
 
 `python -m benchmarks.classic_control`, or some: `--envs CartPole-v1 --algorithms ppo --seeds 0 1`. Both sides take
 the settings of `agents/presets.py`. Every run is a process of one thread, measured by 20 episodes without chance.
-LunarLander-v3 needs `pip install "textenv[box2d]"`. The whole takes about two hours on two cores.
+LunarLander-v3 needs `pip install "textenv[box2d]"`.
 """
 
 from __future__ import annotations

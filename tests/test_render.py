@@ -276,6 +276,7 @@ def test_human_mode_without_a_console(settings, monkeypatch):
     env = gym.make("TextGen-v0", render_mode="human", **settings)
     monkeypatch.setattr("sys.stdout", None)
     play(env, [*ids_of("a"), tiny.END])
+    assert env.render() is None
     env.close()
 
 
