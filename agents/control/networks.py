@@ -50,7 +50,7 @@ class Perceptron(nn.Module):
 def sample(log_prob: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """An action for each row of log-probabilities [n, A], and its log-probability, [n] both.
 
-    The first arrival of a race of exponentials with rates π is distributed by π, and takes half the time of `multinomial`.
+    The first arrival of a race of exponentials with rates π is distributed by π: half the time of `multinomial`.
     """
     race = torch.empty_like(log_prob).exponential_(generator=generator)
     action = (log_prob - race.log()).argmax(-1)
