@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 
-def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """max(−A ρ, −A clip(ρ, 1 − ε, 1 + ε)), ρ = exp(log π − log π_old) (PPO: Schulman et al. 2017). All [B, R]."""
-    ratio = (log_prob - old_log_prob).exp()
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """max(−A ρ, −A clip(ρ, 1 − ε, 1 + ε)), ρ = π / π_old (PPO: Schulman et al. 2017). All [B, R]."""
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
@@ -36,12 +35,11 @@ def clipped_value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: f
 
 
 @torch.no_grad()
-def distance(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
-    """How far the new policy is from the old one, summed over valid steps.
+def distance(log_ratio: Tensor, ratio: Tensor, clip: float) -> dict[str, Tensor]:
+    """How far the new policy is from the old one, summed over steps; a step of ratio 1 adds nothing.
 
     `approx_kl`: ρ − 1 − log ρ, never negative, whose mean is KL(old‖new) (Schulman 2020's k3). `clip_fraction`: the
-    steps whose ratio is outside 1 ± clip. log_prob, old_log_prob: [B, R]; mask: bool [B, R].
+    steps whose ratio is outside 1 ± clip. log_ratio, ratio: [B, R].
     """
-    log_ratio = (log_prob - old_log_prob).where(mask, 0.0)
-    ratio = log_ratio.exp()
-    return {"approx_kl": (ratio - 1 - log_ratio).sum(), "clip_fraction": ((ratio - 1).abs() > clip).float().sum()}
+    change = ratio - 1
+    return {"approx_kl": (change - log_ratio).sum(), "clip_fraction": (change.abs() > clip).sum()}

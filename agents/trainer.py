@@ -119,29 +119,32 @@ class Trainer:
     def _step(self, minibatch: TensorDict) -> dict[str, float]:
         """One optimiser step on the mean over a minibatch, however it is split."""
         minibatch["weight"] = self.algorithm.weights(minibatch["mask"])  # [B, R]
-        valid = minibatch["mask"].sum()
-        metrics: dict[str, Any] = defaultdict(float)
+        valid, totals = minibatch["mask"].sum(), defaultdict[str, Any](float)
         for batch in self.collector.split(minibatch):
             terms, diagnostics = self.algorithm.loss(batch)
-            means = {name: (term * batch["weight"]).sum() for name, term in terms.items()}
-            torch.stack(list(means.values())).sum().backward()
-            for name, value in means.items():
-                metrics[name] += value.detach()
+            means = (torch.stack(list(terms.values())) * batch["weight"]).flatten(1).sum(1)
+            means.sum().backward()
+            for name, mean in zip(terms, means.detach(), strict=True):
+                totals[name] += mean
             for name, value in diagnostics.items():
-                metrics[name] += value / valid
+                totals[name] += value / valid
+        metrics = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
         for name, group in zip(self.algorithm.trained, self.optimizer.param_groups, strict=True):
             metrics[f"{name}_grad_norm"] = self._clip(name, group["params"])
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {name: float(value) for name, value in metrics.items()}
+        return metrics
 
     def _clip(self, name: str, parameters: list[nn.Parameter]) -> float:
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
+        total = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+        norm = float(total)
         if not norm < float("inf"):
             raise ValueError(
                 f"the {name}'s gradient is {norm} in iteration {self.iteration + 1}; nothing was changed by it, and "
                 "the last checkpoint is good. Look at the rewards, or lower learning_rate."
             )
+        if norm > self.config.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, total)
         return norm
 
 

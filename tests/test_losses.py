@@ -9,6 +9,7 @@ from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDict
 from torchrl.objectives import ClipPPOLoss
 
 from agents.algorithms.actor_critic import distribution_of, output_of
+from agents.algorithms.clipped import clipped_terms
 from agents.losses import clipped_surrogate, clipped_value_loss, distance, value_loss
 
 
@@ -54,16 +55,15 @@ def test_equal_to_torchrl(value_clip):
     for ours in (True, False):
         (actor, critic), batch = networks(), make_batch()
         if ours:
-            log_prob = distribution_of(actor, batch).log_prob(batch["action"])
-            old, value = batch["action_log_prob"], output_of(critic, batch)[..., 0]
-            policy = clipped_surrogate(log_prob, old, batch["advantage"][..., 0], 0.2)
-            target = batch["value_target"][..., 0]
+            log_ratio = distribution_of(actor, batch).log_prob(batch["action"]) - batch["action_log_prob"]
+            policy = clipped_surrogate(log_ratio.exp(), batch["advantage"][..., 0], 0.2)
+            value, target = output_of(critic, batch)[..., 0], batch["value_target"][..., 0]
             worth = (
                 value_loss(value, target)
                 if value_clip is None
                 else clipped_value_loss(value, batch["state_value"][..., 0], target, value_clip)
             )
-            outside = distance(log_prob, old, torch.ones_like(batch["mask"]), 0.2)["clip_fraction"] / 24
+            outside = distance(log_ratio, log_ratio.exp(), 0.2)["clip_fraction"] / 24
         else:
             objective = ClipPPOLoss(
                 actor,
@@ -94,8 +94,17 @@ def test_distribution_is_get_dist():
 
 
 def test_distance_by_hand():
-    """ρ − 1 − log ρ and the share outside the clip, over valid steps alone."""
-    log_prob = torch.tensor([[0.5, 0.0, 7.0]])
-    found = distance(log_prob, torch.zeros(1, 3), torch.tensor([[True, True, False]]), 0.2)
-    assert float(found["approx_kl"]) == pytest.approx(1.6487213 - 1 - 0.5, rel=1e-5)
+    """ρ − 1 − log ρ and the steps outside the clip, over valid steps alone."""
+    logits = torch.tensor([[[0.6, 0.4], [0.5, 0.5], [0.1, 0.9]]]).log()
+    batch = TensorDict(
+        {
+            "action": torch.tensor([[0, 1, 0]]),
+            "action_log_prob": torch.tensor([[0.4, 0.5, 0.9]]).log(),
+            "advantage": torch.ones(1, 3, 1),
+            "mask": torch.tensor([[True, True, False]]),
+        },
+        batch_size=[1],
+    )
+    _, found = clipped_terms(torch.distributions.Categorical(logits=logits), batch, 0.2, "none")
+    assert float(found["approx_kl"]) == pytest.approx(1.5 - 1 - 0.4054651, rel=1e-4)
     assert float(found["clip_fraction"]) == 1.0

@@ -17,6 +17,8 @@ def clipped_terms(
 
     distribution: the actor's now, at every step of the batch.
     """
-    log_prob, old = distribution.log_prob(batch["action"]), batch["action_log_prob"]  # [B, R] both
-    terms = {"policy_loss": clipped_surrogate(log_prob, old, batch["advantage"][..., 0], clip)}
-    return terms | kl_terms(kl_loss, log_prob, batch), distance(log_prob, old, batch["mask"], clip)
+    log_prob, mask = distribution.log_prob(batch["action"]), batch["mask"]  # [B, R] both
+    log_ratio = (log_prob - batch["action_log_prob"]).where(mask, 0.0)
+    ratio = log_ratio.exp()
+    terms = {"policy_loss": clipped_surrogate(ratio, batch["advantage"][..., 0], clip)}
+    return terms | kl_terms(kl_loss, log_prob, batch), distance(log_ratio, ratio, clip)

@@ -58,25 +58,26 @@ class ControlCollector:
             seed = np.random.SeedSequence([self.seed, self.begun]).generate_state(1)[0]
             self.observation = self.environments.reset(int(seed))
             self.ended = np.zeros(shape[1], dtype=bool)
-        observations = torch.empty(shape[0] + 1, shape[1], self.observation.shape[1])  # [R + 1, B, D]
+        played = np.empty((shape[0] + 1, *self.observation.shape), np.float32)  # [R + 1, B, D]
+        observations, actions = torch.from_numpy(played), []  # one memory, that copies what an environment may reuse
         rewards, ended = np.empty(shape, np.float32), np.empty((shape[0] + 1, shape[1]), bool)
-        terminated, taken = np.empty(shape, bool), []
-        for step in range(shape[0]):
-            observations[step], ended[step] = torch.from_numpy(self.observation), self.ended
-            action, log_prob = policy.act(observations[step], self.generator)
-            taken.append((action, log_prob))
-            played = playable(action.numpy(), env.single_action_space)
-            self.observation, rewards[step], terminated[step], truncated, _ = env.step(played)
+        terminated, noise = np.empty(shape, bool), policy.noise(shape, self.generator)  # [R, B, A]
+        for step, (state, chance) in enumerate(zip(observations[:-1].unbind(), noise.unbind(), strict=True)):
+            played[step], ended[step] = self.observation, self.ended
+            actions.append(policy.act(state, chance))
+            action = playable(actions[-1].numpy(), env.single_action_space)
+            self.observation, rewards[step], terminated[step], truncated, _ = env.step(action)
             self.ended = terminated[step] | truncated
-        observations[-1], ended[-1] = torch.from_numpy(self.observation), self.ended
+        played[-1], ended[-1] = self.observation, self.ended
+        observation, action = observations[:-1].transpose(0, 1), torch.stack(actions, 1)  # [B, R, ...] both
         reward = torch.from_numpy(rewards).T  # [B, R]
         mask = ~torch.from_numpy(ended[:-1]).T
         data = TensorDict(
             {
-                "observation": observations[:-1].transpose(0, 1),
+                "observation": observation,
                 "next_observation": observations[1:].transpose(0, 1),
-                "action": torch.stack([action for action, _ in taken], 1),
-                "action_log_prob": torch.stack([log_prob for _, log_prob in taken], 1),
+                "action": action,
+                "action_log_prob": policy.log_prob(observation, action),
                 "mask": mask,
                 "done": torch.from_numpy(ended[1:]).T & mask,
                 "terminated": torch.from_numpy(terminated).T & mask,

@@ -28,31 +28,35 @@ class Returns(VectorWrapper):
 
     def __init__(self, env: VectorEnv) -> None:
         super().__init__(env)
-        self.finished: list[Episode] = []  # since they were last taken
         self.begin()
 
     def begin(self) -> None:
-        """Forgets unfinished episodes."""
-        self.total = np.zeros(self.num_envs)
+        """Forgets all steps so far."""
+        self.steps: list[tuple[Any, Any]] = []  # rewards and ends, [B] each, since they were last taken
+        self.total = np.zeros(self.num_envs)  # of unfinished episodes
         self.length = np.zeros(self.num_envs, dtype=np.int64)
         self.resetting = np.zeros(self.num_envs, dtype=bool)  # rows whose next step only resets (NEXT_STEP)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """One step of every environment."""
-        observation, reward, terminated, truncated, info = self.env.step(actions)
-        self.total += np.where(self.resetting, 0.0, reward)
-        self.length += ~self.resetting
-        done = (terminated | truncated) & ~self.resetting
-        for row in np.flatnonzero(done):
-            self.finished.append(Episode(int(row), float(self.total[row]), int(self.length[row])))
-        self.total[done], self.length[done] = 0.0, 0
-        self.resetting = done
-        return observation, reward, terminated, truncated, info
+        """One step of every environment; what it means for episodes is worked out when they are taken."""
+        found = self.env.step(actions)
+        self.steps.append((found[1].copy(), found[2] | found[3]))
+        return found
 
     def take(self) -> list[Episode]:
-        """The episodes that finished since the last call."""
-        found, self.finished = self.finished, []
-        return found
+        """The episodes that finished since the last call, in the order of their ends."""
+        if not self.steps:
+            return []
+        reward, ended = (np.stack(part) for part in zip(*self.steps, strict=True))  # [T, B] both
+        counts = ~np.concatenate([self.resetting[None], ended[:-1]])
+        total = self.total + np.cumsum(np.where(counts, reward, 0.0), 0)
+        length, finished = self.length + np.cumsum(counts, 0), []
+        for step, row in np.argwhere(ended & counts):
+            finished.append(Episode(int(row), float(total[step, row]), int(length[step, row])))
+            total[step:, row] -= total[step, row]
+            length[step:, row] -= length[step, row]
+        self.total, self.length, self.resetting, self.steps = total[-1], length[-1], ended[-1], []
+        return finished
 
 
 class Environments:

@@ -29,6 +29,7 @@ class Perceptron(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], activation: str, gain: float) -> None:
         super().__init__()
+        self.outputs = sizes[-1]
         layers: list[nn.Module] = []
         for index, (inputs, outputs) in enumerate(pairwise(sizes)):
             last = index == len(sizes) - 2
@@ -40,29 +41,32 @@ class Perceptron(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """[..., D] to [..., outputs]."""
-        return self.layers(observation)
+        # Flat once: a linear layer of more dimensions would flatten and restore its own, and its gradient too.
+        return self.layers(observation.flatten(0, -2)).view(*observation.shape[:-1], -1)
 
     def all_states(self, data: TensorDict) -> Tensor:
         """Outputs at s_0..s_R, [B, R + 1, outputs]."""
         return self(torch.cat([data["observation"], data["next_observation"][:, -1:]], 1))
 
 
-def sample(log_prob: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """An action for each row of log-probabilities [n, A], and its log-probability, [n] both.
-
-    The first arrival of a race of exponentials with rates π is distributed by π: half the time of `multinomial`.
-    """
-    race = torch.empty_like(log_prob).exponential_(generator=generator)
-    action = (log_prob - race.log()).argmax(-1)
-    return action, log_prob.gather(1, action[:, None])[:, 0]
-
-
 class DiscreteActor(Perceptron):
     """Logits of a list of actions."""
 
-    def act(self, observation: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A sampled action and its log-probability for each row, [n] both."""
-        return sample(self(observation).log_softmax(-1), generator)
+    def log_policy(self, observation: Tensor) -> Tensor:
+        """Log-probabilities of the actions, but for a constant of each state. [..., D] to [..., A]."""
+        return self(observation)
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """What chance adds to every action in so many states, [*shape, A]: standard Gumbel."""
+        return -torch.empty(*shape, self.outputs).exponential_(generator=generator).log()
+
+    def act(self, observation: Tensor, noise: Tensor) -> Tensor:
+        """An action for each row, [n]: the best of log π + noise is distributed by π (Gumbel 1954)."""
+        return (self.log_policy(observation) + noise).argmax(-1)
+
+    def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Of the actions [...] taken in states [..., D]; returns [...]."""
+        return self.log_policy(observation).log_softmax(-1).gather(-1, action[..., None])[..., 0]
 
     def greedy(self, observation: Tensor) -> Tensor:
         """The likeliest action for each row, [n]."""
@@ -76,8 +80,7 @@ class ContinuousActor(nn.Module):
         """bounds: low and high, [A] each, of squashed actions; None: a plain Gaussian."""
         super().__init__()
         self.body = body
-        outputs = body.layers[-1].out_features
-        assert isinstance(outputs, int)
+        outputs = body.outputs
         self.log_std = nn.Parameter(torch.full((outputs,), log_std))
         self.squashed = bounds is not None
         low, high = bounds or (torch.full((outputs,), -1.0), torch.full((outputs,), 1.0))
@@ -93,12 +96,19 @@ class ContinuousActor(nn.Module):
         """Means at s_0..s_R, [B, R + 1, A]."""
         return self.body.all_states(data)
 
-    def act(self, observation: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A sampled action [n, A] and its log-probability [n]."""
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """What chance adds to the mean in so many states, in standard deviations, [*shape, A]."""
+        return torch.randn(*shape, len(self.log_std), generator=generator)
+
+    def act(self, observation: Tensor, noise: Tensor) -> Tensor:
+        """An action for each row, [n, A]."""
         loc, scale = self(observation)
-        action = self._bounded(loc + scale * torch.randn(loc.shape, generator=generator, device=loc.device))
+        return self._bounded(loc + scale * noise)
+
+    def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Of the actions [..., A] taken in states [..., D]; returns [...]."""
         kind, arguments = self.distribution()
-        return action, kind(loc, scale, **arguments).log_prob(action)
+        return kind(*self(observation), **arguments).log_prob(action)
 
     def greedy(self, observation: Tensor) -> Tensor:
         """The middle of each row's actions, [n, A]."""
@@ -127,7 +137,7 @@ class SquashedNormal(TanhNormal):
         )
 
 
-class QNetwork(Perceptron):
+class QNetwork(DiscreteActor):
     """The value of every action. Plays softmax(Q / temperature), or at temperature 0 the best but for a share ε."""
 
     def __init__(self, sizes: tuple[int, ...], activation: str, temperature: float) -> None:
@@ -135,20 +145,15 @@ class QNetwork(Perceptron):
         self.temperature = temperature
         self.register_buffer("epsilon", torch.zeros(()))
 
-    def act(self, observation: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """An action and its log-probability for each row, [n] both."""
-        value = self(observation)  # [n, A]
+    def log_policy(self, observation: Tensor) -> Tensor:
+        """Log-probabilities of the actions, but for a constant of each state. [..., D] to [..., A]."""
+        value = self(observation)
         if self.temperature > 0:
-            log_prob = (value / self.temperature).log_softmax(-1)
-        else:
-            epsilon = self.get_buffer("epsilon")
-            share = torch.full_like(value, 1.0 / value.shape[-1]) * epsilon
-            log_prob = share.scatter_add(1, value.argmax(-1, keepdim=True), (1 - epsilon).expand(len(value), 1)).log()
-        return sample(log_prob, generator)
-
-    def greedy(self, observation: Tensor) -> Tensor:
-        """The best action for each row, [n]."""
-        return self(observation).argmax(-1)
+            return value / self.temperature
+        epsilon = self.get_buffer("epsilon")
+        share = torch.full_like(value, 1.0 / value.shape[-1]) * epsilon
+        best = value.argmax(-1, keepdim=True)
+        return share.scatter_add(-1, best, (1 - epsilon).expand(best.shape)).log()
 
 
 class ControlNetworks:
