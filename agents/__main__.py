@@ -14,6 +14,7 @@ import tyro
 import agents
 import textenv
 from agents import report, run
+from agents.checkpoint import load_config
 from agents.config import TrainConfig
 from agents.presets import defaults
 from agents.text.config import GenerateConfig
@@ -44,20 +45,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         if not _is_ours(error):
             raise
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(_with_notes(f"error: {error}", error)) from error
+    except KeyboardInterrupt as stop:
+        print(_with_notes("\nstopped.", stop), file=sys.stderr)
+        raise SystemExit(130) from None  # as shells count it
 
 
 def train_command(arguments: Sequence[str]) -> Callable[..., None]:
-    """The `train` command, with the flags of the environment and the algorithm that the command line names."""
-    config, settings, algorithm_config = defaults(*(_flag(arguments, flag) for flag in ("env", "algorithm")))
+    """The `train` command, with the flags of the environment and the algorithm that the command line names.
 
-    def train(config: TrainConfig = config, domain: Any = settings, algorithm: Any = algorithm_config) -> None:
+    Their defaults are the preset's, or those of the run that is resumed.
+    """
+    folder = _flag(arguments, "run")
+    if "--resume" in arguments and folder is not None:
+        config, settings, algorithm_config = load_config(Path(folder))
+    else:
+        config, settings, algorithm_config = defaults(_flag(arguments, "env"), _flag(arguments, "algorithm"))
+
+    def train(shared: TrainConfig = config, environment: Any = settings, algorithm: Any = algorithm_config) -> None:
         """Train a policy; results go to the run's folder."""
-        run.train(config, domain, algorithm)
+        run.train(shared, environment, algorithm)
 
     train.__annotations__ = {
-        "config": tyro.conf.OmitArgPrefixes[tyro.conf.UseAppendAction[TrainConfig]],
-        "domain": tyro.conf.OmitArgPrefixes[type(settings)],
+        "shared": tyro.conf.OmitArgPrefixes[tyro.conf.UseAppendAction[TrainConfig]],
+        "environment": tyro.conf.OmitArgPrefixes[type(settings)],
         "algorithm": tyro.conf.OmitArgPrefixes[type(algorithm_config)],
         "return": None,
     }
@@ -123,6 +134,10 @@ def reward_model_command(
         raise ValueError(f"{error} Install it with: pip install 'textenv[reward-model]'") from error
 
 
+def _with_notes(sentence: str, error: BaseException) -> str:
+    return " ".join([sentence, *getattr(error, "__notes__", [])])
+
+
 def _is_ours(error: BaseException) -> bool:
     """Whether a sentence of this project, which says the remedy; anything else is worth its traceback."""
     ours = {Path(package.__file__).parent for package in (agents, textenv) if package.__file__}
@@ -130,14 +145,15 @@ def _is_ours(error: BaseException) -> bool:
     return any(folder in raised_in.parents for folder in ours)
 
 
-def _flag(arguments: Sequence[str], name: str) -> str:
-    """A flag's value, read ahead of the rest, where it decides which flags there are."""
-    for index, argument in enumerate(arguments):
-        if argument == f"--{name}" and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(f"--{name}="):
-            return argument.partition("=")[2]
-    return getattr(TrainConfig, name)
+def _flag(arguments: Sequence[str], name: str) -> Any:
+    """A flag's last value, read ahead of the rest, where it decides which flags there are."""
+    found = getattr(TrainConfig, name)
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == f"--{name}" and following is not None:
+            found = following
+        elif argument.startswith(f"--{name}="):
+            found = argument.partition("=")[2]
+    return found
 
 
 if __name__ == "__main__":

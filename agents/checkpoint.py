@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torchrl.checkpoint import Checkpoint
+from torchrl.checkpoint import Checkpoint, CheckpointError
 
 from agents.algorithms import find_algorithm
 from agents.config import TrainConfig
@@ -29,7 +29,10 @@ def refuse(folder: Path) -> None:
 
 def save_config(folder: Path, config: TrainConfig, settings: Any, algorithm_config: Any) -> None:
     """Makes the run's folder and writes config.json into it."""
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"the run folder {str(folder)!r} cannot be made ({error}); choose another --run.") from error
     parts = {"train": config, "settings": settings, "algorithm": algorithm_config}
     text = json.dumps({name: dataclasses.asdict(part) for name, part in parts.items()}, indent=2)
     (folder / "config.json").write_text(text + "\n")
@@ -40,11 +43,16 @@ def load_config(folder: Path) -> tuple[TrainConfig, Any, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"no run in {str(folder)!r} (no config.json); give the folder that training wrote.")
-    stored = json.loads(path.read_text())
-    train: dict[str, Any] = _tuples(stored["train"]) | {"run": str(folder)}
-    config = TrainConfig(**train)
-    settings, (algorithm_settings, _) = domain_of(config.env).settings, find_algorithm(config.algorithm)
-    return config, settings(**_tuples(stored["settings"])), algorithm_settings(**_tuples(stored["algorithm"]))
+    try:
+        stored = json.loads(path.read_text())
+        train: dict[str, Any] = _tuples(stored["train"]) | {"run": str(folder)}
+        config = TrainConfig(**train)
+        settings, (algorithm_settings, _) = domain_of(config.env).settings, find_algorithm(config.algorithm)
+        return config, settings(**_tuples(stored["settings"])), algorithm_settings(**_tuples(stored["algorithm"]))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no configuration that this version reads ({error}); start a new run."
+        ) from error
 
 
 def check_same(folder: Path, config: TrainConfig, settings: Any, algorithm_config: Any) -> None:
@@ -72,7 +80,13 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> None:
     """Puts the trainer where the run's checkpoint left off."""
     if not (folder / "checkpoint").exists():
         raise ValueError(f"no checkpoint in {str(folder)!r}: the run stopped before its first; start a new one.")
-    _checkpoint(trainer).load(folder / "checkpoint")
+    try:
+        _checkpoint(trainer).load(folder / "checkpoint")
+    except (CheckpointError, OSError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"the checkpoint in {str(folder)!r} does not fit what the run would go on with: {error}. Give it the same "
+            "models, prompts and versions as before, or start a new run."
+        ) from error
 
 
 def _checkpoint(trainer: Trainer) -> Checkpoint:
@@ -91,6 +105,10 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     names = [field.name for field in dataclasses.fields(new) if field.name not in NOT_COMPARED]
-    return [
-        (name, getattr(old, name), getattr(new, name)) for name in names if getattr(old, name) != getattr(new, name)
-    ]
+    pairs = [(name, _compared(old, name), _compared(new, name)) for name in names]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def _compared(config: Any, name: str) -> Any:
+    """What a setting means: arguments of the environment may come twice, or in another order."""
+    return config.env_arguments() if name == "env_arg" else getattr(config, name)

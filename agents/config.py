@@ -18,8 +18,8 @@ class TrainConfig:
     (`ControlConfig`).
     """
 
-    env: str = "TextGen-v0"  # Gymnasium id of the environment
-    env_arg: tuple[str, ...] = ()  # NAME=VALUE for gym.make, repeatable; VALUE is JSON or a plain string
+    env: str = "TextGen-v0"  # Gymnasium id of the environment, or module:id of a module that registers it
+    env_arg: tuple[str, ...] = ()  # NAME=VALUE for gym.make, as kl_coef=0.05; VALUE is JSON or a plain string
     algorithm: str = "ppo"  # the learner's name
     seed: int = 0  # of everything random in the run
     run: str | None = None  # folder to write; default runs/ENV-ALGORITHM-seedN-DATE
@@ -38,6 +38,10 @@ class TrainConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
         check_choice(self, "schedule", SCHEDULES)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be 0 or more and below 2^32, got {self.seed}.")
+        if self.resume and self.run is None:
+            raise ValueError("resume needs the folder of the run to go on with; give it by --run.")
         self.env_arguments()
 
     def env_arguments(self) -> dict[str, Any]:
@@ -49,6 +53,11 @@ class TrainConfig:
                 raise ValueError(f"--env-arg takes NAME=VALUE, got {item!r}; for instance kl_coef=0.05.")
             arguments[name] = _value(value)
         return arguments
+
+
+def id_of(env: str) -> str:
+    """An environment's id without the module that registers it: `module:Name-v0` is Name-v0, as for gym.make."""
+    return env.rpartition(":")[2]
 
 
 def check_counts(config: Any, names: Sequence[str]) -> None:

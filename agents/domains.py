@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
 
-from agents.config import TrainConfig
+from agents.config import TrainConfig, id_of
 from agents.control.config import ControlConfig
 from agents.control.experiment import ControlExperiment
 from agents.interfaces import Experiment
@@ -32,7 +33,9 @@ CONTROL = Domain(ControlConfig, ControlExperiment)
 def domain_of(env: str) -> Domain:
     """The domain of a Gymnasium id. Raises ValueError for an unknown one."""
     try:
-        entry = gym.spec(env).entry_point
+        if id_of(env) != env:  # as gym.make does
+            importlib.import_module(env.rpartition(":")[0])
+        entry = gym.spec(id_of(env)).entry_point
     except (gym.error.Error, ImportError) as error:
         raise ValueError(f"gym.make cannot make {env!r}: {error}") from error
     return TEXT if entry in (TextGenEnv, f"{TextGenEnv.__module__}:{TextGenEnv.__qualname__}") else CONTROL

@@ -40,11 +40,11 @@ def draw_curves(path: Path, rows: Sequence[dict[str, Any]], title: str, panels: 
     """Every metric of six panels over the iterations, where it was measured."""
     measured = {name for row in rows for name in row}
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    iterations = [row["iteration"] for row in rows]
     for axis, (name, unit, lines) in zip(axes.flat, panels, strict=True):
         shown = [line for line in lines if line[0] in measured]
         for metric, label, colour in shown:
-            axis.plot(iterations, [row.get(metric, float("nan")) for row in rows], color=colour, label=label)
+            known = [row for row in rows if metric in row]
+            axis.plot([row["iteration"] for row in known], [row[metric] for row in known], color=colour, label=label)
         axis.set_title(name, fontsize=11)
         axis.set_ylabel(unit)
         axis.grid(alpha=0.25)

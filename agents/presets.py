@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agents.algorithms import find_algorithm
-from agents.config import TrainConfig
+from agents.config import TrainConfig, id_of
 from agents.domains import TEXT, domain_of
 
 
@@ -114,12 +114,13 @@ PRESETS: dict[str, dict[str, Preset]] = {
 }
 
 _ANY = _rates(3e-4, iterations=250, minibatch=256, max_grad_norm=0.5, checkpoint_every=50)
+_A2C = _ANY | {"iterations": 7812, "minibatch": 64, "checkpoint_every": 1000}
 _REPLAY = {"buffer": 50_000, "warm_up": 1000, "updates": 128, "gamma": 0.99, "tau": 0.005}
 
 # Any other environment but text.
 CONTROL: dict[str, Preset] = {
     "ppo": Preset(train=_ANY, settings=NORMALISED, algorithm={"gamma": 0.99, "value_clip": 0.0}),
-    "a2c": Preset(train=_ANY | {"iterations": 7812, "minibatch": 64}, settings={"steps": 8}, algorithm={"gamma": 0.99}),
+    "a2c": Preset(train=_A2C, settings={"steps": 8}, algorithm={"gamma": 0.99}),
     "reinforce": Preset(train=_ANY | {"minibatch": 1024}, settings=NORMALISED, algorithm={"gamma": 0.99}),
     "dqn": Preset(train=_ANY | {"minibatch": 64}, settings={"steps": 32}, algorithm=_REPLAY),
     "sac": Preset(train=_ANY | {"minibatch": 64}, settings={"steps": 32}, algorithm=_REPLAY),
@@ -133,7 +134,7 @@ def defaults(env: str, algorithm: str) -> tuple[TrainConfig, Any, Any]:
     """
     (algorithm_settings, _), domain = find_algorithm(algorithm), domain_of(env)
     fallback = Preset() if domain is TEXT else CONTROL.get(algorithm, Preset())
-    preset = PRESETS.get(env, {}).get(algorithm, fallback)
+    preset = PRESETS.get(id_of(env), {}).get(algorithm, fallback)
     return (
         TrainConfig(env=env, algorithm=algorithm, **preset.train),
         domain.settings(**preset.settings),

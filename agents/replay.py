@@ -69,6 +69,7 @@ class Replay:
             if kept is None:
                 self.storage[name] = torch.zeros(self.size, *value.shape[1:], dtype=value.dtype, device=self.device)
             elif any(new > old for new, old in zip(value.shape[2:], kept.shape[2:], strict=True)):
+                check_memory(self.size, value[0].nbytes, self.device)
                 self.storage[name] = _widened(kept, value.shape[2:])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,18 +74,24 @@ class Bar:
         """One iteration more, in a few words."""
         self.progress.update(self.task, completed=iteration, numbers=numbers)
         if not self.console.is_terminal:
-            self.console.print(f"iteration {iteration}/{self.total}  {numbers}", highlight=False)
+            self.console.print(f"iteration {iteration}/{self.total}  {numbers}")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the run ran on."""
-    cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
     }
+
+
+def processor() -> str:
+    """The CPU's own name, where the system tells."""
+    table = Path("/proc/cpuinfo")  # Linux
+    names = re.findall(r"model name\s*: (.+)", table.read_text()) if table.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def write_json(path: Path, value: Any) -> None:

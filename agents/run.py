@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ def load(folder: Path) -> tuple[Experiment, Trainer]:
 
 def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str, Any]:
     """Trains, and returns the summary that it also writes."""
-    console = Console()
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     folder = Path(config.run or default_folder(config))
     if config.resume:
         checkpoint.check_same(folder, config, settings, algorithm_config)
@@ -46,9 +49,9 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
         checkpoint.save_config(folder, config, settings, algorithm_config)
         checkpoint.save_checkpoint(folder, trainer)  # from here on the run can be resumed, whatever happens
     title = f"{config.algorithm} on {config.env}"
-    console.print(f"{title} {experiment.describe()}\nresults in {folder}/", highlight=False)
+    console.print(f"{title} {experiment.describe()}\nresults in {folder}/")
     scalars = report.Scalars(folder, trainer.iteration)
-    with report.Bar(console, config.iterations, trainer.iteration) as bar:
+    with _resumable(folder, trainer), report.Bar(console, config.iterations, trainer.iteration) as bar:
         for iteration in trainer.iterate():
             scalars.write(iteration.number, iteration.metrics)
             bar.show(iteration.number, experiment.headline(iteration.metrics))
@@ -64,8 +67,21 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
     summary |= {f"{unit}_per_second": trainer.steps / max(trainer.seconds, 1e-9)}
     summary |= report.machine(trainer.device)
     report.write_json(folder / "summary.json", summary)
-    console.print("\n".join(experiment.show(summary, folder)), highlight=False)
+    console.print("\n".join(experiment.show(summary, folder)))
     return summary
+
+
+@contextmanager
+def _resumable(folder: Path, trainer: Trainer) -> Iterator[None]:
+    """Says of what stops a run how to go on; a run that fails in its first iteration leaves no folder behind."""
+    try:
+        yield
+    except BaseException as error:
+        if trainer.iteration == 0 and isinstance(error, Exception):
+            shutil.rmtree(folder)
+        else:
+            error.add_note(f"The last checkpoint is good: go on from it with --run {folder} --resume.")
+        raise
 
 
 def default_folder(config: TrainConfig) -> str:

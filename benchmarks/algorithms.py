@@ -56,7 +56,7 @@ def table(found: list[dict[str, Any]], tokens: int) -> str:
             values = [point[key] for point in points]
             low, high = interval([values])
             cells.append(f"{interquartile_mean(values):.2f} ({low:.2f} to {high:.2f})")
-        kl, seconds = (np.median([point[key] for point in points]) for key in ("kl_per_response", "seconds"))
+        kl, seconds = (interquartile_mean([point[key] for point in points]) for key in ("kl_per_response", "seconds"))
         lines.append(f"| {name} | {cells[0]} | {cells[1]} | {kl:.1f} | {seconds:.0f} | {len(group)} |")
     return "\n".join(lines)
 
@@ -92,7 +92,7 @@ def draw_over_optimisation(found: list[dict[str, Any]]) -> None:
                 values = [point[key] - start for point in row["curve"]]
                 axis.plot(root, values, color=colour, marker=".", alpha=0.8, label=label if index == 0 else None)
         axis.set_title(name, fontsize=11)
-        axis.set_xlabel("√KL, nats a response")
+        axis.set_xlabel("√KL, √nats a response")
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("gain over the reference")
     axes[0][0].legend(frameon=False)

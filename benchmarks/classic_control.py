@@ -130,7 +130,10 @@ def draw() -> None:
         axis.legend(fontsize=6.5, frameon=False)
         axis.grid(axis="y", alpha=0.25)
     axes[0][0].set_ylabel("return of 20 episodes without chance")
-    figure.suptitle("dots: seeds; bars: interquartile mean with 95% interval; lines: published PPO", fontsize=9)
+    figure.suptitle(
+        "dots: seeds; bars: interquartile mean with 95% interval; lines: published PPO (Pendulum's upper: RPO)",
+        fontsize=9,
+    )
     figure.savefig(rows.RESULTS / "classic_control.png", dpi=110)
     pyplot.close(figure)
 

@@ -1,5 +1,10 @@
 """One run of classic control, by the learners here or by Stable-Baselines3, under the same preset.
 
+What a preset says is the same on both sides. What it does not is each library's own: Adam's epsilon (1e-8 here, 1e-5
+there), advantages whitened by the rollout or by the minibatch, gradients clipped by the network or all together, and
+frames, of which those here that only begin a new episode teach nothing. Stable-Baselines3's DQN has no double
+estimates; so neither has the one beside it.
+
 `python -m benchmarks.control_run '{"env": "CartPole-v1", "algorithm": "ppo", "learner": "sb3", "seed": 0}'` prints a
 row as JSON. Used by benchmarks.classic_control and benchmarks.control_speed.
 """
@@ -71,13 +76,14 @@ def row(returns: list[float], frames: int, seconds: float) -> dict[str, Any]:
         "frames": frames,
         "seconds": seconds,
         "frames_per_second": frames / seconds,
+        "threads": torch.get_num_threads(),
     }
 
 
 def thinned(curve: list[float | None], count: int = 50) -> list[float]:
     """About `count` points of a curve, each the mean of its stretch."""
     known = np.array([value for value in curve if value is not None])
-    return [round(float(part.mean()), 3) for part in np.array_split(known, min(count, len(known))) if len(part)]
+    return [round(float(part.mean()), 3) for part in np.array_split(known, max(1, min(count, len(known)))) if len(part)]
 
 
 def _rate(config: TrainConfig) -> Callable[[float], float] | float:
@@ -153,6 +159,8 @@ def _dqn(env: Any, config: TrainConfig, settings: ControlConfig, algorithm: Any)
 
 
 MODELS: dict[str, Callable[..., Any]] = {"ppo": _ppo, "a2c": _a2c, "dqn": _dqn}
+# What Stable-Baselines3 cannot do is left out here too.
+COMMON: dict[str, dict[str, Any]] = {"dqn": {"double": False}}
 LEARNERS: dict[str, Callable[..., dict[str, Any]]] = {"ours": ours, "sb3": sb3}
 
 
@@ -160,7 +168,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     """The row of a job; `train`, `settings` and `algorithm_settings` in it change the preset."""
     torch.set_num_threads(1)
     parts = defaults(job["env"], job["algorithm"])
-    changes = ({"seed": job["seed"]} | job.get("train", {}), job.get("settings", {}), job.get("algorithm_settings", {}))
+    chosen = COMMON.get(job["algorithm"], {}) | job.get("algorithm_settings", {})
+    changes = ({"seed": job["seed"]} | job.get("train", {}), job.get("settings", {}), chosen)
     config, settings, algorithm = (
         dataclasses.replace(part, **change) for part, change in zip(parts, changes, strict=True)
     )

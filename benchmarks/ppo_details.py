@@ -39,7 +39,7 @@ class Settings:
 
     variants: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (0, 1, 2)
-    iterations: int = 18
+    iterations: int = 12
     workers: int = 2  # runs side by side
 
 

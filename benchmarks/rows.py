@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from textenv import TextGenConfig
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 RESULTS.mkdir(exist_ok=True)
+PACKAGES = ("numpy", "scipy", "stable_baselines3")  # besides those that every run notes
 
 
 def commit() -> str:
@@ -32,6 +35,7 @@ def write(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> Pa
     """Writes results/NAME.json."""
     path = RESULTS / f"{name}.json"
     where = machine(TextGenConfig().torch_device())
+    where["versions"] |= {name: version(name) for name in PACKAGES if find_spec(name)}
     document = {"commit": COMMIT, "machine": where, "settings": settings, "rows": rows}
     path.write_text(json.dumps(document, indent=2) + "\n")
     return path

@@ -13,7 +13,10 @@ from scipy.stats import trim_mean
 
 
 def interquartile_mean(scores: Any) -> float:
-    """The mean of the middle half of all runs. scores: an array of any shape, or a sequence."""
+    """The mean of the middle half of all runs, which of fewer than four is the mean of all.
+
+    scores: an array of any shape, or a sequence.
+    """
     return float(trim_mean(np.asarray(scores, dtype=float).ravel(), 0.25))
 
 
@@ -23,7 +26,7 @@ def interval(
     """A percentile interval of the interquartile mean by a stratified bootstrap.
 
     groups: the runs of one task each. Runs are drawn anew with replacement within each task, so that no task's weight
-    changes from sample to sample.
+    changes from sample to sample. Of two or three runs it is about the least to the greatest.
     """
     generator = np.random.default_rng(seed)
     drawn = [np.asarray(group, float)[generator.integers(0, len(group), (samples, len(group)))] for group in groups]

@@ -42,7 +42,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
             curve.append(measure())
     parts = {"train": config, "settings": settings, "algorithm_settings": algorithm}
     used = {name: dataclasses.asdict(part) for name, part in parts.items()}
-    return {"curve": curve, "wall_seconds": time.perf_counter() - started} | used
+    measured = {"curve": curve, "wall_seconds": time.perf_counter() - started, "threads": torch.get_num_threads()}
+    return measured | used
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agents.__main__ import main
 from agents.text.shading import shaded_responses
+from agents.trainer import Trainer
 from tests.learning import make_trainer
 from textenv.render import ABOVE, BELOW
 
@@ -150,7 +151,7 @@ def test_killed_and_resumed_equals_uninterrupted(trained):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    result = agents("train", "--resume", "--run", "runs/killed", *SHRUNK, folder=trained)
+    result = agents("train", "--resume", "--run", "runs/killed", folder=trained)  # its settings are its own
     assert result.returncode == 0, result.stderr
     whole, resumed = (load_file(trained / f"runs/{name}/actor/model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -166,6 +167,10 @@ def test_killed_and_resumed_equals_uninterrupted(trained):
             "exists already; choose another --run, or go on with it by --resume",
         ),
         (["train", "--resume", "--run", "runs/whole", "--seed", "6"], "another configuration"),
+        (
+            ["train", "--env", "CartPole-v1", "--algorithm", "dqn", "--buffer", "100000000000"],
+            "a replay buffer of 100000000000 rows",
+        ),
         (["train", "--resume", "--run", "runs/none"], "no run in 'runs/none'"),
         (["train", "--algorithm", "sarsa"], "no algorithm 'sarsa'; known are a2c"),
         (["train", "--env", "Nowhere-v0"], "gym.make cannot make 'Nowhere-v0'"),
@@ -184,6 +189,44 @@ def test_mistakes_get_a_sentence(trained, monkeypatch, arguments, message):
         main(arguments)
     assert str(end.value.code).startswith("error: ") and message in str(end.value.code)
     assert sorted(trained.glob("runs/*")) == before
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "says"),
+    [(ValueError("too far"), "error: too far", ""), (KeyboardInterrupt(), 130, "stopped.")],
+    ids=["error", "interrupt"],
+)
+def test_a_stop_says_how_to_go_on(tmp_path, monkeypatch, capsys, stop, code, says):
+    """What stops a run that has learned something names the checkpoint to go on from, without a traceback."""
+    go_on = "The last checkpoint is good: go on from it with --run run --resume."
+    iterate = Trainer._iterate
+
+    def stopped(trainer):
+        if trainer.iteration == 1:
+            raise stop
+        return iterate(trainer)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "_iterate", stopped)
+    monkeypatch.setattr("agents.__main__._is_ours", lambda error: True)
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--env", "CartPole-v1", "--run", "run", "--iterations", "2", "--evaluation-episodes", "1"])
+    said = f"{end.value.code} {capsys.readouterr().err}"
+    assert str(end.value.code).startswith(str(code)) and says in said and go_on in said
+    assert (tmp_path / "run/checkpoint").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
+def test_every_flag_is_explained(capsys, algorithm):
+    """`--help` says more of every flag than its default."""
+    with pytest.raises(SystemExit):
+        main(["train", "--algorithm", algorithm, "--help"])
+    text = re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out)
+    flags = re.split(r"\n\s*(?=--\w)", text.partition("--env ")[2])
+    assert len(flags) > 20
+    for flag in flags:
+        help_text = re.sub(r"--[\w-]+|\(default:[^)]*\)", "", flag.partition("\n\n")[0])
+        assert len(re.findall(r"\b[a-z]{2,}", help_text)) > 2, flag
 
 
 def test_a_mistake_leaves_no_traceback(trained):

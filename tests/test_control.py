@@ -18,8 +18,10 @@ from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.config import TrainConfig
 from agents.control.collector import playable
 from agents.control.config import ControlConfig
+from agents.control.environments import Returns
 from agents.control.experiment import ControlExperiment, play
 from agents.presets import PRESETS, defaults
+from agents.text.config import TextConfig
 from agents.trainer import Trainer
 from tests.learning import same, weights
 
@@ -168,7 +170,7 @@ def test_native_is_sync():
 )
 def test_resumed_equals_uninterrupted(env, settings, tmp_path):
     """A run stopped at a checkpoint and resumed gives the same weights, statistics and returns, to the bit."""
-    changes = dict(iterations=4, checkpoint_every=2)
+    changes = dict(iterations=4, checkpoint_every=2, env_arg=("max_episode_steps=30",))
     whole, stopped, resumed = (build(env, settings, **changes) for _ in range(3))
     rewards = [iteration.rollout.data["reward"] for iteration in whole[1].iterate()]
     steps = stopped[1].iterate()
@@ -221,6 +223,108 @@ def test_measuring_plays_the_best_action():
     sync, _ = build("CartPole-v1", dict(vectorization="sync"))
     assert sync.evaluate(trainer.algorithm.policy).returns[0] == total
     assert len(found.returns) == 3
+
+
+class Endless(Steps):
+    """Nothing that is done here ends it."""
+
+    def step(self, action):
+        observation, reward, *_ = super().step(action)
+        return observation, reward, False, False, {}
+
+
+gym.register("Endless-v0", Endless)
+
+
+def test_measuring_gives_up(monkeypatch):
+    """An episode that no policy and no time limit ends gets a sentence, not a wait without end."""
+    monkeypatch.setattr("agents.control.experiment.LONGEST", 20)
+    experiment, trainer = build("Endless-v0")
+    with pytest.raises(ValueError, match=r"4 of 4 episodes had not ended after 20 steps.*max_episode_steps=1000"):
+        experiment.evaluate(trainer.algorithm.policy)
+    experiment, trainer = build("Endless-v0", env_arg=("max_episode_steps=7",))
+    assert experiment.evaluate(trainer.algorithm.policy).lengths == [7] * 4
+
+
+@pytest.mark.parametrize("limit", [True, False], ids=["cut-off", "terminated"])
+def test_normalised_returns_end_with_their_episodes(limit):
+    """Rewards are divided by the deviation of discounted returns, none of which runs on into the next episode."""
+    experiment, _ = build("Steps-v0", dict(normalize_reward=True, num_envs=1), env_arg=(f"limit={str(limit).lower()}",))
+    environments, returns, total = experiment.environments, [], 0.0
+    environments.reset(0)
+    for step in range(40):
+        environments.env.step(np.zeros(1, np.int64))
+        reward = [11.0, 12.0, 13.0, 0.0][step % 4]
+        if step % 4 == 3:
+            continue  # that only began anew
+        total = 0.99 * total + reward
+        returns.append(total)
+        total = 0.0 if step % 4 == 2 else total
+    assert environments.rewards is not None
+    assert float(environments.rewards.return_rms.var) == pytest.approx(np.var(returns), rel=1e-2)
+
+
+def test_what_is_normalised_is_cut_off():
+    """Early statistics make no giants: normalised observations and rewards stay within 10."""
+    _, trainer = build("MountainCar-v0", dict(normalize_observation=True, normalize_reward=True))
+    data = trainer.collector.collect(trainer.algorithm.policy).data
+    assert data["observation"].abs().max() <= 10
+    assert data["reward"].min() == -10  # the first rewards are all alike, and their deviation next to nothing
+
+
+def test_episodes_fit_between_checkpoints():
+    """Checkpoints at which the longest episodes would never end are refused, with the number that suits."""
+    with pytest.raises(ValueError, match=r"last up to 500 steps.*32 steps apart; set checkpoint_every to at least 32"):
+        build("CartPole-v1", iterations=9, checkpoint_every=2)
+
+
+def test_returns_are_summed_exactly():
+    """Float32 rewards are summed in float64, over rollouts too."""
+    env = Returns(SyncVectorEnv([Tenths]))
+    env.reset(seed=0)
+    for _ in range(3):
+        for _ in range(1000):
+            env.step(np.zeros(1, np.int64))
+        found = env.take()
+    assert [episode.length for episode in found] == [2500]
+    assert found[0].total == pytest.approx(2500 * float(np.float32(0.1)), rel=1e-12)
+
+
+class Tenths(gym.Env):
+    """2,500 steps of a tenth each, paid in float32."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 2500
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.zeros(1, np.float32), np.float32(0.1), self.left == 0, False, {}
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 4), (3, 4), (2, 5, 4)])
+def test_networks_read_any_shape(shape):
+    """One state, none, a row of them or rows of rows."""
+    _, trainer = build("CartPole-v1")
+    assert trainer.algorithm.policy(torch.zeros(shape)).shape == (*shape[:-1], 2)
+
+
+def test_environments_of_a_module(tmp_path, monkeypatch):
+    """`module:id` imports the module that registers the environment, as gym.make does, and finds its presets."""
+    (tmp_path / "toy_module.py").write_text(
+        "import gymnasium\ngymnasium.register('Toy-v0', 'gymnasium.envs.classic_control:CartPoleEnv')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    _, trainer = build("toy_module:Toy-v0", iterations=1)
+    assert next(trainer.iterate()).metrics["frames"] > 0
+    for algorithm in ("rloo", "ppo"):
+        config, settings, _ = defaults("textenv:TextGen-v0", algorithm)
+        assert dataclasses.replace(config, env="TextGen-v0") == defaults("TextGen-v0", algorithm)[0]
+        assert isinstance(settings, TextConfig)
 
 
 def test_cartpole_shrunk_learns(tmp_path):
@@ -319,6 +423,7 @@ def test_environments_that_cannot_be_learned_on(arguments, message):
         (dict(activation="gelu"), "activation must be one of tanh, relu, got 'gelu'"),
         (dict(distribution="beta"), "distribution must be one of gaussian, tanh, got 'beta'"),
         (dict(vectorization="ray"), "vectorization must be one of auto, sync, async, got 'ray'"),
+        (dict(initial_log_std=3.0), r"initial_log_std must lie in \[-20.0, 2.0\].*got 3.0"),
         (dict(reward_gamma=1.5), r"reward_gamma must lie in \[0, 1\], got 1.5"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from agents.checkpoint import check_same, load_checkpoint, save_checkpoint, save_config
 from agents.config import TrainConfig
 from agents.text.config import TextConfig
-from agents.text.evaluation import split_prompts
+from agents.text.evaluation import rate, split_prompts
 from agents.text.experiment import check_minibatch, make_task
 from tests.learning import make_rollout, make_trainer, same, weights
 from textenv import TextGenConfig, build_task
@@ -185,9 +185,45 @@ def test_a_run_without_checkpoint_is_not_resumed(settings, tmp_path):
         load_checkpoint(tmp_path, make_trainer(settings))
 
 
+def test_a_checkpoint_that_does_not_fit(settings, tmp_path):
+    """Half a configuration, one of another version, and a checkpoint with a part missing get a sentence."""
+    trainer = make_trainer(settings)
+    config = trainer.config, trainer.collector.config, trainer.algorithm.config
+    save_config(tmp_path / "run", *config)
+    save_checkpoint(tmp_path / "run", trainer)
+    written = (tmp_path / "run/config.json").read_text()
+    for broken in (written[:40], written.replace('"clip"', '"clipping"'), "{}"):
+        (tmp_path / "run/config.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"no configuration that this version reads.*start a new run"):
+            check_same(tmp_path / "run", *config)
+    next((tmp_path / "run/checkpoint").glob("*manifest*")).unlink()
+    with pytest.raises(ValueError, match=r"does not fit what the run would go on with.*start a new run"):
+        load_checkpoint(tmp_path / "run", trainer)
+
+
+def test_arguments_of_the_environment_are_compared_by_meaning(settings, tmp_path):
+    """An argument given again, or in another order, is no other configuration; another value is."""
+    trainer = make_trainer(settings)
+    parts = trainer.collector.config, trainer.algorithm.config
+    given = TrainConfig(env_arg=("kl_coef=0.1", "device=cpu"))
+    save_config(tmp_path / "run", given, *parts)
+    check_same(tmp_path / "run", TrainConfig(env_arg=("device=cpu", "kl_coef=0.10", "device=cpu")), *parts)
+    with pytest.raises(ValueError, match="env_arg was"):
+        check_same(tmp_path / "run", TrainConfig(env_arg=("device=cpu",)), *parts)
+
+
+@pytest.mark.parametrize("found", [[1.0], [1.0, float("nan")]], ids=["too few", "nan"])
+def test_gold_scores_are_checked(found):
+    """A gold function that does not rate every response is found out at once."""
+    with pytest.raises(ValueError, match="gold must give a finite number for each of 2 responses"):
+        rate(lambda prompts, responses: found, ["a", "b"], ["c", "d"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (dict(seed=-1), "seed must be 0 or more"),
+        (dict(resume=True), "resume needs the folder of the run.*--run"),
         (dict(iterations=0), "iterations must be at least 1"),
         (dict(learning_rate=0.0), "learning_rate must be above 0"),
         (dict(env_arg=("kl_coef",)), "NAME=VALUE"),

@@ -14,7 +14,7 @@ def group_of(networks: Networks) -> int:
     if networks.group < 2:
         raise ValueError(
             "this algorithm compares several responses to one prompt, and the environment gives each prompt "
-            f"{networks.group}; give --env-arg group_size=4, or choose an algorithm with a critic."
+            f"{networks.group}; on text give --env-arg group_size=4, elsewhere choose an algorithm with a critic."
         )
     return networks.group
 

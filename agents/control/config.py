@@ -8,6 +8,7 @@ from agents.config import check_choice, check_counts, check_shares
 
 ACTIVATIONS = ("tanh", "relu")
 DISTRIBUTIONS = ("gaussian", "tanh")
+LOWEST_LOG_STD, HIGHEST_LOG_STD = -20.0, 2.0
 MODES = ("auto", "sync", "async")
 
 
@@ -33,5 +34,10 @@ class ControlConfig:
         check_choice(self, "distribution", DISTRIBUTIONS)
         check_choice(self, "vectorization", MODES)
         check_shares(self, ("reward_gamma",))
+        if not LOWEST_LOG_STD <= self.initial_log_std <= HIGHEST_LOG_STD:
+            raise ValueError(
+                f"initial_log_std must lie in [{LOWEST_LOG_STD}, {HIGHEST_LOG_STD}], the bounds of what is learned, "
+                f"got {self.initial_log_std}."
+            )
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"hidden must be widths of at least 1, got {self.hidden}.")

@@ -9,9 +9,12 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.wrappers import vector as wrappers
+from gymnasium.wrappers.utils import RunningMeanStd
 
-from agents.config import TrainConfig
+from agents.config import TrainConfig, id_of
 from agents.control.config import ControlConfig
+
+CLIP = 10.0  # normalised observations and rewards are cut off here (Andrychowicz et al. 2021)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Returns(VectorWrapper):
             return []
         reward, ended = (np.stack(part) for part in zip(*self.steps, strict=True))  # [T, B] both
         counts = ~np.concatenate([self.resetting[None], ended[:-1]])
-        total = self.total + np.cumsum(np.where(counts, reward, 0.0), 0)
+        total = self.total + np.cumsum(np.where(counts, reward, 0.0), 0, dtype=np.float64)
         length, finished = self.length + np.cumsum(counts, 0), []
         for step, row in np.argwhere(ended & counts):
             finished.append(Episode(int(row), float(total[step, row]), int(length[step, row])))
@@ -59,23 +62,54 @@ class Returns(VectorWrapper):
         return finished
 
 
+class NormalizeReward(VectorWrapper):
+    """Rewards over the running standard deviation of discounted returns, cut off at `CLIP`.
+
+    Gymnasium 1.4's of the same name lets a return run on past time limits into the next episode, and forgets it one
+    step before an end, so that its scale drifts (MountainCar's by half within a few episodes).
+    """
+
+    def __init__(self, env: VectorEnv, gamma: float) -> None:
+        super().__init__(env)
+        self.gamma, self.return_rms = gamma, RunningMeanStd()
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets unfinished episodes."""
+        self.discounted = np.zeros(self.num_envs)  # return so far, the newest reward in full
+        self.resetting = np.zeros(self.num_envs, dtype=bool)  # rows whose next step only resets (NEXT_STEP)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """One step of every environment."""
+        observation, reward, terminated, truncated, info = self.env.step(actions)
+        self.discounted = self.gamma * self.discounted + reward
+        if not self.resetting.all():
+            self.return_rms.update(self.discounted[~self.resetting])
+        self.resetting = terminated | truncated
+        self.discounted[self.resetting] = 0.0
+        scaled = reward / np.sqrt(self.return_rms.var + 1e-8)
+        return observation, np.clip(scaled, -CLIP, CLIP), terminated, truncated, info
+
+
 class Environments:
     """A vector environment and its normalisers, whose statistics go into checkpoints."""
 
     def __init__(self, config: TrainConfig, settings: ControlConfig, num_envs: int) -> None:
+        self.limit = episode_limit(config)
         self.returns = Returns(make_vector(config, settings, num_envs))
         self.env: VectorEnv = self.returns
         self.observations = self.rewards = None
         if settings.normalize_observation:
             self.env = self.observations = wrappers.NormalizeObservation(self.env)
+            self.env = wrappers.TransformObservation(self.env, clipped)
         if settings.normalize_reward:
-            self.env = self.rewards = wrappers.NormalizeReward(self.env, settings.reward_gamma)
+            self.env = self.rewards = NormalizeReward(self.env, settings.reward_gamma)
 
     def reset(self, seed: int) -> np.ndarray:
         """Begins every episode anew."""
         self.returns.begin()
         if self.rewards is not None:
-            self.rewards.accumulated_reward = np.zeros(self.env.num_envs, dtype=np.float32)
+            self.rewards.begin()
         return self.env.reset(seed=seed)[0]
 
     def follow(self, other: Environments) -> None:
@@ -104,6 +138,16 @@ class Environments:
         return found
 
 
+def episode_limit(config: TrainConfig) -> int | None:
+    """The steps after which an episode is cut off; None: never."""
+    return config.env_arguments().get("max_episode_steps", gym.spec(id_of(config.env)).max_episode_steps)
+
+
+def clipped(observation: np.ndarray) -> np.ndarray:
+    """Normalised observations within the bound: early statistics make giants of small differences."""
+    return np.clip(observation, -CLIP, CLIP)
+
+
 def make_vector(config: TrainConfig, settings: ControlConfig, num_envs: int) -> VectorEnv:
     """Environments side by side with flat observations, each beginning anew in the step after its end (NEXT_STEP).
 
@@ -113,7 +157,7 @@ def make_vector(config: TrainConfig, settings: ControlConfig, num_envs: int) -> 
     mode = None if settings.vectorization == "auto" else settings.vectorization
     try:
         env = gym.make_vec(config.env, num_envs=num_envs, vectorization_mode=mode, **config.env_arguments())
-    except (gym.error.Error, TypeError, ImportError) as error:
+    except (gym.error.Error, TypeError, ImportError, LookupError) as error:
         raise ValueError(f"gym.make_vec cannot make {config.env!r}: {error}") from error
     if env.metadata.get("autoreset_mode") != AutoresetMode.NEXT_STEP:
         raise ValueError(

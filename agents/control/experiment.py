@@ -18,6 +18,7 @@ from agents.plots import BLUE, CRITIC, GREEN, GREY, LOSSES, RED, Panel
 from agents.trainer import Trainer
 
 EVALUATION_SEED = 1_000_000  # the same episodes begin whenever a policy is measured
+LONGEST = 10_000  # steps that a measured episode may last where the environment has no time limit
 
 PANELS: tuple[Panel, ...] = (
     ("What is optimised", "return of an episode", (("return", "return", BLUE),)),
@@ -43,6 +44,7 @@ class ControlExperiment:
     def __init__(self, config: TrainConfig, settings: ControlConfig) -> None:
         self.config, self.settings = config, settings
         self.environments = Environments(config, settings, settings.num_envs)
+        check_checkpoints(config, settings, self.environments.limit)
         env = self.environments.env
         self.networks = ControlNetworks(env.single_observation_space, env.single_action_space, settings, config.seed)
         self.collector = ControlCollector(self.environments, settings, config.seed, config.checkpoint_every)
@@ -102,15 +104,33 @@ class ControlExperiment:
         ]
 
 
+def check_checkpoints(config: TrainConfig, settings: ControlConfig, limit: int | None) -> None:
+    """Refuses checkpoints so near each other that the longest episodes never end between them."""
+    between = settings.steps * config.checkpoint_every
+    if limit is not None and between < limit and config.checkpoint_every < config.iterations:
+        raise ValueError(
+            f"episodes of {config.env!r} last up to {limit} steps, and all begin anew at checkpoints, {between} steps "
+            f"apart; set checkpoint_every to at least {-(-limit // settings.steps)}."
+        )
+
+
 @torch.no_grad()
 def play(environments: Environments, policy: Any) -> Evaluation:
     """The first episode of every environment, by a policy without chance."""
     env, space = environments.env, environments.env.single_action_space
     observation, first = environments.reset(EVALUATION_SEED), {}
-    while len(first) < env.num_envs:
+    longest = environments.limit or LONGEST
+    for _ in range(longest):
         action = policy.greedy(torch.as_tensor(observation, dtype=torch.float32)).numpy()
         observation, *_ = env.step(playable(action, space))
         for episode in environments.returns.take():
             first.setdefault(episode.row, episode)
+        if len(first) == env.num_envs:
+            break
+    else:
+        raise ValueError(
+            f"{env.num_envs - len(first)} of {env.num_envs} episodes had not ended after {longest:,} steps of a policy "
+            "without chance; give the environment a time limit, --env-arg max_episode_steps=1000."
+        )
     episodes = [first[row] for row in sorted(first)]
     return Evaluation([episode.total for episode in episodes], [episode.length for episode in episodes])

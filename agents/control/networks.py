@@ -19,9 +19,7 @@ from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDict
 from torch import Tensor, nn
 from torchrl.modules import IndependentNormal, TanhNormal
 
-from agents.control.config import ControlConfig
-
-LOWEST, HIGHEST = -20.0, 2.0  # of a logarithm of a standard deviation
+from agents.control.config import HIGHEST_LOG_STD, LOWEST_LOG_STD, ControlConfig
 
 
 class Perceptron(nn.Module):
@@ -42,7 +40,8 @@ class Perceptron(nn.Module):
     def forward(self, observation: Tensor) -> Tensor:
         """[..., D] to [..., outputs]."""
         # Flat once: a linear layer of more dimensions would flatten and restore its own, and its gradient too.
-        return self.layers(observation.flatten(0, -2)).view(*observation.shape[:-1], -1)
+        rows = observation.reshape(-1, observation.shape[-1])
+        return self.layers(rows).view(*observation.shape[:-1], self.outputs)
 
     def all_states(self, data: TensorDict) -> Tensor:
         """Outputs at s_0..s_R, [B, R + 1, outputs]."""
@@ -90,7 +89,7 @@ class ContinuousActor(nn.Module):
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """[..., D] to mean and standard deviation, [..., A] each, before squashing."""
         loc = self.body(observation)
-        return loc, self.log_std.clamp(LOWEST, HIGHEST).exp().expand_as(loc)
+        return loc, self.log_std.clamp(LOWEST_LOG_STD, HIGHEST_LOG_STD).exp().expand_as(loc)
 
     def all_states(self, data: TensorDict) -> Tensor:
         """Means at s_0..s_R, [B, R + 1, A]."""

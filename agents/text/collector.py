@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from agents.text.config import TextConfig
-from agents.text.evaluation import Gold, mean
+from agents.text.evaluation import Gold, mean, rate
 from agents.text.networks import language_model_of
 from agents.text.penalty import Penalty, make_controller
 from agents.text.rollout import TextRollout, collect, trim
@@ -56,7 +56,7 @@ class TextCollector:
             rollout.metrics.update(self.controller.update(float(kl.sum()), int(lengths.sum()), len(lengths)))
         if self.gold is not None:
             texts = list(rollout.prompts)
-            rollout.metrics["gold"] = mean([float(one) for one in self.gold(texts, rollout.judgement.responses)])
+            rollout.metrics["gold"] = mean(rate(self.gold, texts, rollout.judgement.responses))
         return rollout
 
     def rows(self, data: TensorDict) -> TensorDict:

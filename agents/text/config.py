@@ -21,17 +21,15 @@ class TextConfig:
     mask_refresh: int = 20  # iterations between refreshes of a mask policy (NLPO) by the actor; 0 is never
     critic: str = "auto"  # starts from: reward-model (auto: where it reads the same tokens), reference, scratch
     kl_estimator: str = "k1"  # of the penalty in the reward: k1, k2, k3 or exact; k1 alone has the KL's gradient
-    kl_controller: str = "fixed"  # or adaptive: β starts at the environment's kl_coef and moves towards kl_target
+    kl_controller: str = "fixed"  # fixed, or adaptive: β begins as kl_coef and moves towards kl_target
     kl_target: float | None = None  # nats per kl_unit that an adaptive β keeps to
     kl_horizon: int = 1_280  # responses after which a KL 20% off its target has moved β by about 20%
     kl_unit: str = "response"  # what kl_target is counted per: response or token
     evaluation_prompts: int = 256  # held-out prompts measured before and after
-    held_out: str | None = (
-        None  # their source (.jsonl or module:function); default the embedded task's, or a part of prompts
-    )
-    gold: str | None = (
-        None  # module:function(prompts, responses) measured, never optimised; default the embedded task's
-    )
+    # Where they come from, .jsonl or module:function; default the embedded task's, or a part of the prompts.
+    held_out: str | None = None
+    # module:function(prompts, responses) that is measured and never optimised; default the embedded task's.
+    gold: str | None = None
 
     def __post_init__(self) -> None:
         self._check_kl()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,8 +71,19 @@ def evaluate(
         for field in dataclasses.fields(Evaluation)
     }
     evaluation = Evaluation(**gathered)
-    golds = None if gold is None else [float(one) for one in gold(evaluation.prompts, evaluation.responses)]
+    golds = None if gold is None else rate(gold, evaluation.prompts, evaluation.responses)
     return dataclasses.replace(evaluation, gold=golds)
+
+
+def rate(gold: Gold, prompts: list[str], responses: list[str]) -> list[float]:
+    """Gold scores, one a response. Raises ValueError where the function gives something else."""
+    found = [float(one) for one in gold(prompts, responses)]
+    if len(found) != len(responses) or not all(math.isfinite(one) for one in found):
+        raise ValueError(
+            f"gold must give a finite number for each of {len(responses)} responses, got {len(found)}: {found[:5]}... "
+            "Look at the function that --gold names."
+        )
+    return found
 
 
 def _evaluate(

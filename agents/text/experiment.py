@@ -156,7 +156,8 @@ def make_task(config: TrainConfig) -> Task:
 
 def check_minibatch(config: TrainConfig, settings: TextConfig) -> None:
     """Refuses rollouts that minibatches do not divide."""
-    if settings.rollout % config.minibatch:
+    algorithm: Any = find_algorithm(config.algorithm)[1]
+    if algorithm.on_policy and settings.rollout % config.minibatch:
         raise ValueError(
             f"minibatch must divide rollout, so that every optimiser step sees as many responses; got rollout="
             f"{settings.rollout} and minibatch={config.minibatch}."
