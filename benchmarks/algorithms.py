@@ -19,7 +19,7 @@ from matplotlib import pyplot
 from agents.algorithms import ALGORITHMS
 from benchmarks import rows
 from benchmarks.statistics import interquartile_mean, interval
-from benchmarks.text_jobs import by_name, measured, run_all
+from benchmarks.text_jobs import by_name, run_all
 
 COLOURS = ("#1f6fb4", "#e08a1e", "#2e8b57", "#c23b3b", "#7a4fb5", "#8c6d46", "#d26ab0")
 
@@ -115,8 +115,8 @@ def main(settings: Settings) -> None:
         for seed in settings.seeds
     ]
     run_all("algorithms", jobs, settings.workers)
-    draw_frontier(measured("algorithms"))
-    print(table(measured("algorithms"), settings.tokens))
+    draw_frontier(rows.measured("algorithms"))
+    print(table(rows.measured("algorithms"), settings.tokens))
     long = [
         {
             "name": f"kl_coef {coef:g}",
@@ -130,7 +130,7 @@ def main(settings: Settings) -> None:
     ]
     if long:
         run_all("over_optimisation", long, settings.workers)
-        draw_over_optimisation(measured("over_optimisation"))
+        draw_over_optimisation(rows.measured("over_optimisation"))
 
 
 if __name__ == "__main__":

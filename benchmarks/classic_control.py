@@ -28,6 +28,7 @@ from benchmarks.statistics import interquartile_mean, interval
 
 ENVIRONMENTS = tuple(env for env in PRESETS if env != "TextGen-v0")
 LEARNERS = ("ours", "sb3")
+KEYS = ("env", "algorithm", "learner", "seed")  # of a run
 # Mean return, its deviation, frames: what others published of PPO.
 PUBLISHED = {
     "CartPole-v1": (("CleanRL", 490.04, 6.12, "500k"), ("RL Zoo, tuned", 500.0, 0.0, "100k")),
@@ -67,31 +68,15 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=rows.HERE.parent)
     if result.returncode:
         raise SystemExit(f"{job} failed:\n{result.stderr[-2000:]}")
-    row = job | json.loads(result.stdout.splitlines()[-1]) | {"commit": rows.COMMIT}
+    row = job | json.loads(result.stdout.splitlines()[-1])
     print(f"{job}  return {row['return']:.1f}  {time.perf_counter() - started:.0f} s", flush=True)
     return row
-
-
-def measured() -> list[dict[str, Any]]:
-    """The rows so far."""
-    path = rows.RESULTS / "classic_control.json"
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
-
-
-def add(row: dict[str, Any]) -> None:
-    """Writes a row, in the place of one of the same run."""
-
-    def name(one: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(one[key] for key in ("env", "algorithm", "learner", "seed"))
-
-    others = [old for old in measured() if name(old) != name(row)]
-    rows.write("classic_control", sorted([*others, row], key=name), {"published": PUBLISHED, "sources": SOURCES})
 
 
 def groups() -> dict[tuple[str, str, str], list[float]]:
     """Returns of all seeds, by environment, algorithm and learner."""
     found: dict[tuple[str, str, str], list[float]] = {}
-    for row in measured():
+    for row in rows.measured("classic_control"):
         found.setdefault((row["env"], row["algorithm"], row["learner"]), []).append(row["return"])
     return found
 
@@ -142,7 +127,7 @@ def main(settings: Settings) -> None:
     """Runs all, adds them to what was measured before, prints a table and draws a picture."""
     with ThreadPoolExecutor(settings.workers) as pool:
         for row in pool.map(run, jobs(settings)):
-            add(row)
+            rows.add("classic_control", row, KEYS, {"published": PUBLISHED, "sources": SOURCES})
     draw()
     print(table())
 

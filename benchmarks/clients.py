@@ -7,7 +7,6 @@ deviations of the reference's scores on held-out prompts; the bar is half of one
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -45,7 +44,6 @@ def run(example: str, seed: int) -> dict[str, Any]:
     return {
         "example": example,
         "seed": seed,
-        "commit": rows.COMMIT,
         "reference": float(found.reference.values.mean()),
         "reference_std": float(found.reference.values.std()),
         "before": float(found.before.values.mean()),
@@ -60,24 +58,11 @@ def main(settings: Settings) -> None:
     sys.path.insert(0, str(rows.HERE.parent / "examples"))
     for example in settings.examples:
         for seed in settings.seeds:
-            write(run(example, seed))
+            rows.add("clients", run(example, seed), ("example", "seed"), {"textenv": textenv.__version__})
     for example in settings.examples:
-        gains = [row["gain"] for row in measured() if row["example"] == example]
+        gains = [row["gain"] for row in rows.measured("clients") if row["example"] == example]
         spread = f"({min(gains):.2f} to {max(gains):.2f})"
         print(f"{example:22} gain {mean(gains):.2f} {spread} standard deviations, {len(gains)} seeds")
-
-
-def measured() -> list[dict[str, Any]]:
-    """The rows so far."""
-    path = rows.RESULTS / "clients.json"
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
-
-
-def write(row: dict[str, Any]) -> None:
-    """Adds a row, in the place of one of the same example and seed."""
-    others = [old for old in measured() if (old["example"], old["seed"]) != (row["example"], row["seed"])]
-    ordered = sorted([*others, row], key=lambda one: (one["example"], one["seed"]))
-    rows.write("clients", ordered, {"textenv": textenv.__version__})
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ KEYS = (
     "kl_per_response",
     "length_before",
     "length_after",
+    "distinct_bigrams_before",
+    "distinct_bigrams_after",
     "tokens",
 )
 

@@ -17,7 +17,7 @@ from matplotlib import pyplot
 
 from benchmarks import rows
 from benchmarks.statistics import interquartile_mean, interval
-from benchmarks.text_jobs import by_name, measured, run_all
+from benchmarks.text_jobs import by_name, run_all
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "the recipe": {},
@@ -93,7 +93,7 @@ def main(settings: Settings) -> None:
         for seed in settings.seeds
     ]
     run_all("ppo_details", jobs, settings.workers)
-    found = by_name(measured("ppo_details"))
+    found = by_name(rows.measured("ppo_details"))
     groups = {name: found[name] for name in VARIANTS if name in found}
     draw(groups)
     print(table(groups))

@@ -39,3 +39,19 @@ def write(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> Pa
     document = {"commit": COMMIT, "machine": where, "settings": settings, "rows": rows}
     path.write_text(json.dumps(document, indent=2) + "\n")
     return path
+
+
+def measured(name: str) -> list[dict[str, Any]]:
+    """The rows of results/NAME.json so far."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def add(name: str, row: dict[str, Any], keys: tuple[str, ...], settings: dict[str, Any]) -> None:
+    """Adds a row to results/NAME.json, in the place of the one with the same values under `keys`; notes its commit."""
+
+    def identity(one: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(one[key] for key in keys)
+
+    others = [old for old in measured(name) if identity(old) != identity(row)]
+    write(name, sorted([*others, row | {"commit": COMMIT}], key=identity), settings)

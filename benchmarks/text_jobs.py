@@ -25,22 +25,15 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         f"KL {last['kl_per_response']:.1f}  {row['wall_seconds']:.0f} s",
         flush=True,
     )
-    return row | {"commit": rows.COMMIT}
-
-
-def measured(file: str) -> list[dict[str, Any]]:
-    """The rows of a file so far."""
-    path = rows.RESULTS / f"{file}.json"
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+    return row
 
 
 def run_all(file: str, jobs: Iterable[dict[str, Any]], workers: int) -> list[dict[str, Any]]:
     """Runs all jobs and adds them to results/FILE.json, in the place of those of the same name and seed."""
     with ThreadPoolExecutor(workers) as pool:
         for row in pool.map(run, jobs):
-            kept = [old for old in measured(file) if (old["name"], old["seed"]) != (row["name"], row["seed"])]
-            rows.write(file, sorted([*kept, row], key=lambda one: (one["name"], one["seed"])), {})
-    return measured(file)
+            rows.add(file, row, ("name", "seed"), {})
+    return rows.measured(file)
 
 
 def by_name(found: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
