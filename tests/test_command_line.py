@@ -173,12 +173,22 @@ def test_killed_and_resumed_equals_uninterrupted(trained):
         (["train", "--env-arg", "kl_coef=-1"], "kl_coef must be 0 or more"),
         (["train", "--env-arg", "prompts=none.jsonl"], "no prompts file at 'none.jsonl'"),
         (["evaluate", "--run", "runs/none"], "no run in 'runs/none'"),
+        (
+            ["reward-model", "--base", "x/y", "--data", "none.jsonl", "--output", "runs/rm"],
+            "no training data at 'none.js",
+        ),
+        (
+            ["reward-model", "--base", "x/y", "--data", "pairs.jsonl", "--output", "runs/rm"],
+            "no model configuration in",
+        ),
+        (["reward-model", "--base", "x/y", "--data", "pairs.jsonl", "--output", "runs"], "'runs' exists already"),
         (["generate", "--run", "runs/whole", "--prompt", " "], "prompt number 0 is empty"),
     ],
 )
 def test_mistakes_get_a_sentence(trained, monkeypatch, arguments, message):
     """A mistake ends in one sentence that says the remedy, and without work lost."""
     before = sorted(trained.glob("runs/*"))
+    (trained / "pairs.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": "c", "rejected": "d"}\n')
     monkeypatch.chdir(trained)
     with pytest.raises(SystemExit) as end:
         main(arguments)
