@@ -238,6 +238,32 @@ def test_stop_tokens_of_a_live_model(settings):
     assert task.stop_token_ids == (65, 66) and lm.stop_token_ids == (tiny.END,)
 
 
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_prompts_that_nobody_gave(settings):
+    """Where a foreign reference cannot take the embedded task's prompts, the error says whose they are."""
+    nobodys = (
+        r"prompt number 0 has .*These prompts are the embedded task's, as none were given; give your own.*prompts="
+    )
+    refuse(settings, nobodys, prompts=None)
+    with pytest.raises(ValueError, match="prompt number 0 has") as raised:
+        build_task(TextGenConfig(**{**settings, "prompts": ["x" * 17]}))
+    assert "embedded" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kl_coef", [0, 0.3])
+def test_folder_of_a_run(settings, folders, kind, tmp_path, kl_coef):
+    """The folder of a run, whose model is one deeper, is told from one that holds nothing."""
+    run = tmp_path / "a"
+    run.mkdir()
+    copied(folders[kind], run / "actor")
+    (run / "config.json").write_text('{"train": {"env": "TextGen-v0"}}')  # what a run says of itself
+    says = "'.*a' is the folder of a run, not of a model; did you mean '.*a/actor'"
+    refuse(settings, says, reference=str(run), kl_coef=kl_coef)
+    with pytest.raises(ValueError, match=says):
+        load_base(run, seed=0)
+    build_task(TextGenConfig(**{**settings, "reference": str(run / "actor"), "kl_coef": kl_coef}))
+
+
 # ---- stepping
 
 

@@ -160,6 +160,7 @@ def load_classifier(name: str, device: torch.device, dtype: torch.dtype) -> PreT
 
 def load_config(name: str) -> transformers.PretrainedConfig:
     """The configuration of the model of that name."""
+    _refuse_run(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -171,6 +172,7 @@ def load_config(name: str) -> transformers.PretrainedConfig:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the model of that name."""
+    _refuse_run(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -205,6 +207,14 @@ def switch_off_dropout(config: Any) -> None:
     for field, value in config.to_dict().items():
         if isinstance(value, float) and "drop" in field:
             setattr(config, field, 0.0)
+
+
+def _refuse_run(name: str) -> None:
+    """Refuses the folder that training wrote, whose model is one deeper."""
+    own, actor = Path(name, "config.json"), Path(name, "actor")
+    if not (actor / "config.json").is_file() or (own.is_file() and '"model_type"' in own.read_text(encoding="utf-8")):
+        return
+    raise ValueError(f"{name!r} is the folder of a run, not of a model; did you mean {str(actor)!r}?")
 
 
 def _stamp(name: str) -> tuple:
