@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agents.__main__ import main
+from agents.config import TrainConfig
 from agents.text.shading import shaded_responses
 from tests.learning import make_trainer
 from textenv.render import ABOVE, BELOW
@@ -156,6 +157,24 @@ def test_killed_and_resumed_equals_uninterrupted(trained):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     rows = (trained / "runs/killed/metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["iteration"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        *((".05", 0.05), ("-.5", -0.5), ("5.", 5.0), ("+3", 3), ("True", True), ("False", False), ("None", None)),
+        *(("0.05", 0.05), ("1e-3", 0.001), ("true", True), ("null", None), ('{"a:f": 1}', {"a:f": 1})),
+        *(
+            (text, text)
+            for text in ("cpu", "", "runs/a", "2024_01", "007", "(1, 2)", "1+2j", "'x'", "a b", "[[", "1 if", "{[1]}")
+        ),
+        ('"True"', "True"),  # quoted, it is the text
+    ],
+)
+def test_values_of_env_arg(written, value):
+    """--env-arg takes JSON, and numbers and words as Python writes them; all else is the text itself."""
+    found = TrainConfig(env_arg=(f"kl_coef={written}",)).env_arguments()["kl_coef"]
+    assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize(
