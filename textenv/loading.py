@@ -103,7 +103,7 @@ def load_model(auto_class: type, name: str, device: torch.device, dtype: torch.d
     switch_off_dropout(config)
     model, report = load_weights(auto_class, name, config, dtype)
     refuse_random(name, model, report["missing_keys"])
-    return model.to(device)
+    return model.to(device)  # type: ignore[arg-type]
 
 
 def load_weights(
