@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class TrainConfig:
         self.env_arguments()
 
     def env_arguments(self) -> dict[str, Any]:
-        """`env_arg` as keyword arguments of gym.make."""
+        """`env_arg` as keyword arguments of gym.make: JSON, numbers and words of Python, or plain strings."""
         arguments = {}
         for item in self.env_arg:
             name, equals, value = item.partition("=")
@@ -88,7 +89,14 @@ def check_not_negative(config: Any, names: Sequence[str]) -> None:
 
 
 def _value(text: str) -> Any:
+    """JSON, or a number, True, False or None as Python writes them (.05 is no JSON); anything else is the text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
+        pass
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval documents
         return text
+    # An underscore is rather of a name, as in reference=2024_01, than between digits.
+    return value if isinstance(value, int | float | None) and "_" not in text else text

@@ -15,6 +15,7 @@ import textenv.task
 from tests import tiny
 from textenv import LanguageModel, TextGenConfig, build_task, shared
 from textenv.reward_model import RewardModel
+from textenv.reward_training import load_base
 from textenv.vector_env import TextGenVectorEnv
 
 
@@ -136,11 +137,17 @@ def test_pickled_weights_are_refused(settings, folders, kind, tmp_path):
         model = tiny.language_model(kind) if role == "reference" else tiny.reward_model(kind)
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
         refuse(settings, "safetensors.*re-save", **{role: str(folder)})
+        with pytest.raises(ValueError, match=r"no model could be loaded from .*safetensors.*re-save"):
+            load_base(folder, seed=0)
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_code_in_a_folder_is_not_run(settings, folders, kind, tmp_path, known):
-    """auto_map names code in the model's folder: it is never imported, whether the architecture is known or not."""
+def test_code_in_a_folder_is_not_run(settings, folders, kind, tmp_path, known, monkeypatch):
+    """auto_map names code in the model's folder: it is never imported, whether the architecture is known or not.
+
+    Nor is anybody asked whether it may be, who could answer yes.
+    """
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
     marker = tmp_path / "was_run"
     code = {
         "AutoConfig": "evil.Config",
@@ -154,8 +161,11 @@ def test_code_in_a_folder_is_not_run(settings, folders, kind, tmp_path, known):
         (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w').write('x')\n")
         if known:
             build_task(TextGenConfig(**{**settings, role: str(folder)}))
+            load_base(folder, seed=0)
         else:
             refuse(settings, "evil|trust_remote_code|custom code", **{role: str(folder)})
+            with pytest.raises(ValueError, match=r"no model configuration in .*(trust_remote_code|custom code)"):
+                load_base(folder, seed=0)
     assert not marker.exists()
 
 
@@ -226,6 +236,32 @@ def test_stop_tokens_of_a_live_model(settings):
     refuse(settings, "no end token", reference=shared(endless))
     task = build_task(TextGenConfig(**{**settings, "reference": shared(lm), "stop_token_ids": [65, 66]}))
     assert task.stop_token_ids == (65, 66) and lm.stop_token_ids == (tiny.END,)
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_prompts_that_nobody_gave(settings):
+    """Where a foreign reference cannot take the embedded task's prompts, the error says whose they are."""
+    nobodys = (
+        r"prompt number 0 has .*These prompts are the embedded task's, as none were given; give your own.*prompts="
+    )
+    refuse(settings, nobodys, prompts=None)
+    with pytest.raises(ValueError, match="prompt number 0 has") as raised:
+        build_task(TextGenConfig(**{**settings, "prompts": ["x" * 17]}))
+    assert "embedded" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kl_coef", [0, 0.3])
+def test_folder_of_a_run(settings, folders, kind, tmp_path, kl_coef):
+    """The folder of a run, whose model is one deeper, is told from one that holds nothing."""
+    run = tmp_path / "a"
+    run.mkdir()
+    copied(folders[kind], run / "actor")
+    (run / "config.json").write_text('{"train": {"env": "TextGen-v0"}}')  # what a run says of itself
+    says = "'.*a' is the folder of a run, not of a model; did you mean '.*a/actor'"
+    refuse(settings, says, reference=str(run), kl_coef=kl_coef)
+    with pytest.raises(ValueError, match=says):
+        load_base(run, seed=0)
+    build_task(TextGenConfig(**{**settings, "reference": str(run / "actor"), "kl_coef": kl_coef}))
 
 
 # ---- stepping

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agents.__main__ import main
+from agents.config import TrainConfig
 from agents.text.shading import shaded_responses
 from agents.trainer import Trainer
 from tests.learning import make_trainer
@@ -160,6 +161,24 @@ def test_killed_and_resumed_equals_uninterrupted(trained):
 
 
 @pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        *((".05", 0.05), ("-.5", -0.5), ("5.", 5.0), ("+3", 3), ("True", True), ("False", False), ("None", None)),
+        *(("0.05", 0.05), ("1e-3", 0.001), ("true", True), ("null", None), ('{"a:f": 1}', {"a:f": 1})),
+        *(
+            (text, text)
+            for text in ("cpu", "", "runs/a", "2024_01", "007", "(1, 2)", "1+2j", "'x'", "a b", "[[", "1 if", "{[1]}")
+        ),
+        ('"True"', "True"),  # quoted, it is the text
+    ],
+)
+def test_values_of_env_arg(written, value):
+    """--env-arg takes JSON, and numbers and words as Python writes them; all else is the text itself."""
+    found = TrainConfig(env_arg=(f"kl_coef={written}",)).env_arguments()["kl_coef"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (
@@ -178,12 +197,22 @@ def test_killed_and_resumed_equals_uninterrupted(trained):
         (["train", "--env-arg", "kl_coef=-1"], "kl_coef must be 0 or more"),
         (["train", "--env-arg", "prompts=none.jsonl"], "no prompts file at 'none.jsonl'"),
         (["evaluate", "--run", "runs/none"], "no run in 'runs/none'"),
+        (
+            ["reward-model", "--base", "x/y", "--data", "none.jsonl", "--output", "runs/rm"],
+            "no training data at 'none.js",
+        ),
+        (
+            ["reward-model", "--base", "x/y", "--data", "pairs.jsonl", "--output", "runs/rm"],
+            "no model configuration in",
+        ),
+        (["reward-model", "--base", "x/y", "--data", "pairs.jsonl", "--output", "runs"], "'runs' exists already"),
         (["generate", "--run", "runs/whole", "--prompt", " "], "prompt number 0 is empty"),
     ],
 )
 def test_mistakes_get_a_sentence(trained, monkeypatch, arguments, message):
     """A mistake ends in one sentence that says the remedy, and without work lost."""
     before = sorted(trained.glob("runs/*"))
+    (trained / "pairs.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": "c", "rejected": "d"}\n')
     monkeypatch.chdir(trained)
     with pytest.raises(SystemExit) as end:
         main(arguments)

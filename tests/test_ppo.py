@@ -90,23 +90,28 @@ def test_gradients_do_not_depend_on_micro_batches(settings, micro_batch):
 
 
 def test_padding_changes_no_loss_and_no_gradient(settings):
-    """Ids, old values, advantages and log-probabilities of 1e9 in padding change nothing, to the bit."""
+    """Ids of padding, and ±1e9 there in every number that the rollout stored, change nothing, to the bit.
+
+    Both signs: an old log-probability of 1e9 makes a ratio of 0, which a forgotten mask would let pass.
+    """
     trainer = make_trainer(settings)
     data = make_rollout(trainer).data
-    outside = ~data["mask"]
+    outside = ~data["mask"]  # [B, R]
+    numbers = [key for key, value in data.items() if value.is_floating_point() and value.shape[:2] == outside.shape]
+    assert {"action_log_prob", "reference_log_prob", "state_value", "advantage", "value_target"} <= set(numbers)
     results = []
-    for spoil in (False, True):
+    for spoil in (0.0, 1e9, -1e9):
         batch = data.clone()
         if spoil:
-            for key in ("state_value", "advantage", "value_target"):
-                batch[key][outside] = 1e9
+            for key in numbers:
+                batch[key][outside] = spoil
             batch["input_ids"][~batch["attention_mask"]] = 7
         trainer.optimizer.zero_grad()
         terms = losses(trainer, batch)
         sum(terms.values()).backward()
         both = torch.cat([gradients(trainer.algorithm.actor), gradients(trainer.algorithm.critic)])
         results.append([*terms.values(), both])
-    assert same(*results)
+    assert same(results[0], results[1]) and same(results[0], results[2])
 
 
 def test_trimming_changes_no_loss(settings):

@@ -22,6 +22,7 @@ def module(monkeypatch):
     made.text = lambda: "one"  # type: ignore[attr-defined]
     made.empty = lambda: []  # type: ignore[attr-defined]
     made.number = 7  # type: ignore[attr-defined]
+    made.needy = lambda path: [path]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_prompts", made)
     return made
 
@@ -84,17 +85,57 @@ def test_bad_lines(tmp_path, lines, says):
         ("my_prompts:number", "must name a function, got a int"),
         ("my_prompts:text", "my_prompts:text must return a list of prompts, got str"),
         ("my_prompts:empty", "prompts are empty"),
+        ("my_prompts:needy", "my_prompts:needy is called without arguments .*missing .*'path'.*default"),
+        (lambda count: ["a"] * count, "<lambda> is called without arguments .*missing .*'count'"),
         ([], "prompts are empty"),
         (["a", 3], "prompts must be texts, chats .*; number 1 is a int: .3"),
         (b"ab", "prompts must be texts, chats .*; number 0 is a int"),
-        (7, "prompts must be a list of texts.*got int"),
-        ({"prompt": ["a"]}, "prompts must be a list of texts.*got dict"),
+        (7, "prompts must be a list, .*got int; give one of these"),
+        ({"prompt": ["a"]}, "prompts must be a list, .*got dict; give one of these"),
     ],
 )
 def test_bad_sources(module, source, says):
     """What is no source of prompts is refused with the remedy."""
     with pytest.raises(ValueError, match=says):
         read_prompts(source)
+
+
+def test_an_error_inside_a_function_is_its_own():
+    """A TypeError of the function's body is not taken for a missing argument."""
+
+    def broken():
+        return len(3)  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError, match=r"has no len\(\)"):
+        read_prompts(broken)
+
+
+def test_bytes_that_are_not_utf_8(tmp_path):
+    """A file in another encoding is refused by its line."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('{"prompt": "a"}\n{"prompt": "naïve"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"prompts.jsonl, line 2: not UTF-8 .*byte 0xef.*save the file as UTF-8"):
+        read_prompts(path)
+
+
+def test_tables_that_are_no_source():
+    """A dictionary of splits and a stream are refused with the kinds that are taken, and how to get one of them."""
+    datasets, pyarrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    table = datasets.Dataset(pyarrow.table({"prompt": ["one", "two"]}), fingerprint="prompts")
+    kinds = r"a list, a path that ends in .jsonl, 'module:function', or a datasets.Dataset with a column 'prompt'"
+    for source, remedy in [
+        (
+            datasets.DatasetDict(train=table, test=table),
+            r"got DatasetDict; pick a split, such as prompts=table\['train'\]",
+        ),
+        (
+            table.to_iterable_dataset(),
+            r"got IterableDataset; make it a list, such as prompts=list\(table.take\(1000\)\)",
+        ),
+    ]:
+        for given in (source, shared(source)):
+            with pytest.raises(ValueError, match=f"{kinds}.*{remedy}"):
+                read_prompts(given)
 
 
 def test_tokenise():
@@ -138,6 +179,18 @@ def test_bad_prompts(texts, says):
     """An empty prompt or one too long is refused, by number, before any episode."""
     with pytest.raises(ValueError, match=says):
         tokenise(texts, tiny.tokenizer(), 5)
+
+
+def test_bad_prompts_of_a_file(tmp_path):
+    """A prompt from a file is named by its line as well, with blank lines between counted."""
+    path = write(tmp_path, '{"prompt": "ok"}\n\n{"prompt": " "}\n')
+    for read in (tokenise, tokenise_chats):
+        rows = read_prompts(path)
+        with pytest.raises(ValueError, match=r"prompt number 1 \(.*prompts.jsonl, line 3\) is empty"):
+            read(rows.prompts, chat_tokenizer(), 32, rows.places)
+        with pytest.raises(ValueError, match=r"prompt number 0 \(.*prompts.jsonl, line 1\) has .* tokens, more than"):
+            read(rows.prompts[:1], chat_tokenizer(), 1, rows.places)
+    assert read_prompts(["a", "b"]).places == ()  # a list's place is its number
 
 
 # ---- rows with further fields

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import re
+import runpy
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -366,3 +368,14 @@ def test_words_keep_out_of_each_other() -> None:
     """No phrase holds a link, so a sentence splits one way only."""
     for phrase in [*lexicon.FACTS, *lexicon.OVERALL, *lexicon.VERDICTS, *words.JUDGEMENTS]:
         assert not any(link in phrase for link in (*words.LINKS, words.REASON, words.RESULT, ", ")), phrase
+
+
+def test_the_card_helps_without_measuring(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m textenv.reviews.card --help` says what it does, and neither measures nor writes."""
+    monkeypatch.setattr(sys, "argv", ["card", "--help"])
+    monkeypatch.delitem(sys.modules, "textenv.reviews.card")
+    monkeypatch.setattr(Path, "read_text", lambda *given, **named: pytest.fail("it began to measure"))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("textenv.reviews.card", run_name="__main__")
+    assert end.value.code == 0
+    assert "--folder" in capsys.readouterr().out

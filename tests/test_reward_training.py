@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -19,7 +21,9 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
+import textenv.reward_training
 from textenv.reward_model import last_token_scores
 from textenv.reward_training import (
     Labelled,
@@ -125,8 +129,8 @@ def test_training_repeats_with_its_seed(tmp_path: Path) -> None:
     rows = [{"chosen": _text(rng, "good"), "rejected": _text(rng, "bad")} for _ in range(60)]
     base, data = _base(tmp_path / "base"), _write(tmp_path / "d.jsonl", rows)
     scores = [
-        train_reward_model(base, data, tmp_path / "rm", RewardConfig(seed=seed, max_length=16)).score_mean
-        for seed in (5, 5, 6)
+        train_reward_model(base, data, tmp_path / f"rm{run}", RewardConfig(seed=seed, max_length=16)).score_mean
+        for run, seed in enumerate((5, 5, 6))
     ]
     assert scores[0] == scores[1] != scores[2]
 
@@ -232,6 +236,84 @@ def test_malformed_rows(tmp_path: Path, lines: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         read_rows(path)
     assert "rows.jsonl" in str(error.value)
+
+
+def test_a_base_without_a_backbone(tmp_path: Path) -> None:
+    """A base whose layers were never saved would be random: refused, while a head of another width is drawn anew."""
+    folder = _base(tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no weights for model.layers.0.mlp.up_proj.weight of a Llama.*random"):
+        load_base(folder, seed=0)
+    wide = AutoModelForSequenceClassification.from_pretrained(_base(tmp_path / "wide"), num_labels=3)
+    wide.save_pretrained(tmp_path / "wide")
+    assert load_base(tmp_path / "wide", seed=0)[0].score.weight.shape == (1, 16)  # type: ignore[union-attr]
+
+
+def test_a_new_head_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The head is new by intent, so Transformers' table of missing weights is not shown; later warnings are."""
+    folder, logger = _base(tmp_path), transformers_logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        load_base(folder, seed=0)
+        assert caplog.text == ""
+        logger.warning("heard")
+        assert "heard" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+def _pairs() -> list[dict]:
+    rng = random.Random(4)
+    return [{"chosen": _text(rng, "good"), "rejected": _text(rng, "bad")} for _ in range(8)]
+
+
+def test_data_and_output_come_before_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would end the training is found before a model is read, and leaves nothing behind."""
+    monkeypatch.setattr(textenv.reward_training, "load_base", lambda *given: pytest.fail("work was done"))
+    rows, full, file = _write(tmp_path / "d.jsonl", _pairs()), tmp_path / "full", tmp_path / "file"
+    full.mkdir()
+    file.write_text("")
+    (full / "model.safetensors").write_text("precious")
+    for data, output, says in [
+        (tmp_path / "none.jsonl", tmp_path / "rm", "no training data at .*none.jsonl'; give a .jsonl"),
+        (tmp_path, tmp_path / "rm", "no training data at "),
+        (_write(tmp_path / "one.jsonl", _pairs()[:1]), tmp_path / "rm", "1 rows of 1 prompts leave none to train on"),
+        (rows, full, "full' exists already and is not empty; choose another output"),
+        (rows, file, "file' cannot be written: .*file' is no folder; choose another output"),
+        (rows, file / "rm", "rm' cannot be written: .*file' is no folder"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            train_reward_model("base", data, output, FAST)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    with pytest.raises(ValueError, match=f"cannot be written: {str(tmp_path)!r} is closed to you"):
+        train_reward_model("base", rows, tmp_path / "deep" / "rm", FAST)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "file", "full", "one.jsonl"]
+
+
+def test_an_unknown_base_gets_a_sentence(tmp_path: Path) -> None:
+    """A base that is not there is named with the remedy; the output is not begun."""
+    rows = _write(tmp_path / "d.jsonl", _pairs())
+    for base in ("nobody/such-model", "/no/such/folder", tmp_path / "none"):
+        with pytest.raises(ValueError, match=f"no model configuration in '{base}': .* Give a folder"):
+            train_reward_model(base, rows, tmp_path / "rm", FAST)
+    assert not (tmp_path / "rm").exists()
+
+
+def test_an_empty_output_folder_is_used(tmp_path: Path) -> None:
+    """A folder that somebody made for the result is taken."""
+    (tmp_path / "rm").mkdir()
+    train_reward_model(_base(tmp_path / "base"), _write(tmp_path / "d.jsonl", _pairs()), tmp_path / "rm", FAST)
+    assert (tmp_path / "rm" / "model.safetensors").exists()
+
+
+def test_data_that_are_not_utf_8(tmp_path: Path) -> None:
+    """Bytes of another encoding are named by their line."""
+    path = tmp_path / "d.jsonl"
+    path.write_bytes('{"text": "a", "label": 1}\n{"text": "naïve", "label": 0}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"d.jsonl, line 2: not UTF-8 .*byte 0xef.*save the file as UTF-8"):
+        read_rows(path)
 
 
 def test_configs_refuse_nonsense() -> None:

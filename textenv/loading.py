@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,21 @@ def load_function(name: str) -> Callable:
     return found
 
 
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Where each line of a text file is, and the line; blank ones are left out. Raises ValueError for no UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{place}: not UTF-8 ({error.reason}, byte {line[error.start]:#x}); save the file as UTF-8."
+                ) from error
+            if text.strip():
+                yield place, text
+
+
 _frozen: weakref.WeakValueDictionary[tuple, PreTrainedModel] = weakref.WeakValueDictionary()
 
 
@@ -84,17 +99,30 @@ def load_frozen(auto_class: type, name: str, device: torch.device, dtype: torch.
 
 def load_model(auto_class: type, name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A model from a folder or hub name, without dropout, so that train mode computes what eval mode does."""
+    config = load_config(name)
+    switch_off_dropout(config)
+    model, report = load_weights(auto_class, name, config, dtype)
+    refuse_random(name, model, report["missing_keys"])
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def load_weights(
+    auto_class: type, name: str, config: transformers.PretrainedConfig, dtype: torch.dtype, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model of safetensors weights, and Transformers' report of what they lacked; options: of from_pretrained.
+
+    Raises ValueError for pickles, and for a model that only code from its folder could read.
+    """
     with quietly():
         try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            _switch_off_dropout(config)
-            model, report = auto_class.from_pretrained(
+            return auto_class.from_pretrained(
                 name,
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **options,
             )
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -102,12 +130,15 @@ def load_model(auto_class: type, name: str, device: torch.device, dtype: torch.d
                 "holds config.json and safetensors weights (pickles are refused: re-save with "
                 "save_pretrained, which writes safetensors)."
             ) from error
-    if report["missing_keys"]:
+
+
+def refuse_random(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Refuses a model that has weights nobody trained; missing: their names."""
+    if missing:
         raise ValueError(
-            f"{name!r} holds no weights for {', '.join(sorted(report['missing_keys'])[:3])} of a "
+            f"{name!r} holds no weights for {', '.join(sorted(missing)[:3])} of a "
             f"{type(model).__name__}: they would be random. Give a model that was trained as one."
         )
-    return model.to(device)
 
 
 def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -129,6 +160,7 @@ def load_classifier(name: str, device: torch.device, dtype: torch.dtype) -> PreT
 
 def load_config(name: str) -> transformers.PretrainedConfig:
     """The configuration of the model of that name."""
+    _refuse_run(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -140,6 +172,7 @@ def load_config(name: str) -> transformers.PretrainedConfig:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the model of that name."""
+    _refuse_run(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -169,10 +202,19 @@ def check_room(role: str, model_config: Any, config: TextGenConfig) -> None:
         )
 
 
-def _switch_off_dropout(config: Any) -> None:
+def switch_off_dropout(config: Any) -> None:
+    """Sets every dropout of a model's configuration to zero."""
     for field, value in config.to_dict().items():
         if isinstance(value, float) and "drop" in field:
             setattr(config, field, 0.0)
+
+
+def _refuse_run(name: str) -> None:
+    """Refuses the folder that training wrote, whose model is one deeper."""
+    own, actor = Path(name, "config.json"), Path(name, "actor")
+    if not (actor / "config.json").is_file() or (own.is_file() and '"model_type"' in own.read_text(encoding="utf-8")):
+        return
+    raise ValueError(f"{name!r} is the folder of a run, not of a model; did you mean {str(actor)!r}?")
 
 
 def _stamp(name: str) -> tuple:
@@ -199,3 +241,14 @@ def quietly():
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def without_report():
+    """No table of the weights that a folder lacks, for callers who expect some to be new and look at the rest."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from textenv.loading import load_function, unwrap
+from textenv.loading import load_function, read_lines, unwrap
 from textenv.prompts import Prompt
 
 FORMS = 'texts, chats (lists of {"role", "content"}) or rows {"prompt": ..., further fields}'
+KINDS = "a list, a path that ends in .jsonl, 'module:function', or a datasets.Dataset with a column 'prompt'"
+REMEDIES = {  # of what `datasets` also calls a dataset, by the name of its type
+    "DatasetDict": "pick a split, such as prompts=table['train']",
+    "IterableDataset": "make it a list, such as prompts=list(table.take(1000))",
+    "IterableDatasetDict": "pick a split and make it a list, such as prompts=list(table['train'].take(1000))",
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,7 @@ class PromptRows:
 
     prompts: tuple[Prompt, ...]
     columns: dict[str, tuple[Any, ...]]  # the further fields of the rows, by name
+    places: tuple[str, ...] = ()  # the file and line of each, where they come from a file
 
 
 def read_prompts(source: Any) -> PromptRows:
@@ -28,30 +36,36 @@ def read_prompts(source: Any) -> PromptRows:
     Raises ValueError for what is none of these, and for rows that do not all have the same fields.
     """
     source = unwrap(source)
-    if isinstance(source, str | Path):
-        name = str(source)
-        if name.endswith(".jsonl"):
-            places, rows = _read_jsonl(Path(name))
-        elif ":" in name:
-            places, rows = _call(load_function(name), name)
-        else:
-            raise ValueError(
-                f"prompts must be a list of texts, a path that ends in .jsonl, or 'module:function', got {name!r}."
-            )
-    elif callable(source):
-        places, rows = _call(source, getattr(source, "__name__", repr(source)))
-    elif _is_collection(source):
-        places, rows = _number(source)
-    else:
-        raise ValueError(
-            f"prompts must be a list of texts, a .jsonl path or 'module:function', got {type(source).__name__}."
-        )
+    places, rows = _read(source)
     if not rows:
         raise ValueError("prompts are empty; give at least one.")
     rows = [_as_row(place, given) for place, given in zip(places, rows, strict=True)]
     _check_same_fields(places, rows)
     columns = {name: tuple(row[name] for row in rows) for name in rows[0] if name != "prompt"}
-    return PromptRows(tuple(row["prompt"] for row in rows), columns)
+    return PromptRows(tuple(row["prompt"] for row in rows), columns, tuple(places) if _is_jsonl(source) else ())
+
+
+def _read(source: Any) -> tuple[list[str], list[Any]]:
+    """The rows of a source and where each is, for errors to say."""
+    if _is_jsonl(source):
+        return _read_jsonl(Path(source))
+    if isinstance(source, str | Path):
+        name = str(source)
+        if ":" in name:
+            return _call(load_function(name), name)
+        raise ValueError(
+            f"prompts must be a list of texts, a path that ends in .jsonl, or 'module:function', got {name!r}."
+        )
+    if callable(source):
+        return _call(source, getattr(source, "__name__", repr(source)))
+    if _is_collection(source):
+        return _number(source)
+    kind = type(source).__name__
+    raise ValueError(f"prompts must be {KINDS}, got {kind}; {REMEDIES.get(kind, 'give one of these')}.")
+
+
+def _is_jsonl(source: Any) -> bool:
+    return isinstance(source, str | Path) and str(source).endswith(".jsonl")
 
 
 def _is_collection(source: Any) -> bool:
@@ -95,6 +109,13 @@ def _check_same_fields(places: Sequence[str], rows: Sequence[dict[str, Any]]) ->
 
 
 def _call(function: Callable, name: str) -> tuple[list[str], list[Any]]:
+    try:
+        inspect.signature(function).bind()  # ahead of the call, whose own TypeErrors are another matter
+    except (TypeError, ValueError) as error:  # ValueError is for what has no signature
+        raise ValueError(
+            f"{name} is called without arguments to get prompts, and does not take that ({error}); give every "
+            "parameter a default, or call it yourself and pass the list."
+        ) from error
     rows = function()
     if not _is_collection(rows):
         raise ValueError(f"{name} must return a list of prompts, got {type(rows).__name__}.")
@@ -104,13 +125,8 @@ def _call(function: Callable, name: str) -> tuple[list[str], list[Any]]:
 def _read_jsonl(path: Path) -> tuple[list[str], list[Any]]:
     if not path.is_file():
         raise ValueError(f'no prompts file at {str(path)!r}; give a .jsonl with one {{"prompt": ...}} a line.')
-    places, rows = [], []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                places.append(f"{path}, line {number}")
-                rows.append(_read_line(places[-1], line))
-    return places, rows
+    lines = list(read_lines(path))
+    return [place for place, _ in lines], [_read_line(place, line) for place, line in lines]
 
 
 def _read_line(place: str, line: str) -> dict[str, Any]:

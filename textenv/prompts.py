@@ -50,18 +50,27 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0 if pad is None else pad
 
 
-def tokenise(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> Prompts:
-    """Left-padded tokens of texts. Refuses a prompt that is empty, longer than the budget, or a chat."""
+def tokenise(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, places: Sequence[str] = ()
+) -> Prompts:
+    """Left-padded tokens of texts. Refuses a prompt that is empty, longer than the budget, or a chat.
+
+    places: the file and line of each, where they come from a file, for errors to say.
+    """
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(
-                f"prompt number {index} is a chat (a list of messages), and chat is off; pass chat=True, or a text."
+                f"{_name(index, places)} is a chat (a list of messages), and chat is off; pass chat=True, or a text."
             )
     texts = [str(prompt) for prompt in prompts]
-    return _pad(texts, [list(ids) for ids in tokenizer(texts).input_ids], tokenizer, max_prompt_tokens)
+    encoded = [list(ids) for ids in tokenizer(texts).input_ids]
+    _check_lengths(texts, encoded, max_prompt_tokens, places)
+    return _pad(texts, encoded, tokenizer, max_prompt_tokens)
 
 
-def tokenise_chats(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> Prompts:
+def tokenise_chats(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, places: Sequence[str] = ()
+) -> Prompts:
     """Left-padded tokens of chats up to where the assistant is to speak, by the tokenizer's chat template.
 
     A text is put as one message of the user. Refuses what `tokenise` refuses, a tokenizer without a template, and
@@ -79,16 +88,35 @@ def tokenise_chats(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
             rendered.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
             raise ValueError(
-                f"the chat template refuses prompt number {index} ({error}); give messages with roles and in an "
+                f"the chat template refuses {_name(index, places)} ({error}); give messages with roles and in an "
                 "order that the model was trained on."
             ) from error
     # The template writes the special tokens itself.
     encoded = [list(ids) for ids in tokenizer(rendered, add_special_tokens=False).input_ids]
-    return _pad([_chat_text(prompt) for prompt in prompts], encoded, tokenizer, max_prompt_tokens)
+    texts = [_chat_text(prompt) for prompt in prompts]
+    _check_lengths(texts, encoded, max_prompt_tokens, places)
+    return _pad(texts, encoded, tokenizer, max_prompt_tokens)
 
 
 def _chat_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+
+def _name(index: int, places: Sequence[str]) -> str:
+    return f"prompt number {index} ({places[index]})" if places else f"prompt number {index}"
+
+
+def _check_lengths(
+    texts: Sequence[str], encoded: Sequence[list[int]], max_prompt_tokens: int, places: Sequence[str]
+) -> None:
+    for index, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+        if not ids or not text.strip():
+            raise ValueError(f"{_name(index, places)} is empty ({text!r}); leave it out, or write a start of text.")
+        if len(ids) > max_prompt_tokens:
+            raise ValueError(
+                f"{_name(index, places)} has {len(ids)} tokens, more than max_prompt_tokens={max_prompt_tokens} "
+                f"({text[:60]!r}...); raise max_prompt_tokens to {max(map(len, encoded))} or shorten it."
+            )
 
 
 def _pad(
@@ -96,14 +124,7 @@ def _pad(
 ) -> Prompts:
     input_ids = torch.full((len(texts), max_prompt_tokens), pad_token_id(tokenizer), dtype=torch.long)
     attention_mask = torch.zeros(len(texts), max_prompt_tokens, dtype=torch.bool)
-    for index, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
-        if not ids or not text.strip():
-            raise ValueError(f"prompt number {index} is empty ({text!r}); leave it out, or write a start of text.")
-        if len(ids) > max_prompt_tokens:
-            raise ValueError(
-                f"prompt number {index} has {len(ids)} tokens, more than max_prompt_tokens={max_prompt_tokens} "
-                f"({text[:60]!r}...); raise max_prompt_tokens to {max(map(len, encoded))} or shorten it."
-            )
+    for index, ids in enumerate(encoded):
         input_ids[index, -len(ids) :] = torch.tensor(ids)
         attention_mask[index, -len(ids) :] = True
     return Prompts(tuple(texts), input_ids, attention_mask)

@@ -8,6 +8,7 @@ pad token that is also the end token does no harm.
 from __future__ import annotations
 
 import json
+import os
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,15 +21,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
 )
 
+from textenv.loading import (
+    load_config,
+    load_tokenizer,
+    load_weights,
+    read_lines,
+    refuse_random,
+    switch_off_dropout,
+    without_report,
+)
 from textenv.reward_model import last_token_scores
 from textenv.supervised import STOCK_ARGUMENTS, encode_prompt, encode_response, end_with, pad_right
 
@@ -106,40 +114,40 @@ Examples = Pairs | Labelled
 
 def load_base(base: str | Path, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A scalar-headed model and its tokenizer from a folder or hub name of a causal or classification model."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    base = str(base)
+    config = load_config(base)
+    tokenizer = load_tokenizer(base)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {base} has no end token; add one (eos_token) and save it again.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    config = AutoConfig.from_pretrained(base, num_labels=1)
-    config.id2label, config.label2id = {0: "score"}, {"score": 0}
+    config.id2label, config.label2id = {0: "score"}, {"score": 0}  # one label
     config.pad_token_id = tokenizer.pad_token_id
-    for name, value in config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
-            setattr(config, name, 0.0)
+    switch_off_dropout(config)
     torch.manual_seed(seed)  # the new head is drawn here
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
-    )
+    with without_report():
+        model, report = load_weights(
+            AutoModelForSequenceClassification, base, config, torch.float32, ignore_mismatched_sizes=True
+        )
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ValueError(
             f"{base} is a {type(model).__name__}, which has no linear head named 'score' over a decoder. "
             "Use a decoder-only base, such as GPT-2 or Llama."
         )
+    new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    refuse_random(base, model, {name for name in new if not name.startswith("score.")})
     return model, tokenizer
 
 
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a JSONL of {prompt?, chosen, rejected} or of {prompt?, text, label}, all of one kind."""
     path, rows = Path(path), []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(_checked_row(line, f"{path}, line {number}"))
-                if _kind(rows[-1]) != _kind(rows[0]):
-                    raise ValueError(
-                        f"{path}, line {number}: rows of pairs and rows with labels in one file. Split the file."
-                    )
+    if not path.is_file():
+        raise ValueError(f"no training data at {str(path)!r}; give a .jsonl of lines such as {_EXAMPLE}.")
+    for place, line in read_lines(path):
+        rows.append(_checked_row(line, place))
+        if _kind(rows[-1]) != _kind(rows[0]):
+            raise ValueError(f"{place}: rows of pairs and rows with labels in one file. Split the file.")
     if not rows:
         raise ValueError(f"{path} holds no rows. Write one JSON object a line, such as {_EXAMPLE}.")
     return rows
@@ -281,6 +289,16 @@ class RewardReport:
     score_deviation: float  # over the training texts
 
 
+def check_output(folder: Path) -> None:
+    """Refuses a folder that holds something already, and one that could not be written. Makes nothing."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not parent.is_dir() or not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
+        why = "is closed to you" if parent.is_dir() else "is no folder"
+        raise ValueError(f"{str(folder)!r} cannot be written: {str(parent)!r} {why}; choose another output folder.")
+    if parent == folder and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} exists already and is not empty; choose another output folder.")
+
+
 def train_reward_model(
     base: str | Path, data: str | Path, output: str | Path, config: RewardConfig = DEFAULT
 ) -> RewardReport:
@@ -289,13 +307,17 @@ def train_reward_model(
     Args:
         base: Folder or hub name of a decoder-only causal or sequence-classification model.
         data: JSONL of {prompt?, chosen, rejected} or of {prompt?, text, label} with label 0 or 1.
-        output: Folder for the reward model and its tokenizer.
+        output: New or empty folder for the reward model and its tokenizer.
         config: How to train.
+
+    Raises ValueError, before any work, for data or a base that cannot be read and an output that cannot be written.
     """
+    rows = read_rows(data)
+    parts = split_rows(rows, config.held_out, config.seed)
+    check_output(Path(output))
     model, tokenizer = load_base(base, config.seed)
     limit = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
-    rows = read_rows(data)
-    train, held_out = (encode_rows(tokenizer, part, limit) for part in split_rows(rows, config.held_out, config.seed))
+    train, held_out = (encode_rows(tokenizer, part, limit) for part in parts)
     fit(model, train, config)
     scores = score_tokens(model, train.sequences())
     report = RewardReport(

@@ -112,15 +112,28 @@ def build_task(config: TextGenConfig) -> Task:
         reference=reference if config.kl_coef > 0 else None,
         reward=reward,
         normaliser=normaliser,
-        prompts=_tokenise(rows, config, tokenizer).to(device),
+        prompts=_task_prompts(rows, config, tokenizer).to(device),
         device=device,
         masks=build_masks(config.action_mask, parts),
     )
 
 
+def _task_prompts(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """`_tokenise`, whose errors say whose prompts they are about where the user gave a reference and no prompts."""
+    try:
+        return _tokenise(rows, config, tokenizer)
+    except ValueError as error:
+        if config.prompts is not None or config.reference is None:
+            raise
+        raise ValueError(
+            f"{error} These prompts are the embedded task's, as none were given; give your own with prompts=... "
+            "(--env-arg prompts=... on the command line)."
+        ) from error
+
+
 def _tokenise(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     read = tokenise_chats if config.chat else tokenise
-    return replace(read(rows.prompts, tokenizer, config.max_prompt_tokens), columns=rows.columns)
+    return replace(read(rows.prompts, tokenizer, config.max_prompt_tokens, rows.places), columns=rows.columns)
 
 
 def _reference_name(given: Any) -> str:

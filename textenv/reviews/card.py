@@ -75,8 +75,12 @@ TEMPERATURE = TextGenConfig.temperature  # the task's own
 SEED = 1  # of the held-out samples and of the rater's choices among them
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """Measure the weights in a folder on held-out prompts, and write its card. Returns the figures."""
+def measure(folder: Path = Path(__file__).parent) -> dict[str, float]:
+    """Measure the weights in a folder on held-out prompts, and write its card. Returns the figures.
+
+    Args:
+        folder: What the build wrote: supervised/, reward_model/ and training.json. Its README.md is written anew.
+    """
     record = json.loads((folder / RECORD).read_text())
     figures, samples = measure_at(folder, TEMPERATURE, record["settings"]["noise"])
     hot, _ = measure_at(folder, 1.0, record["settings"]["noise"])
@@ -138,4 +142,6 @@ def _samples(samples: Sequence[Sample]) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(__file__).parent), indent=1))
+    import tyro
+
+    print(json.dumps(tyro.cli(measure), indent=1))
