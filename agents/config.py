@@ -20,7 +20,7 @@ class TrainConfig:
     """
 
     env: str = "TextGen-v0"  # Gymnasium id of the environment, or module:id of a module that registers it
-    env_arg: tuple[str, ...] = ()  # NAME=VALUE for gym.make, as kl_coef=0.05; VALUE is JSON or a plain string
+    env_arg: tuple[str, ...] = ()  # NAME=VALUE for gym.make, as kl_coef=0.05; VALUE is JSON, Python or plain text
     algorithm: str = "ppo"  # the learner's name
     seed: int = 0  # of everything random in the run
     run: str | None = None  # folder to write; default runs/ENV-ALGORITHM-seedN-DATE
