@@ -85,7 +85,9 @@ def draw_frontier(found: list[dict[str, Any]]) -> None:
 def draw_over_optimisation(found: list[dict[str, Any]]) -> None:
     """Proxy and gold score against √KL, a panel a weight of the penalty."""
     groups = by_name(found)
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(5.2 * len(groups), 4.4), squeeze=False, sharex=True, sharey=True)
+    figure, axes = pyplot.subplots(
+        1, len(groups), figsize=(5.2 * len(groups), 4.4), squeeze=False, sharex=True, sharey=True
+    )
     for axis, (name, group) in zip(axes[0], groups.items(), strict=True):
         for index, row in enumerate(group):
             root = [max(point["kl_per_response"], 0.0) ** 0.5 for point in row["curve"]]
