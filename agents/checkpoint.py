@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torchrl.checkpoint import Checkpoint, CheckpointError
+from torchrl.checkpoint import Checkpoint
 
 from agents.algorithms import find_algorithm
 from agents.config import TrainConfig
@@ -82,7 +82,7 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> None:
         raise ValueError(f"no checkpoint in {str(folder)!r}: the run stopped before its first; start a new one.")
     try:
         _checkpoint(trainer).load(folder / "checkpoint")
-    except (CheckpointError, OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"the checkpoint in {str(folder)!r} does not fit what the run would go on with: {error}. Give it the same "
             "models, prompts and versions as before, or start a new run."

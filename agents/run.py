@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,16 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
         checkpoint.save_checkpoint(folder, trainer)  # from here on the run can be resumed, whatever happens
     title = f"{config.algorithm} on {config.env}"
     console.print(f"{title} {experiment.describe()}\nresults in {folder}/")
-    scalars = report.Scalars(folder, trainer.iteration)
-    with _resumable(folder, trainer), report.Bar(console, config.iterations, trainer.iteration) as bar:
+    with (
+        _resumable(folder, trainer, config.resume),
+        closing(report.Scalars(folder, trainer.iteration)) as scalars,
+        report.Bar(console, config.iterations, trainer.iteration) as bar,
+    ):
         for iteration in trainer.iterate():
             scalars.write(iteration.number, iteration.metrics)
             bar.show(iteration.number, experiment.headline(iteration.metrics))
             if iteration.number % config.checkpoint_every == 0 or iteration.number == config.iterations:
                 checkpoint.save_checkpoint(folder, trainer)
-    scalars.close()
     after = experiment.evaluate(trainer.algorithm.policy)
     plots.draw_curves(folder / "curves.png", scalars.rows, f"{title}, seed {config.seed}", experiment.panels())
     summary = {"env": config.env, "algorithm": config.algorithm, "seed": config.seed}
@@ -72,12 +74,12 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
 
 
 @contextmanager
-def _resumable(folder: Path, trainer: Trainer) -> Iterator[None]:
-    """Says of what stops a run how to go on; a run that fails in its first iteration leaves no folder behind."""
+def _resumable(folder: Path, trainer: Trainer, resumed: bool) -> Iterator[None]:
+    """Says of what stops a run how to go on; a new one that fails in its first iteration leaves no folder behind."""
     try:
         yield
     except BaseException as error:
-        if trainer.iteration == 0 and isinstance(error, Exception):
+        if trainer.iteration == 0 and not resumed and isinstance(error, Exception):
             shutil.rmtree(folder)
         else:
             error.add_note(f"The last checkpoint is good: go on from it with --run {folder} --resume.")

@@ -245,6 +245,30 @@ def test_a_stop_says_how_to_go_on(tmp_path, monkeypatch, capsys, stop, code, say
     assert (tmp_path / "run/checkpoint").exists()
 
 
+@pytest.mark.filterwarnings("error")  # of TensorBoard's thread, were its file not closed before it is removed
+def test_a_failed_run_is_cleared_away_and_a_resumed_one_never(tmp_path, monkeypatch):
+    """A new run that fails in its first iteration leaves no folder; one that is resumed there keeps all it had."""
+    arguments = ["train", "--env", "CartPole-v1", "--iterations", "1", "--evaluation-episodes", "1"]
+
+    def stopped(trainer):
+        raise failure
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "_iterate", stopped)
+    monkeypatch.setattr("agents.__main__._is_ours", lambda error: True)
+    failure = ValueError("too early")
+    with pytest.raises(SystemExit, match="too early"):
+        main([*arguments, "--run", "new"])
+    assert not (tmp_path / "new").exists()
+    failure = KeyboardInterrupt()
+    with pytest.raises(SystemExit):
+        main([*arguments, "--run", "kept"])
+    failure = ValueError("again")
+    with pytest.raises(SystemExit, match="again The last checkpoint is good"):
+        main(["train", "--run", "kept", "--resume"])
+    assert (tmp_path / "kept/checkpoint").exists()
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
 def test_every_flag_is_explained(capsys, algorithm):
     """`--help` says more of every flag than its default."""

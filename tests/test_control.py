@@ -242,6 +242,9 @@ def test_measuring_gives_up(monkeypatch):
     experiment, trainer = build("Endless-v0")
     with pytest.raises(ValueError, match=r"4 of 4 episodes had not ended after 20 steps.*max_episode_steps=1000"):
         experiment.evaluate(trainer.algorithm.policy)
+    for unlimited in ("-1", "null"):
+        experiment, trainer = build("Endless-v0", env_arg=(f"max_episode_steps={unlimited}",))
+        assert experiment.environments.limit is None
     experiment, trainer = build("Endless-v0", env_arg=("max_episode_steps=7",))
     assert experiment.evaluate(trainer.algorithm.policy).lengths == [7] * 4
 

@@ -58,17 +58,17 @@ class ControlCollector:
             seed = np.random.SeedSequence([self.seed, self.begun]).generate_state(1)[0]
             self.observation = self.environments.reset(int(seed))
             self.ended = np.zeros(shape[1], dtype=bool)
-        played = np.empty((shape[0] + 1, *self.observation.shape), np.float32)  # [R + 1, B, D]
-        observations, actions = torch.from_numpy(played), []  # one memory, that copies what an environment may reuse
+        seen = np.empty((shape[0] + 1, *self.observation.shape), np.float32)  # [R + 1, B, D]
+        observations, actions = torch.from_numpy(seen), []  # one memory, that copies what an environment may reuse
         rewards, ended = np.empty(shape, np.float32), np.empty((shape[0] + 1, shape[1]), bool)
         terminated, noise = np.empty(shape, bool), policy.noise(shape, self.generator)  # [R, B, A]
         for step, (state, chance) in enumerate(zip(observations[:-1].unbind(), noise.unbind(), strict=True)):
-            played[step], ended[step] = self.observation, self.ended
+            seen[step], ended[step] = self.observation, self.ended
             actions.append(policy.act(state, chance))
             action = playable(actions[-1].numpy(), env.single_action_space)
             self.observation, rewards[step], terminated[step], truncated, _ = env.step(action)
             self.ended = terminated[step] | truncated
-        played[-1], ended[-1] = self.observation, self.ended
+        seen[-1], ended[-1] = self.observation, self.ended
         observation, action = observations[:-1].transpose(0, 1), torch.stack(actions, 1)  # [B, R, ...] both
         reward = torch.from_numpy(rewards).T  # [B, R]
         mask = ~torch.from_numpy(ended[:-1]).T

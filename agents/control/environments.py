@@ -14,7 +14,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from agents.config import TrainConfig, id_of
 from agents.control.config import ControlConfig
 
-CLIP = 10.0  # normalised observations and rewards are cut off here (Andrychowicz et al. 2021)
+CLIP = 10.0  # normalised observations and rewards are cut off here, as by Stable-Baselines3
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class NormalizeReward(VectorWrapper):
     """Rewards over the running standard deviation of discounted returns, cut off at `CLIP`.
 
     Gymnasium 1.4's of the same name lets a return run on past time limits into the next episode, and forgets it one
-    step before an end, so that its scale drifts (MountainCar's by half within a few episodes).
+    step before an end, so that its scale drifts (MountainCar's by half within 20 episodes).
     """
 
     def __init__(self, env: VectorEnv, gamma: float) -> None:
@@ -139,8 +139,9 @@ class Environments:
 
 
 def episode_limit(config: TrainConfig) -> int | None:
-    """The steps after which an episode is cut off; None: never."""
-    return config.env_arguments().get("max_episode_steps", gym.spec(id_of(config.env)).max_episode_steps)
+    """The steps after which an episode is cut off; None: never, as -1 says to gym.make."""
+    limit = config.env_arguments().get("max_episode_steps", gym.spec(id_of(config.env)).max_episode_steps)
+    return limit if limit is not None and limit > 0 else None
 
 
 def clipped(observation: np.ndarray) -> np.ndarray:
