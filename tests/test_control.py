@@ -11,7 +11,7 @@ import pytest
 import torch
 from gymnasium.vector import SyncVectorEnv
 
-from agents import run
+from agents import plots, run
 from agents.advantages import Ends, estimate_advantages
 from agents.algorithms import ALGORITHMS, find_algorithm
 from agents.checkpoint import load_checkpoint, save_checkpoint
@@ -19,7 +19,7 @@ from agents.config import TrainConfig
 from agents.control.collector import playable
 from agents.control.config import ControlConfig
 from agents.control.environments import Returns
-from agents.control.experiment import ControlExperiment, play
+from agents.control.experiment import PANELS, ControlExperiment, play
 from agents.presets import PRESETS, defaults
 from agents.text.config import TextConfig
 from agents.trainer import Trainer
@@ -328,6 +328,17 @@ def test_environments_of_a_module(tmp_path, monkeypatch):
         config, settings, _ = defaults("textenv:TextGen-v0", algorithm)
         assert dataclasses.replace(config, env="TextGen-v0") == defaults("TextGen-v0", algorithm)[0]
         assert isinstance(settings, TextConfig)
+
+
+def test_curves_join_what_was_measured(tmp_path, monkeypatch):
+    """Iterations in which no episode ended leave no holes: points are joined over them."""
+    kept = []
+    monkeypatch.setattr(plots.pyplot, "close", kept.append)
+    measured = {1: 5.0, 3: 7.0, 6: 6.0}
+    rows = [{"iteration": one} | ({"return": measured[one]} if one in measured else {}) for one in range(1, 7)]
+    plots.draw_curves(tmp_path / "curves.png", rows, "title", PANELS)
+    line = kept[0].axes[0].lines[0]
+    assert list(line.get_xdata()) == [1, 3, 6] and list(line.get_ydata()) == [5.0, 7.0, 6.0]
 
 
 def test_cartpole_shrunk_learns(tmp_path):
