@@ -61,10 +61,10 @@ class ControlCollector:
         seen = np.empty((shape[0] + 1, *self.observation.shape), np.float32)  # [R + 1, B, D]
         observations, actions = torch.from_numpy(seen), []  # one memory, that copies what an environment may reuse
         rewards, ended = np.empty(shape, np.float32), np.empty((shape[0] + 1, shape[1]), bool)
-        terminated, noise = np.empty(shape, bool), policy.noise(shape, self.generator)  # [R, B, A]
-        for step, (state, chance) in enumerate(zip(observations[:-1].unbind(), noise.unbind(), strict=True)):
+        terminated, act = np.empty(shape, bool), policy.player(*shape, self.generator)
+        for step, state in enumerate(observations[:-1].unbind()):
             seen[step], ended[step] = self.observation, self.ended
-            actions.append(policy.act(state, chance))
+            actions.append(act(state))
             action = playable(actions[-1].numpy(), env.single_action_space)
             self.observation, rewards[step], terminated[step], truncated, _ = env.step(action)
             self.ended = terminated[step] | truncated

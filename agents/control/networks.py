@@ -7,8 +7,9 @@ environment's steps, so s_1..s_{R-1} are among the observations already.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -27,7 +28,7 @@ class Perceptron(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], activation: str, gain: float) -> None:
         super().__init__()
-        self.outputs = sizes[-1]
+        self.outputs, self.activation = sizes[-1], activation
         layers: list[nn.Module] = []
         for index, (inputs, outputs) in enumerate(pairwise(sizes)):
             last = index == len(sizes) - 2
@@ -47,25 +48,44 @@ class Perceptron(nn.Module):
         """Outputs at s_0..s_R, [B, R + 1, outputs]."""
         return self(torch.cat([data["observation"], data["next_observation"][:, -1:]], 1))
 
+    def frozen(self) -> Callable[[Tensor], Tensor]:
+        """The function of [n, D] that this is now, for many calls on few rows.
+
+        A module's call costs as much as a layer of 64 does on 8 rows, and so do weights that lie the wrong way round.
+        """
+        copied = partial(torch.clone, memory_format=torch.contiguous_format)
+        linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        weights = [(copied(layer.bias.detach()), copied(layer.weight.detach().T)) for layer in linear]
+        activation = torch.tanh_ if self.activation == "tanh" else torch.relu_
+
+        def function(rows: Tensor) -> Tensor:
+            for bias, weight in weights[:-1]:
+                rows = activation(torch.addmm(bias, rows, weight))
+            bias, weight = weights[-1]
+            return torch.addmm(bias, rows, weight)
+
+        return function
+
 
 class DiscreteActor(Perceptron):
     """Logits of a list of actions."""
 
-    def log_policy(self, observation: Tensor) -> Tensor:
-        """Log-probabilities of the actions, but for a constant of each state. [..., D] to [..., A]."""
-        return self(observation)
+    def log_policy(self, outputs: Tensor) -> Tensor:
+        """Log-probabilities of the actions by the network's outputs, but for a constant a state. [..., A] both."""
+        return outputs
 
-    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """What chance adds to every action in so many states, [*shape, A]: standard Gumbel."""
-        return -torch.empty(*shape, self.outputs).exponential_(generator=generator).log()
+    def player(self, steps: int, rows: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+        """Plays with the weights of now: from observations [n, D], actions [n], `rows` of them, `steps` times.
 
-    def act(self, observation: Tensor, noise: Tensor) -> Tensor:
-        """An action for each row, [n]: the best of log π + noise is distributed by π (Gumbel 1954)."""
-        return (self.log_policy(observation) + noise).argmax(-1)
+        The best of log π + standard Gumbel noise is distributed by π (Gumbel 1954).
+        """
+        noise = -torch.empty(steps, rows, self.outputs).exponential_(generator=generator).log()
+        function, chance = self.frozen(), iter(noise.unbind())
+        return lambda observation: (self.log_policy(function(observation)) + next(chance)).argmax(-1)
 
     def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
         """Of the actions [...] taken in states [..., D]; returns [...]."""
-        return self.log_policy(observation).log_softmax(-1).gather(-1, action[..., None])[..., 0]
+        return self.log_policy(self(observation)).log_softmax(-1).gather(-1, action[..., None])[..., 0]
 
     def greedy(self, observation: Tensor) -> Tensor:
         """The likeliest action for each row, [n]."""
@@ -89,20 +109,21 @@ class ContinuousActor(nn.Module):
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """[..., D] to mean and standard deviation, [..., A] each, before squashing."""
         loc = self.body(observation)
-        return loc, self.log_std.clamp(LOWEST_LOG_STD, HIGHEST_LOG_STD).exp().expand_as(loc)
+        return loc, self.scale().expand_as(loc)
 
     def all_states(self, data: TensorDict) -> Tensor:
         """Means at s_0..s_R, [B, R + 1, A]."""
         return self.body.all_states(data)
 
-    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """What chance adds to the mean in so many states, in standard deviations, [*shape, A]."""
-        return torch.randn(*shape, len(self.log_std), generator=generator)
+    def player(self, steps: int, rows: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+        """Plays with the weights of now: from observations [n, D], actions [n, A], `rows` of them, `steps` times."""
+        noise = self.scale().detach() * torch.randn(steps, rows, self.body.outputs, generator=generator)
+        function, chance = self.body.frozen(), iter(noise.unbind())
+        return lambda observation: self._bounded(function(observation) + next(chance))
 
-    def act(self, observation: Tensor, noise: Tensor) -> Tensor:
-        """An action for each row, [n, A]."""
-        loc, scale = self(observation)
-        return self._bounded(loc + scale * noise)
+    def scale(self) -> Tensor:
+        """Standard deviations before squashing, [A]."""
+        return self.log_std.clamp(LOWEST_LOG_STD, HIGHEST_LOG_STD).exp()
 
     def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
         """Of the actions [..., A] taken in states [..., D]; returns [...]."""
@@ -144,14 +165,13 @@ class QNetwork(DiscreteActor):
         self.temperature = temperature
         self.register_buffer("epsilon", torch.zeros(()))
 
-    def log_policy(self, observation: Tensor) -> Tensor:
-        """Log-probabilities of the actions, but for a constant of each state. [..., D] to [..., A]."""
-        value = self(observation)
+    def log_policy(self, outputs: Tensor) -> Tensor:
+        """Log-probabilities of the actions by their values, but for a constant of each state. [..., A] both."""
         if self.temperature > 0:
-            return value / self.temperature
+            return outputs / self.temperature
         epsilon = self.get_buffer("epsilon")
-        share = torch.full_like(value, 1.0 / value.shape[-1]) * epsilon
-        best = value.argmax(-1, keepdim=True)
+        share = torch.full_like(outputs, 1.0 / outputs.shape[-1]) * epsilon
+        best = outputs.argmax(-1, keepdim=True)
         return share.scatter_add(-1, best, (1 - epsilon).expand(best.shape)).log()
 
 
