@@ -106,9 +106,9 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "LunarLander-v3": {
         "ppo": Preset(  # 999,424 frames
-            train=_rates(3e-4, iterations=61, minibatch=64, max_grad_norm=0.5, checkpoint_every=10),
-            settings={"num_envs": 16, "steps": 1024},
-            algorithm={"epochs": 4, "gamma": 0.999, "lmbda": 0.98, "value_clip": 0.0, "entropy_coef": 0.01},
+            train=_rates(5e-4, iterations=244, minibatch=256, max_grad_norm=0.5, checkpoint_every=40),
+            settings={"num_envs": 16, "steps": 256, **NORMALISED, "reward_gamma": 0.999},
+            algorithm={"epochs": 8, "gamma": 0.999, "lmbda": 0.98, "value_clip": 0.0, "entropy_coef": 0.01},
         ),
     },
 }

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchrl.modules import IndependentNormal, TanhNormal
 
 from agents.control.config import HIGHEST_LOG_STD, LOWEST_LOG_STD, ControlConfig
+from agents.distributions import Categorical
 
 
 class Perceptron(nn.Module):
@@ -194,11 +195,7 @@ class ControlNetworks:
         with self._own_randomness():
             policy = self._discrete_actor() if self.discrete else self._continuous_actor()
         keys: Any = ["logits"] if self.discrete else ["loc", "scale"]
-        kind, arguments = (
-            (torch.distributions.Categorical, {"validate_args": False})
-            if isinstance(policy, DiscreteActor)
-            else policy.distribution()
-        )
+        kind, arguments = (Categorical, {}) if isinstance(policy, DiscreteActor) else policy.distribution()
         modules: Any = (
             TensorDictModule(policy, ["observation"], keys),
             ProbabilisticTensorDictModule(

@@ -19,6 +19,7 @@ from tensordict.nn import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from agents.distributions import Categorical
 from textenv.language_model import response_logits
 from textenv.reward_model import RewardModel, reads_every_position
 from textenv.state import position_ids
@@ -201,8 +202,7 @@ def make_actor(task: Task) -> ProbabilisticTensorDictSequential:
         ProbabilisticTensorDictModule(
             in_keys=["logits"],
             out_keys=["action"],
-            distribution_class=torch.distributions.Categorical,
-            distribution_kwargs={"validate_args": False},
+            distribution_class=Categorical,
             return_log_prob=True,
         ),
     )
