@@ -102,13 +102,19 @@ class Trainer:
         return {name: sum(values) / len(values) for name, values in totals.items()}
 
     def _minibatches(self, rows: TensorDict) -> Iterator[TensorDict]:
-        if self.replay is None:
-            yield from self._shuffled(rows)
-            return
-        self.replay.extend(rows)
-        if len(self.replay) >= self.algorithm.config.warm_up:
-            for _ in range(self.algorithm.config.updates):
-                yield self.replay.sample(self.config.minibatch, self.generator)
+        yield from self._shuffled(rows) if self.replay is None else self._replayed(self.replay, rows)
+
+    def _replayed(self, replay: Replay, rows: TensorDict) -> Iterator[TensorDict]:
+        config = self.algorithm.config
+        if self.iteration == 0 and len(rows) * self.config.iterations < config.warm_up:
+            raise ValueError(
+                f"nothing would be learned: {self.config.iterations} iterations of {len(rows)} rows end before warm_up="
+                f"{config.warm_up} rows are there; lower warm_up, or raise iterations."
+            )
+        replay.extend(rows)
+        if len(replay) >= config.warm_up:
+            for _ in range(config.updates):
+                yield replay.sample(self.config.minibatch, self.generator)
 
     def _shuffled(self, rows: TensorDict) -> Iterator[TensorDict]:
         for _ in range(self.algorithm.config.epochs):

@@ -206,6 +206,14 @@ def test_updates_and_warm_up(settings, name):
 
 
 @BOTH
+def test_a_run_shorter_than_its_warm_up(settings, name):
+    """What would end before the first update is refused in its first iteration."""
+    trainer = make(settings, name, dict(warm_up=16), iterations=1)
+    with pytest.raises(ValueError, match=r"1 iterations of 8 rows end before warm_up=16 rows are there; lower warm_up"):
+        next(trainer.iterate())
+
+
+@BOTH
 def test_it_learns_a_known_answer(folders, name):
     """The learner finds the rewarded letter among twelve: its share of the tokens goes from a twelfth to most."""
     settings = dict(
