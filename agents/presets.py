@@ -107,8 +107,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "LunarLander-v3": {
         "ppo": Preset(  # 999,424 frames
             train=_rates(5e-4, iterations=244, minibatch=256, max_grad_norm=0.5, checkpoint_every=40),
-            settings={"num_envs": 16, "steps": 256, **NORMALISED, "reward_gamma": 0.999},
-            algorithm={"epochs": 8, "gamma": 0.999, "lmbda": 0.98, "value_clip": 0.0, "entropy_coef": 0.01},
+            settings={"num_envs": 16, "steps": 256, **NORMALISED},
+            algorithm={"epochs": 8, "gamma": 0.99, "lmbda": 0.98, "value_clip": 0.0, "entropy_coef": 0.01},
         ),
     },
 }
