@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 class Categorical(torch.distributions.Categorical):
     """PyTorch's, normalised by its one kernel for that, `log_softmax`: half the time on a vocabulary of 50k.
 
-    logits: finite, [..., A].
+    logits: finite, [..., A]. It cannot be expanded, and reads actions of its own shape.
     """
 
     def __init__(self, logits: Tensor) -> None:

@@ -108,8 +108,8 @@ class Trainer:
         config = self.algorithm.config
         if self.iteration == 0 and len(rows) * self.config.iterations < config.warm_up:
             raise ValueError(
-                f"nothing would be learned: {self.config.iterations} iterations of {len(rows)} rows end before warm_up="
-                f"{config.warm_up} rows are there; lower warm_up, or raise iterations."
+                f"nothing would be learned: {self.config.iterations} iterations of {len(rows)} rows, as in the first, "
+                f"end before warm_up={config.warm_up} rows are there; lower warm_up, or raise iterations."
             )
         replay.extend(rows)
         if len(replay) >= config.warm_up:

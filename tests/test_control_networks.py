@@ -24,13 +24,16 @@ def networks(action: gym.Space, **settings) -> ControlNetworks:
 def draws(policy) -> Tensor:
     """Many actions in one state, over two steps of a rollout."""
     act = policy.player(2, DRAWS // 2, torch.Generator().manual_seed(0))
-    return torch.cat([act(STATE.expand(DRAWS // 2, -1)) for _ in range(2)])
+    first, second = (act(STATE.expand(DRAWS // 2, -1)) for _ in range(2))
+    assert not torch.equal(first, second)  # chance is new at every step
+    return torch.cat([first, second])
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("hidden", [(), (7,), (16, 5)])
 def test_the_frozen_function_is_the_networks(hidden, activation):
     """Without modules it computes the same, changes no input, and later updates do not reach it."""
+    torch.manual_seed(0)
     network = Perceptron((3, *hidden, 4), activation, gain=1.0)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter)
@@ -47,6 +50,7 @@ def test_the_frozen_function_is_the_networks(hidden, activation):
 @pytest.mark.parametrize("kind", ["actor", "soft", "greedy"])
 def test_actions_of_a_list_are_drawn_by_the_policy(kind):
     """As often as their probability says: softmax of logits, of values over a temperature, or the best but for ε."""
+    torch.manual_seed(0)
     made = networks(gym.spaces.Discrete(4))
     policy = (made.actor()[0] if kind == "actor" else made.q_network(0.7 if kind == "soft" else 0.0)).module
     torch.nn.init.normal_(policy.layers[-1].bias)
@@ -65,6 +69,7 @@ def test_actions_of_a_list_are_drawn_by_the_policy(kind):
 @pytest.mark.parametrize("distribution", ["gaussian", "tanh"])
 def test_continuous_actions_are_drawn_by_the_policy(distribution):
     """Mean and deviation are the network's, before tanh squashes them into the bounds."""
+    torch.manual_seed(0)
     space = gym.spaces.Box(torch.tensor([-2.0, 0.0]).numpy(), torch.tensor([2.0, 3.0]).numpy())
     policy = networks(space, distribution=distribution, initial_log_std=-0.5).actor()[0].module
     torch.nn.init.normal_(policy.body.layers[-1].bias)

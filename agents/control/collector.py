@@ -61,7 +61,8 @@ class ControlCollector:
         seen = np.empty((shape[0] + 1, *self.observation.shape), np.float32)  # [R + 1, B, D]
         observations, actions = torch.from_numpy(seen), []  # one memory, that copies what an environment may reuse
         rewards, ended = np.empty(shape, np.float32), np.empty((shape[0] + 1, shape[1]), bool)
-        terminated, act = np.empty(shape, bool), policy.player(*shape, self.generator)
+        terminated = np.empty(shape, bool)
+        act = policy.player(*shape, self.generator)
         for step, state in enumerate(observations[:-1].unbind()):
             seen[step], ended[step] = self.observation, self.ended
             actions.append(act(state))
