@@ -23,7 +23,7 @@ class Settings:
     minibatches: tuple[int, ...] = (256, 512)  # one for each number of environments
     steps: int = 128  # of each environment in a rollout
     epochs: int = 4
-    frames: int = 40_000  # of each run
+    frames: int = 100_000  # of each run
     repeats: int = 5  # of each side, in turns; the median counts
 
 
