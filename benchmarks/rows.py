@@ -19,13 +19,15 @@ PACKAGES = ("numpy", "scipy", "stable_baselines3")  # besides those that every r
 
 
 def commit() -> str:
-    """The commit that was measured, with a plus sign where the work tree differed from it."""
+    """The commit that was measured, with a plus sign where the work tree differed from it, results left out."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    return git("rev-parse", "--short", "HEAD") + (
+        "+" if git("status", "--porcelain", "--", ":/", ":(exclude)results") else ""
+    )
 
 
 COMMIT = commit()  # at the start, before any result is written
