@@ -31,7 +31,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, algorithm: Algorithm, collector: Collector) -> None:
         self.config, self.algorithm, self.collector = config, algorithm, collector
-        self.optimizer = make_optimizer(config, algorithm.trained)
+        self.parameters = {name: list(network.parameters()) for name, network in algorithm.trained.items()}
+        self.optimizer = make_optimizer(config, self.parameters)
         self.generator = torch.Generator().manual_seed(config.seed)  # of the minibatches
         self.replay = None if algorithm.on_policy else Replay(algorithm.config.buffer, self.device)
         self.iteration = 0  # passes of the loop so far
@@ -135,8 +136,8 @@ class Trainer:
             for name, value in diagnostics.items():
                 totals[name] += value / valid
         metrics = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
-        for name, group in zip(self.algorithm.trained, self.optimizer.param_groups, strict=True):
-            metrics[f"{name}_grad_norm"] = self._clip(name, group["params"])
+        for name, parameters in self.parameters.items():
+            metrics[f"{name}_grad_norm"] = self._clip(name, parameters)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return metrics
@@ -154,15 +155,13 @@ class Trainer:
         return norm
 
 
-def make_optimizer(config: TrainConfig, trained: dict[str, nn.Module]) -> torch.optim.Optimizer:
-    """AdamW without decay; the actor has a learning rate of its own."""
-    groups = [
-        {
-            "params": list(network.parameters()),
-            "initial_lr": config.learning_rate if name == "actor" else config.critic_learning_rate,
-        }
-        for name, network in trained.items()
-    ]
-    for group in groups:
-        group["lr"] = group["initial_lr"]
+def make_optimizer(config: TrainConfig, trained: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
+    """AdamW without decay; the actor has a learning rate of its own. trained: parameters by the network's name.
+
+    Networks of one rate are one group: a second costs as much as a small network's step.
+    """
+    rates: dict[float, list[nn.Parameter]] = defaultdict(list)
+    for name, parameters in trained.items():
+        rates[config.learning_rate if name == "actor" else config.critic_learning_rate] += parameters
+    groups = [{"params": parameters, "lr": rate, "initial_lr": rate} for rate, parameters in rates.items()]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)

@@ -139,6 +139,27 @@ def test_gradients_are_clipped(settings):
     assert norms and max(norms) <= 1e-3 * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("rates", [(1e-3, 3e-3), (2e-3, 2e-3)], ids=["two rates", "one rate"])
+def test_every_network_has_its_learning_rate(settings, rates):
+    """Adam's first step moves a weight by the learning rate at most, and the weights with a clear gradient by all of it.
+
+    The second iteration of two goes at half the rate: the schedule is linear.
+    """
+    sizes = dict(iterations=2, rollout=8, minibatch=8, learning_rate=rates[0], critic_learning_rate=rates[1])
+    trainer = make_trainer(settings, algorithm=dict(epochs=1), **sizes)
+    networks = (trainer.algorithm.actor, trainer.algorithm.critic)
+    before = [weights(network) for network in networks]
+    used, step = [], trainer.optimizer.step
+    trainer.optimizer.step = lambda: (used.append({group["lr"] for group in trainer.optimizer.param_groups}), step())
+    passes = trainer.iterate()
+    next(passes)
+    for network, old, rate in zip(networks, before, rates, strict=True):
+        moved = max(float((new - one).abs().max()) for new, one in zip(weights(network), old, strict=True))
+        assert moved == pytest.approx(rate, rel=0.02)
+    next(passes)
+    assert used == [set(rates), {rate / 2 for rate in rates}]
+
+
 def test_held_out_prompts_are_held_out(settings):
     """No prompt is both trained on and measured on, whatever their source."""
     many = [f"number {index}" for index in range(50)]
