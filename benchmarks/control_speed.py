@@ -24,7 +24,7 @@ class Settings:
     steps: int = 128  # of each environment in a rollout
     epochs: int = 4
     frames: int = 100_000  # of each run
-    repeats: int = 5  # of each side, in turns; the median counts
+    repeats: int = 9  # of each side, in turns; the median counts
 
 
 def job(learner: str, num_envs: int, minibatch: int, settings: Settings, repeat: int) -> dict[str, Any]:
