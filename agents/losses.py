@@ -13,8 +13,8 @@ from torch import Tensor
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """−min(ρ A, clip(ρ, 1 − ε, 1 + ε) A), ρ = π / π_old (PPO: Schulman et al. 2017). All [B, R].
 
-    Written as −min(ρ A, A + ε |A|), which is the same (Achiam 2018) with half the work in the gradient: the sign of A
-    says which of the two bounds can act.
+    Written as −min(ρ A, A + ε |A|), which is the same (Achiam 2018) with less work in the gradient: the sign of A says
+    which of the two bounds can act.
     """
     return -(ratio * advantage).clamp(max=advantage + clip * advantage.abs())
 

@@ -153,11 +153,11 @@ def test_every_network_has_its_learning_rate(settings, rates):
     trainer.optimizer.step = lambda: (used.append({group["lr"] for group in trainer.optimizer.param_groups}), step())
     passes = trainer.iterate()
     next(passes)
-    for network, old, rate in zip(networks, before, rates, strict=True):
+    for network, old, moves in zip(networks, before, rates, strict=True):
         moved = max(float((new - one).abs().max()) for new, one in zip(weights(network), old, strict=True))
-        assert moved == pytest.approx(rate, rel=0.02)
+        assert moved == pytest.approx(moves, rel=0.02)
     next(passes)
-    assert used == [set(rates), {rate / 2 for rate in rates}]
+    assert used == [set(rates), {one / 2 for one in rates}]
 
 
 def test_held_out_prompts_are_held_out(settings):
