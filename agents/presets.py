@@ -70,7 +70,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "epsilon_updates": 4000,
             },
         ),
-        "sac": Preset(  # 49,920 frames
+        "sac": Preset(  # 49,920 frames; weak, about 250 of 500: benchmarks/LOG.md says what did not help
             train=_rates(1e-3, iterations=195, minibatch=64, max_grad_norm=10.0, checkpoint_every=50),
             settings={"num_envs": 8, "steps": 32},
             algorithm={
