@@ -158,7 +158,7 @@ class Trainer:
 def make_optimizer(config: TrainConfig, trained: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
     """AdamW without decay; the actor has a learning rate of its own. trained: parameters by the network's name.
 
-    Networks of one rate are one group: a second costs as much as a small network's step.
+    Networks of one rate are one group: another takes 3 to 4% of a small network's update (benchmarks/LOG.md).
     """
     rates: dict[float, list[nn.Parameter]] = defaultdict(list)
     for name, parameters in trained.items():
