@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 THREADS ?= 2
 RUN ?= runs/reviews-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: install train test check format bench reviews clean
+.PHONY: install train test test-slow check format bench reviews clean
 
 install: $(READY)
 
@@ -21,7 +21,10 @@ train: install
 	$(BIN)/python -m agents train --run $(RUN)
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadscope -m "not slow"
+
+test-slow: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadscope -m slow
 
 check: install
 	$(BIN)/ruff format --check .

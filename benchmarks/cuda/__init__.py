@@ -1,0 +1,1 @@
+"""What the code does on a GPU: `python -m benchmarks.cuda`."""

@@ -1,0 +1,98 @@
+"""What the code does on a GPU, in one command: right first, then fast, then a real model.
+
+    python -m benchmarks.cuda --output FOLDER
+
+At most eight minutes on one card; small sizes where there is none. Every section writes its rows as soon as it has
+them, and one that fails is a row that says why. The table comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import tyro
+
+from agents.report import machine
+from benchmarks.cuda import right, speed, sums
+from benchmarks.cuda.scale import Row, Scale, free, scale_of
+
+SECTIONS: dict[str, Callable[[Scale], Iterator[Row]]] = {
+    "conformance": right.conformance,
+    "first_update": right.first_update,
+    "algorithms": right.algorithms,
+    "main_job": right.main_job,
+    "resume": right.resume,
+    "host_syncs": right.host_syncs,
+    "decode": speed.decode,
+    "update": speed.update,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to measure, and where to write it."""
+
+    output: Path  # folder of cuda.json
+    sections: tuple[str, ...] = (*SECTIONS, "sums")  # in this order
+    model: Path | None = None  # a chat model's folder, for sums; without it they are left out
+    seconds: float = 460.0  # no section begins after this
+
+
+def main(settings: Settings) -> None:
+    """Runs the sections and prints the table."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sections = dict(SECTIONS)
+    if settings.model is not None:
+        sections["sums"] = partial(sums.sums, folder=settings.model)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    scale, rows, started = scale_of(device), list[Row](), time.perf_counter()
+    for name in settings.sections:
+        if name not in sections or time.perf_counter() - started > settings.seconds:
+            rows.append({"section": name, "case": "left out"})
+            continue
+        for row in _guarded(sections[name], scale):
+            rows.append({"section": name, **row, "at": round(time.perf_counter() - started, 1)})
+            print(describe(rows[-1]), flush=True)
+            _write(settings, scale, rows)
+        free(device)
+    _write(settings, scale, rows)
+    print("\n".join(["", *map(describe, rows)]))
+
+
+def _guarded(section: Callable[[Scale], Iterator[Row]], scale: Scale) -> Iterator[Row]:
+    """A section's rows; what stops it becomes the last."""
+    try:
+        yield from section(scale)
+    except Exception as error:  # the sections after it are worth their minutes
+        yield {"case": "stopped", "error": f"{type(error).__name__}: {error}"[:1000]}
+
+
+def describe(row: Row) -> str:
+    """A row in a line."""
+    numbers = [
+        f"{key} {_short(value)}" for key, value in row.items() if key not in ("section", "case", "samples", "at")
+    ]
+    return f"{row['section']:12} {row['case']:44} {'  '.join(numbers)}"
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _write(settings: Settings, scale: Scale, rows: list[Row]) -> None:
+    document = {
+        "machine": machine(scale.device),
+        "settings": {key: str(value) for key, value in (asdict(settings) | vars(scale)).items()},
+        "rows": rows,
+    }
+    (settings.output / "cuda.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,204 @@
+"""Whether the numbers are right on the device: faces, gradients, ratios, the embedded job, resuming, a CPU's turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents import checkpoint
+from agents.algorithms import ALGORITHMS
+from agents.presets import defaults
+from agents.run import build, load
+from agents.text.networks import language_model_of
+from agents.trainer import Trainer
+from benchmarks import rows as result_rows
+from benchmarks.cuda.scale import Row, Scale, finite, random_model, task_for
+from textenv import TextGenConfig, build_task
+from textenv.conformance import check_faces
+from textenv.generation import generate, response_log_probs
+from textenv.sampling import Sampling
+from textenv.state import TextState
+from textenv.torchrl_env import TextGenTorchEnv
+
+TOLERANCES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+SEEDS = (0, 1, 2)
+
+
+def conformance(scale: Scale) -> Iterator[Row]:
+    """The smallest tolerance at which stepping and the fast path agree, by the dtype of the frozen models."""
+    for dtype in ("float32", "bfloat16"):
+        task = build_task(TextGenConfig(dtype=dtype))
+        for tolerance in TOLERANCES:
+            try:
+                check_faces(task, torchrl_env=TextGenTorchEnv(task, 4), tolerance=tolerance)
+            except AssertionError as error:
+                difference = str(error)
+            else:
+                yield {"case": dtype, "agrees_within": tolerance}
+                break
+        else:
+            yield {"case": dtype, "agrees_within": None, "error": difference}
+
+
+def first_update(scale: Scale) -> Iterator[Row]:
+    """Before the first step: how far ratios are from 1, and whether gradients of ragged rows are finite."""
+    for dtype in ("float32", "bfloat16"):
+        trainer = _trainer("ppo", scale, f"dtype={dtype}")
+        rollout = trainer.collector.collect(trainer.algorithm.policy)
+        trainer.algorithm.prepare(rollout.data)
+        data = rollout.data
+        model = language_model_of(trainer.algorithm.policy)
+        width = data["input_ids"].shape[1] - data["mask"].shape[1]
+        state = TextState(data["input_ids"], data["attention_mask"], data["mask"].sum(1), width)
+        change = (response_log_probs(model, state, 0.7) - data["action_log_prob"]).where(data["mask"], 0.0)
+        metrics = trainer._step(trainer.collector.rows(data))
+        yield {
+            "case": dtype,
+            "largest_log_ratio": float(change.abs().max()),
+            "finite": finite(list(_weights(trainer).values())) and all(map(_is_finite, metrics.values())),
+        }
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def algorithms(scale: Scale) -> Iterator[Row]:
+    """Two iterations of every learner; the weights afterwards are finite and have moved."""
+    for name in ALGORITHMS:
+        try:
+            trainer = _trainer(name, scale)
+            before = {key: value.clone() for key, value in _weights(trainer).items()}
+            for _ in trainer.iterate():
+                pass
+            after = _weights(trainer)
+            moved = max(float((after[key] - before[key]).abs().max()) for key in before)
+            yield {"case": name, "finite": finite(list(after.values())), "largest_change": moved}
+        except Exception as error:  # the others are worth knowing all the same
+            yield {"case": name, "error": f"{type(error).__name__}: {error}"[:400]}
+
+
+def main_job(scale: Scale) -> Iterator[Row]:
+    """The embedded job over three seeds at once, beside what it gave on a CPU."""
+    with tempfile.TemporaryDirectory() as work:
+        folders = [Path(work) / f"seed{seed}" for seed in SEEDS]
+        started = [
+            _start("train", "--seed", str(seed), "--run", str(folder), *scale.job)
+            for seed, folder in zip(SEEDS, folders, strict=True)
+        ]
+        for seed, folder, process in zip(SEEDS, folders, started, strict=True):
+            output = process.communicate()[0]
+            if process.returncode:
+                yield {"case": f"seed {seed}", "error": output[-400:]}
+                continue
+            summary = json.loads((folder / "summary.json").read_text())
+            keys = ("score_before", "score_after", "gold_before", "gold_after", "kl_per_response", "seconds")
+            yield {"case": f"seed {seed}"} | {key: summary[key] for key in keys}
+    for row in result_rows.measured("main_job"):
+        yield {"case": f"seed {row['seed']} on a CPU"} | {key: row[key] for key in ("score_after", "gold_after")}
+
+
+def resume(scale: Scale) -> Iterator[Row]:
+    """Two iterations, a checkpoint, two more; and the same from the checkpoint, here and on a CPU."""
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "run"
+        parts = _configuration("ppo", scale, iterations=4)
+        _, trainer = build(*parts)
+        checkpoint.save_config(folder, *parts)
+        for iteration in trainer.iterate():
+            if iteration.number == 2:
+                checkpoint.save_checkpoint(folder, trainer)
+        yield from _resumed(folder, trainer)
+        for case, flags in (
+            ("evaluated on a CPU", ("evaluate", "--run", str(folder))),
+            ("generates on a CPU", ("generate", "--run", str(folder), "--prompt", "The kettle")),
+        ):
+            process = _start(*flags, CUDA_VISIBLE_DEVICES="")
+            output = process.communicate()[0]
+            yield {"case": case, "works": process.returncode == 0, "output": output[-300:]}
+
+
+def _resumed(folder: Path, trainer: Trainer) -> Iterator[Row]:
+    try:
+        _, other = load(folder)
+        for _ in other.iterate():
+            pass
+        ours, theirs = _weights(trainer), _weights(other)
+        yield {"case": "resumed", "largest_change": max(float((ours[key] - theirs[key]).abs().max()) for key in ours)}
+    except Exception as error:
+        yield {"case": "resumed", "error": f"{type(error).__name__}: {error}"[:400]}
+
+
+def host_syncs(scale: Scale) -> Iterator[Row]:
+    """How often a decoded token waits for the host, and where."""
+    model = random_model(scale.models[0], scale.vocabularies[0], scale.device, torch.bfloat16)
+    task = task_for(model, scale, scale.rows[0], (0,))
+    generator = torch.Generator(scale.device).manual_seed(0)
+    prompts = task.prompts.select(range(scale.rows[0]))
+    if scale.device.type != "cuda":
+        yield {"case": "no CUDA here", "syncs_per_token": None}
+        return
+    generate(task, model, prompts, Sampling(), generator)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            generate(task, model, prompts, Sampling(), generator)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = Counter(f"{Path(one.filename).name}:{one.lineno}" for one in caught)
+    yield {
+        "case": "generate",
+        "syncs_per_token": sum(places.values()) / scale.response,
+        "places": dict(places.most_common(8)),
+    }
+
+
+def _configuration(algorithm: str, scale: Scale, *arguments: str, iterations: int = 2) -> tuple[Any, Any, Any]:
+    """A short run's settings: 32 responses an iteration."""
+    train, settings, algorithm_config = defaults("TextGen-v0", algorithm)
+    fields = vars(train) | {
+        "iterations": iterations,
+        "minibatch": 16,
+        "schedule": "constant",
+        "env_arg": (*train.env_arg, *arguments),
+    }
+    if not _on_policy(algorithm):
+        algorithm_config = type(algorithm_config)(**vars(algorithm_config) | {"warm_up": 32})
+    text = vars(settings) | {"rollout": 32, "evaluation_prompts": 8}
+    return type(train)(**fields), type(settings)(**text), algorithm_config
+
+
+def _on_policy(algorithm: str) -> bool:
+    learner: Any = ALGORITHMS[algorithm][1]
+    return learner.on_policy
+
+
+def _trainer(algorithm: str, scale: Scale, *arguments: str) -> Trainer:
+    return build(*_configuration(algorithm, scale, *arguments))[1]
+
+
+def _weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value.detach().cpu()
+        for name, network in trainer.algorithm.trained.items()
+        for key, value in network.named_parameters()
+    }
+
+
+def _start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "agents", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
+    )

@@ -1,0 +1,154 @@
+"""The sizes that are measured: full ones on a GPU, small ones where there is none."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+
+from textenv import LanguageModel, TextGenConfig, build_task, shared
+from textenv.loading import load_tokenizer
+from textenv.prompts import Prompts
+from textenv.reviews import SUPERVISED
+from textenv.task import Task
+
+Row = dict[str, Any]
+
+# Vendor's figures, dense: bf16 operations a second, and bytes a second of the card's memory.
+PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12)}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    device: torch.device
+    models: tuple[str, ...]  # names of SHAPES
+    vocabularies: tuple[int, ...]
+    rows: tuple[int, ...]  # responses written side by side
+    prompt: int  # P
+    response: int  # R
+    repeats: int
+    update_rows: int  # responses of a PPO iteration
+    job: tuple[str, ...]  # flags of the embedded task's runs
+    seconds: float  # for the real model's training
+
+
+def scale_of(device: torch.device) -> Scale:
+    """Full sizes on CUDA, small ones elsewhere."""
+    if device.type == "cuda":
+        return Scale(device, ("124M", "1B"), (50_257, 151_936), (64, 256), 32, 128, 1, 64, (), 60.0)
+    job = ("--iterations", "1", "--rollout", "8", "--minibatch", "8", "--evaluation-prompts", "4")
+    return Scale(device, ("tiny",), (512,), (2,), 4, 4, 1, 4, job, 5.0)
+
+
+def _gpt2(layers: int, width: int, vocabulary: int) -> GPT2Config:
+    return GPT2Config(n_layer=layers, n_embd=width, n_head=max(width // 64, 1), vocab_size=vocabulary, n_positions=256)
+
+
+def _llama(vocabulary: int) -> LlamaConfig:
+    """The shape of Llama-3.2-1B, but for the vocabulary."""
+    return LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+        max_position_embeddings=256,
+        vocab_size=vocabulary,
+    )
+
+
+SHAPES: dict[str, Callable[[int], Any]] = {
+    "tiny": lambda vocabulary: _gpt2(2, 32, vocabulary),
+    "124M": lambda vocabulary: _gpt2(12, 768, vocabulary),
+    "1B": _llama,
+}
+
+
+def random_model(name: str, vocabulary: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A frozen model of a shape with random weights, in eval mode."""
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(SHAPES[name](vocabulary), dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def reward_length(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward that costs nothing."""
+    return [len(response) / 100 for response in responses]
+
+
+def task_for(model: PreTrainedModel, scale: Scale, rows: int, stops: tuple[int, ...]) -> Task:
+    """A task with a model as reference and random prompts that fill their columns."""
+    tokenizer = load_tokenizer(str(SUPERVISED))
+    config = TextGenConfig(
+        reference=shared(LanguageModel(model, tokenizer, stops)),
+        reward=shared(reward_length),
+        prompts=[f"The {number}" for number in range(rows + 2)],
+        max_prompt_tokens=scale.prompt,
+        max_new_tokens=scale.response,
+        temperature=1.0,
+    )
+    task = build_task(config)
+    ids = torch.randint(len(stops), task.vocabulary, (rows + 2, scale.prompt), device=task.device)
+    return replace(task, prompts=Prompts(task.prompts.texts, ids, torch.ones_like(ids, dtype=torch.bool)))
+
+
+def parameters_of(model: torch.nn.Module) -> int:
+    """How many numbers the model holds."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def peak_of(device: torch.device) -> tuple[float, float]:
+    """Operations and bytes a second of the card; zeros where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for card, peak in PEAKS.items() if card in name), (0.0, 0.0))
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of a call with all its kernels, and what it returned."""
+    synchronize(device)
+    started = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return time.perf_counter() - started, result
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
+    """Fills in `peak_gib` on leaving; nothing where the device does not count."""
+    measured: dict[str, float] = {}
+    free(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield measured
+    if device.type == "cuda":
+        measured["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def free(device: torch.device) -> None:
+    """Gives unused memory back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def finite(tensors: list[Tensor]) -> bool:
+    """Whether every number is."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

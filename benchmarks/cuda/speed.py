@@ -1,0 +1,147 @@
+"""Tokens a second of decoding beside Hugging Face's generate and the memory's bandwidth, and what an update costs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from agents.algorithms.ppo import PPO, PPOConfig
+from agents.config import TrainConfig
+from agents.text.config import TextConfig
+from agents.text.experiment import TextExperiment
+from agents.trainer import Trainer
+from benchmarks.cuda.scale import (
+    Row,
+    Scale,
+    free,
+    parameters_of,
+    peak_memory,
+    peak_of,
+    random_model,
+    seconds_of,
+    task_for,
+)
+from textenv.generation import generate, judge
+from textenv.sampling import Sampling
+from textenv.task import Task
+
+
+def decode(scale: Scale) -> Iterator[Row]:
+    """Random weights in bfloat16; fixed lengths, and ragged ones that stop after a third on average."""
+    for name in scale.models:
+        model = random_model(name, scale.vocabularies[0], scale.device, torch.bfloat16)
+        many = 3 * scale.vocabularies[0] // scale.response  # stop ids: each token is one with probability 3 / R
+        for rows, stops in [*((rows, 1) for rows in scale.rows), (scale.rows[-1], many)]:
+            task = task_for(model, scale, rows, tuple(range(stops)))
+            kind = "fixed" if stops == 1 else "ragged"
+            yield from _decoders(f"{name}, {rows} rows, {kind}", task, model, rows, scale)
+        del model, task
+        free(scale.device)
+
+
+def _decoders(case: str, task: Task, model: PreTrainedModel, rows: int, scale: Scale) -> Iterator[Row]:
+    prompts = task.prompts.select(range(rows))
+    generator = torch.Generator(scale.device).manual_seed(0)
+    fixed = len(task.stop_token_ids) == 1
+
+    def ours() -> int:
+        return int(generate(task, model, prompts, Sampling(), generator).state.length.sum())
+
+    def theirs() -> int:
+        texts: Any = model.generate(  # type: ignore[operator]
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.attention_mask.long(),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=scale.response,
+            eos_token_id=None if fixed else list(task.stop_token_ids),
+            pad_token_id=0,
+        )
+        return int(_lengths(texts[:, scale.prompt :], len(task.stop_token_ids), fixed).sum())
+
+    state = generate(task, model, prompts, Sampling(), generator).state
+    bound = _roofline(model, rows, scale)
+    for way, call in {"ours": ours, "generate": theirs}.items():
+        speed = _speed(call, scale)
+        row: Row = {"case": f"{case}: {way}", "tokens_per_second": speed}
+        yield row | ({"share_of_roofline": speed / bound} if fixed and bound else {})
+    seconds, _ = seconds_of(lambda: judge(task, state, prompts.texts), scale.device)
+    yield {"case": f"{case}: scoring", "tokens_per_second": int(state.length.sum()) / seconds}
+
+
+def _lengths(tokens: torch.Tensor, stops: int, fixed: bool) -> torch.Tensor:
+    """Tokens up to the first stop id, it included. tokens: [B, R]."""
+    if fixed:
+        return torch.full((len(tokens),), tokens.shape[1])
+    stopped = (tokens < stops).long()
+    return torch.where(stopped.any(1), stopped.argmax(1) + 1, tokens.shape[1])
+
+
+def _speed(call: Callable[[], int], scale: Scale) -> float:
+    """The median of tokens a second, after a first call that is not counted."""
+    call()
+    speeds = []
+    for _ in range(scale.repeats):
+        seconds, tokens = seconds_of(call, scale.device)
+        speeds.append(tokens / seconds)
+    return median(speeds)
+
+
+def _roofline(model: PreTrainedModel, rows: int, scale: Scale) -> float:
+    """Tokens a second where a step takes as long as reading weights and cache once; 0 where the card is unknown."""
+    bandwidth = peak_of(scale.device)[1]
+    config: Any = model.config
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    width = config.hidden_size // config.num_attention_heads
+    cache = rows * (scale.prompt + scale.response / 2) * 2 * heads * width * config.num_hidden_layers * 2
+    return bandwidth * rows / (2 * parameters_of(model) + cache)
+
+
+def update(scale: Scale) -> Iterator[Row]:
+    """One PPO iteration of one epoch: rollout and update, in the precisions that PyTorch offers without our help."""
+    for name in scale.models:
+        for vocabulary in scale.vocabularies:
+            first = vocabulary == scale.vocabularies[0]
+            for precision in ("float32", "tf32", "bf16 autocast") if first else ("tf32", "bf16 autocast"):
+                case = f"{name}, vocabulary {vocabulary:,}, {precision}"
+                try:
+                    yield {"case": case} | _iteration(name, vocabulary, precision, scale)
+                except torch.cuda.OutOfMemoryError as error:
+                    yield {"case": case, "error": str(error)[:200]}
+                free(scale.device)
+
+
+def _iteration(name: str, vocabulary: int, precision: str, scale: Scale) -> Row:
+    model = random_model(name, vocabulary, scale.device, torch.bfloat16)
+    task = task_for(model, scale, scale.update_rows, (0,))
+    config = TrainConfig(iterations=2, minibatch=scale.update_rows // 2)
+    settings = TextConfig(rollout=scale.update_rows, micro_batch=max(scale.update_rows // 4, 1), evaluation_prompts=1)
+    experiment = TextExperiment(config, settings, task)
+    with peak_memory(scale.device) as memory, _precision(precision, scale):
+        trainer = Trainer(config, PPO(PPOConfig(epochs=1), experiment.networks), experiment.collector)
+        iterations = [iteration.metrics for iteration in trainer.iterate()]
+    last = iterations[-1]
+    seconds = last["seconds"] - last["rollout_seconds"]
+    tokens = scale.update_rows * (scale.prompt + scale.response)
+    # Actor and critic forward and backward, 6 N a token each, and the critic's forward before, 2 N.
+    work = 14 * parameters_of(model) * tokens
+    peak = peak_of(scale.device)[0]
+    row: Row = {"update_seconds": seconds, "rollout_seconds": last["rollout_seconds"], **memory}
+    return row | ({"mfu": work / seconds / peak} if peak else {})
+
+
+@contextlib.contextmanager
+def _precision(name: str, scale: Scale) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if name == "float32" else "high")
+    autocast = torch.autocast(scale.device.type, torch.bfloat16, enabled=name == "bf16 autocast")
+    try:
+        with autocast:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
