@@ -13,17 +13,18 @@ import tyro
 
 import agents
 import textenv
-from agents import report, run
+from agents import run
 from agents.checkpoint import load_config
 from agents.config import TrainConfig
 from agents.presets import defaults
+from agents.reporting import report
 from agents.text.config import GenerateConfig
 from agents.text.experiment import TextExperiment
 from agents.text.networks import language_model_of
 from agents.text.shading import shaded_responses
 from textenv.generation import generate, judge
-from textenv.reward_training import DEFAULT, RewardConfig, train_reward_model
-from textenv.sampling import Sampling
+from textenv.models.sampling import Sampling
+from textenv.training.reward_model import DEFAULT, RewardConfig, train_reward_model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

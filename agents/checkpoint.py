@@ -12,7 +12,7 @@ from typing import Any
 
 from torchrl.checkpoint import Checkpoint
 
-from agents.algorithms import find_algorithm
+from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.domains import domain_of
 from agents.trainer import Trainer

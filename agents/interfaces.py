@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from torch import Tensor, nn
 
-from agents.plots import Panel
+from agents.reporting.plots import Panel
 
 
 class Rollout(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from agents.algorithms import find_algorithm
+from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig, id_of
 from agents.domains import TEXT, domain_of
 

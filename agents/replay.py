@@ -1,7 +1,7 @@
 """A replay buffer: rows of past rollouts, the newest in the place of the oldest, drawn from with replacement.
 
 It is a TensorDict and a cursor. TorchRL's buffer takes rows of one shape only, while sets of allowed tokens
-(`textenv.token_sets`) are as wide as the largest of a rollout; and its sample of a few numbers a row takes three
+(`textenv.masks.token_sets`) are as wide as the largest of a rollout; and its sample of a few numbers a row takes three
 times as long.
 """
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
-from agents import checkpoint, plots, report
-from agents.algorithms import find_algorithm
+from agents import checkpoint
+from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.domains import domain_of
 from agents.interfaces import Experiment
+from agents.reporting import plots, report
 from agents.trainer import Trainer
 
 

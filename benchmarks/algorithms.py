@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 from matplotlib import pyplot
 
-from agents.algorithms import ALGORITHMS
+from agents.algorithms.registry import ALGORITHMS
 from benchmarks import rows
 from benchmarks.statistics import interquartile_mean, interval
 from benchmarks.text_jobs import by_name, run_all

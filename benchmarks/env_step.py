@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import textenv
 from benchmarks import rows
-from textenv import reviews
+from textenv.reviews.weights import SUPERVISED
 from textenv.vector_env import TextGenVectorEnv
 
 
@@ -96,7 +96,7 @@ def through_sb3(count: int, settings: Settings) -> list[dict[str, Any]]:
     """The native vector environment through our `VecEnvAdapter`, and SB3's own DummyVecEnv of as many single ones."""
     from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv  # a client's, not needed for the other rows
 
-    from textenv.stable_baselines import VecEnvAdapter
+    from textenv.adapters.stable_baselines import VecEnvAdapter
 
     def seconds(env: VecEnv, seed: int) -> float:
         tokens = np.random.default_rng(seed).integers(0, env.action_space.n, (settings.steps, count))  # type: ignore[attr-defined]
@@ -155,8 +155,8 @@ def growing_text(count: int, settings: Settings) -> dict[str, Any]:
     weights: `ratio_of_reading_alone` is what the ratio would be if, as the text grows, nothing but reading the cache
     once took longer.
     """
-    tokenizer = AutoTokenizer.from_pretrained(reviews.SUPERVISED)
-    config = GPT2Config.from_pretrained(reviews.SUPERVISED, n_positions=256)
+    tokenizer = AutoTokenizer.from_pretrained(SUPERVISED)
+    config = GPT2Config.from_pretrained(SUPERVISED, n_positions=256)
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(settings.seed)
         GPT2LMHeadModel(config).save_pretrained(folder)

@@ -17,7 +17,7 @@ from benchmarks import rows
 from textenv import TextGenConfig, build_task
 from textenv.generation import generate, judge, response_kl
 from textenv.kl import ESTIMATORS
-from textenv.sampling import Sampling
+from textenv.models.sampling import Sampling
 from textenv.task import Task
 
 

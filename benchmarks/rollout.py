@@ -23,7 +23,7 @@ import textenv  # registers TextGen-v0
 from benchmarks import rows
 from textenv.env import TextGenEnv
 from textenv.generation import generate, judge
-from textenv.sampling import Sampling
+from textenv.models.sampling import Sampling
 from textenv.state import position_ids
 
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from agents.report import machine
+from agents.reporting.report import machine
 from textenv import TextGenConfig
 
 HERE = Path(__file__).parent

@@ -15,8 +15,8 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from warm_start import Comparison, compare
 
+from textenv.adapters.stable_baselines import VecEnvAdapter
 from textenv.reviews.prompts import parse_prompt, train_prompts
-from textenv.stable_baselines import VecEnvAdapter
 
 WORDS = sorted({aspect for prompt in train_prompts() for aspect in parse_prompt(prompt).aspects})
 

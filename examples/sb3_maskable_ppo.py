@@ -16,7 +16,7 @@ from sb3_ppo import policy_settings
 from stable_baselines3.common.vec_env import VecMonitor
 from warm_start import SETTINGS, Comparison, Reader, compare
 
-from textenv.stable_baselines import VecEnvAdapter
+from textenv.adapters.stable_baselines import VecEnvAdapter
 
 
 def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:

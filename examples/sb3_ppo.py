@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecMonitor
 from torch import Tensor
 from warm_start import SETTINGS, Comparison, Reader, compare
 
-from textenv.stable_baselines import VecEnvAdapter
+from textenv.adapters.stable_baselines import VecEnvAdapter
 
 
 class Features(BaseFeaturesExtractor):

@@ -23,13 +23,13 @@ from torch.distributions import Categorical
 
 import textenv
 from textenv.generation import generate, judge
-from textenv.sampling import Sampling
+from textenv.models.sampling import Sampling
 from textenv.state import position_ids
 
 # The embedded reviews, a little shorter. The environment's half of the penalty is paid in the reward; what stands for
 # the policy's half is each client's to say. All is on the CPU: models so small gain nothing elsewhere, and clients
 # differ in where they put their networks.
-HELD_OUT = "textenv.reviews:held_out_prompts"
+HELD_OUT = "textenv.reviews.prompts:held_out_prompts"
 SETTINGS: dict[str, Any] = {"max_new_tokens": 24, "kl_coef": 0.05, "device": "cpu"}
 
 

@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from tests import tiny
+from tests.support import tiny
 from textenv import TextGenConfig, build_task
 
 torch.set_num_threads(1)

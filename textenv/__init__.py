@@ -3,12 +3,12 @@
 from gymnasium.envs.registration import register
 
 from textenv.config import TextGenConfig
-from textenv.function_rewards import per_response, reads_episodes
-from textenv.language_model import LanguageModel
-from textenv.loading import shared
-from textenv.rewards import Episodes, Reward, Scores
+from textenv.models.language_model import LanguageModel
+from textenv.models.loading import shared
+from textenv.rewards.base import Episodes, Reward, Scores
+from textenv.rewards.functions import per_response, reads_episodes
+from textenv.rewards.per_token import per_token
 from textenv.task import Task, build_task
-from textenv.token_rewards import per_token
 
 __version__ = "0.1.0"
 __all__ = [

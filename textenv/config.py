@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from textenv.samplers import SAMPLERS
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROMPT_SAMPLING = ("uniform", "shuffle", "weighted", "prioritised")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class TextGenConfig:
     max_prompt_tokens: int = 24  # P; prompts are left-padded to it
     max_new_tokens: int = 48  # R; the token budget of a response
     temperature: float = 0.7  # of the reference's and the actor's distribution, as in Ziegler et al. 2019
-    action_mask: str | Sequence | Callable | Any = None  # which tokens may come next, see masks.py; None is off
+    action_mask: str | Sequence | Callable | Any = None  # which tokens may come next, see textenv.masks; None is off
     stop_token_ids: Sequence[int] | None = None  # default: the model's own end tokens
     dtype: str = "float32"  # of the frozen models' weights
     device: str = "auto"  # "auto" is CUDA where there is one
@@ -57,8 +56,10 @@ class TextGenConfig:
             )
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}; 1.0 is the model's own.")
-        if self.prompt_sampling is not None and self.prompt_sampling not in tuple(SAMPLERS):
-            raise ValueError(f"prompt_sampling must be None or one of {list(SAMPLERS)}, got {self.prompt_sampling!r}.")
+        if self.prompt_sampling is not None and self.prompt_sampling not in PROMPT_SAMPLING:
+            raise ValueError(
+                f"prompt_sampling must be None or one of {list(PROMPT_SAMPLING)}, got {self.prompt_sampling!r}."
+            )
         if not isinstance(self.chat, bool):
             raise ValueError(f"chat must be True or False, got {self.chat!r}.")
         stops = self.stop_token_ids
@@ -67,6 +68,11 @@ class TextGenConfig:
         if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
         _check_scores(self)
+
+    @property
+    def width(self) -> int:
+        """L = P + R, tokens of the longest prompt and response together."""
+        return self.max_prompt_tokens + self.max_new_tokens
 
     def torch_device(self) -> torch.device:
         """The device that `device` names."""

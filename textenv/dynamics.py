@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from textenv.kl import environment_reward
-from textenv.language_model import Reader
-from textenv.masks import Masker
-from textenv.prompts import Prompts
-from textenv.rewards import Episodes, Scores, concatenate, last_token_rewards, newest, read_scores, token_members
-from textenv.sampling import chosen_log_probs
-from textenv.score_normalisation import normalise
+from textenv.masks.masks import Masker
+from textenv.models.language_model import Reader
+from textenv.models.sampling import chosen_log_probs
+from textenv.prompts.tokenized import Prompts
+from textenv.rewards.base import Episodes, Scores, concatenate, last_token_rewards, newest, read_scores, token_members
+from textenv.rewards.normalization import normalise
 from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
 from textenv.task import Task
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from textenv.config import read_settings
 from textenv.dynamics import TextDynamics, Transition
-from textenv.options import choose_prompts
+from textenv.prompts.reset_options import choose_prompts
+from textenv.rendering.viewers import FPS, VIEWERS, check_render_mode, make_viewer
 from textenv.state import TextState
 from textenv.task import Task, build_task
-from textenv.viewers import FPS, VIEWERS, check_render_mode, make_viewer
 
 Observation = dict[str, Any]  # input_ids, attention_mask: arrays [L]
 
@@ -89,7 +89,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
       the embedded task's own, as for `reward` and `prompts`.
     * `reward=None`: a reward model's folder or hub name, `"module:function"`, a function
       `f(prompts, responses) -> list of floats`, `"evaluate:METRIC:KEY"`, or `{name: weight}` of these; ready-made
-      ones are in `textenv.scores`, other forms of functions under `textenv.per_response`, `per_token` and
+      ones are in `textenv.rewards.library`, other forms of functions under `textenv.per_response`, `per_token` and
       `reads_episodes`.
     * `reward_label=None`: which label of the reward model counts, if it has several.
     * `reward_timeout=None`: seconds that a reward function may take.
@@ -157,7 +157,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """Starts an episode with a prompt drawn by the environment's own generator, or with the one in options."""
-        chosen = choose_prompts(options, self.task, [0], num_envs=0)
+        chosen = choose_prompts(options, self.task.prompts, self.task.read_prompts, [0], num_envs=0)
         super().reset(seed=seed)
         if seed is not None:
             self.dynamics.seed(0)

@@ -16,15 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from textenv.kl import environment_reward, exact_kl
-from textenv.language_model import Reader, response_logits
-from textenv.masks import Masker
-from textenv.prompts import Prompts
-from textenv.rewards import Episodes, Scores, concatenate, read_scores
-from textenv.sampling import Sampling, chosen_log_probs, sample
-from textenv.score_normalisation import normalise
+from textenv.masks.masks import Masker
+from textenv.masks.token_sets import TokenSets
+from textenv.models.language_model import Reader, response_logits
+from textenv.models.sampling import Sampling, chosen_log_probs, sample
+from textenv.prompts.tokenized import Prompts
+from textenv.rewards.base import Episodes, Scores, concatenate, read_scores
+from textenv.rewards.normalization import normalise
 from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
 from textenv.task import Task
-from textenv.token_sets import TokenSets
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from textenv import reviews
 from textenv.config import DTYPES, TextGenConfig
-from textenv.language_model import LanguageModel
-from textenv.loading import check_room, load_causal_lm, load_config, load_tokenizer, unwrap
-from textenv.mask_building import MaskParts, build_masks
-from textenv.masks import TokenMask
-from textenv.prompt_sources import PromptRows, read_prompts
-from textenv.prompts import Prompts, pad_token_id, tokenise, tokenise_chats
-from textenv.reward_building import Surroundings, build_reward, check_columns
-from textenv.rewards import Reward
-from textenv.samplers import PromptSampler, make_sampler
-from textenv.score_normalisation import Normaliser, make_normaliser, paid_part_names
+from textenv.masks.build import MaskParts, build_masks
+from textenv.masks.masks import TokenMask
+from textenv.models.language_model import LanguageModel
+from textenv.models.loading import check_room, load_causal_lm, load_config, load_tokenizer, unwrap
+from textenv.prompts.samplers import PromptSampler, make_sampler
+from textenv.prompts.sources import PromptRows, read_prompts
+from textenv.prompts.tokenized import Prompts, pad_token_id, tokenise, tokenise_chats
+from textenv.reviews.prompts import train_prompts
+from textenv.reviews.weights import REWARD_MODEL, SUPERVISED
+from textenv.rewards.base import Reward
+from textenv.rewards.build import Surroundings, build_reward, check_columns
+from textenv.rewards.normalization import Normaliser, make_normaliser, paid_part_names
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Task:
     @property
     def width(self) -> int:
         """L, columns of an observation."""
-        return self.config.max_prompt_tokens + self.config.max_new_tokens
+        return self.config.width
 
     @property
     def score_part_names(self) -> tuple[str, ...]:
@@ -79,7 +80,7 @@ class Task:
 
 def build_task(config: TextGenConfig) -> Task:
     """Loads models and prompts. Raises ValueError for all that would fail later."""
-    rows = read_prompts(reviews.train_prompts if config.prompts is None else config.prompts)
+    rows = read_prompts(train_prompts if config.prompts is None else config.prompts)
     make_sampler(config.prompt_sampling or "uniform", len(rows.prompts), rows.columns.get("weight"), 1)  # may refuse
     given = unwrap(config.reference)
     device = config.torch_device()
@@ -88,16 +89,17 @@ def build_task(config: TextGenConfig) -> Task:
     if config.kl_coef > 0 or isinstance(given, LanguageModel):
         reference = _load_reference(config, device)
         tokenizer, vocabulary, stops = reference.tokenizer, reference.vocabulary, reference.stop_token_ids
-        check_room("reference", reference.model.config, config)
+        check_room("reference", reference.model.config, config.width)
     else:
         name = _reference_name(given)
         tokenizer, model_config = load_tokenizer(name), load_config(name)
         stops = _stop_token_ids(name, config, tokenizer)
         vocabulary = model_config.get_text_config().vocab_size
-        check_room("reference", model_config, config)
+        check_room("reference", model_config, config.width)
         reference = None
     _check_stop_token_ids(stops, vocabulary)
-    reward = build_reward(config.reward, Surroundings(config, tokenizer, vocabulary, device))
+    default = (str(REWARD_MODEL), "reviews")
+    reward = build_reward(config.reward, Surroundings(config, tokenizer, vocabulary, device, default))
     normaliser = make_normaliser(config)
     paid_part_names(reward, normaliser)  # refuses names that collide
     check_columns(reward, rows.columns)
@@ -138,7 +140,7 @@ def _tokenise(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedToke
 
 def _reference_name(given: Any) -> str:
     if given is None:
-        return str(reviews.SUPERVISED)
+        return str(SUPERVISED)
     if isinstance(given, str):
         return given
     raise ValueError(

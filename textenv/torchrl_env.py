@@ -17,7 +17,7 @@ from torchrl.envs import EnvBase
 
 from textenv.dynamics import TextDynamics
 from textenv.env import as_rows
-from textenv.options import choose_prompts
+from textenv.prompts.reset_options import choose_prompts
 from textenv.state import LENGTH, TextState
 from textenv.task import Task
 
@@ -89,7 +89,7 @@ class TextGenTorchEnv(EnvBase):
         mask = None if tensordict is None else tensordict.get("_reset", None)
         count = self.batch_size[0]
         rows = list(range(count)) if mask is None else mask.reshape(count).nonzero()[:, 0].tolist()
-        chosen = choose_prompts(options, self.task, rows, count)
+        chosen = choose_prompts(options, self.task.prompts, self.task.read_prompts, rows, count)
         if chosen is None:
             state = self.dynamics.reset(rows, [self.dynamics.draw(row, self.generators[row]) for row in rows])
         else:

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from textenv.config import read_settings
 from textenv.dynamics import TextDynamics, Transition
 from textenv.env import as_rows, as_tokens, make_spaces, observe, step_info
-from textenv.options import Choice, choose_prompts, rows_to_reset
+from textenv.prompts.reset_options import Choice, choose_prompts, rows_to_reset
+from textenv.rendering.viewers import FPS, check_render_mode, make_viewer
 from textenv.state import TextState
 from textenv.task import build_task
-from textenv.viewers import FPS, check_render_mode, make_viewer
 
 Arrays = dict[str, NDArray]
 
@@ -76,7 +76,7 @@ class TextGenVectorEnv(VectorEnv):
     ) -> tuple[Arrays, dict[str, Any]]:
         """Starts new episodes in all rows, or in those of `options["reset_mask"]` (bool array)."""
         rows = rows_to_reset(options, self.num_envs)
-        chosen = choose_prompts(options, self.task, rows, self.num_envs)
+        chosen = choose_prompts(options, self.task.prompts, self.task.read_prompts, rows, self.num_envs)
         seeds = _seeds(seed, self.num_envs)
         seeded = {row: np_random(seeds[row])[0] for row in rows if seeds[row] is not None}  # all, before any is used
         for row, generator in seeded.items():

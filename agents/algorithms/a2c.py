@@ -13,10 +13,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.objectives import A2CLoss
 
-from agents.advantages import token_weights
-from agents.algorithms.actor_critic import add_advantages, add_whitened, policy_of
 from agents.config import check_not_negative, check_shares
 from agents.interfaces import Networks
+from agents.objectives.actor_critic import add_advantages, add_whitened, policy_of
+from agents.objectives.advantages import token_weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Deep Q-learning (Mnih et al. 2015) with double estimates (van Hasselt et al. 2016), soft or epsilon-greedy.
 
-At a temperature above 0 it is soft Q-learning (Haarnoja et al. 2017): see soft_q.py for what that has to do with the
-KL penalty. At temperature 0 it is DQN as it is known.
+At a temperature above 0 it is soft Q-learning (Haarnoja et al. 2017): see objectives/soft_q.py for what that has to do
+with the KL penalty. At temperature 0 it is DQN as it is known.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from agents.advantages import token_weights
-from agents.algorithms.actor_critic import ends_of, inside
-from agents.algorithms.soft_q import (
+from agents.config import check_counts, check_not_negative, check_shares
+from agents.interfaces import Networks
+from agents.objectives.actor_critic import ends_of, inside
+from agents.objectives.advantages import token_weights
+from agents.objectives.soft_q import (
     LOSSES,
     Target,
     action_targets,
@@ -25,8 +27,6 @@ from agents.algorithms.soft_q import (
     read,
     soft_value,
 )
-from agents.config import check_counts, check_not_negative, check_shares
-from agents.interfaces import Networks
 
 
 @dataclass(frozen=True, kw_only=True)

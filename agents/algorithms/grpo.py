@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from agents.advantages import group_centred, group_normalised, sequence_weights, token_weights
-from agents.algorithms.actor_critic import distribution_of, policy_of
-from agents.algorithms.clipped import clipped_terms
-from agents.algorithms.group import group_metrics, group_of, returns, spread_advantages
-from agents.algorithms.kl_loss import KL_LOSSES, kl_loss_of, reward_key
 from agents.config import check_choice, check_counts
 from agents.interfaces import Networks
+from agents.objectives.actor_critic import distribution_of, policy_of
+from agents.objectives.advantages import group_centred, group_normalised, sequence_weights, token_weights
+from agents.objectives.group import group_metrics, group_of, returns, spread_advantages
+from agents.objectives.losses import KL_LOSSES, clipped_terms, kl_loss_of, reward_key
 
 AGGREGATIONS = {"sequence": sequence_weights, "token": token_weights}
 

@@ -10,19 +10,25 @@ from dataclasses import dataclass
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from agents.advantages import token_weights
-from agents.algorithms.actor_critic import (
+from agents.config import check_choice, check_counts, check_not_negative, check_shares
+from agents.interfaces import Networks
+from agents.objectives.actor_critic import (
     add_advantages,
     add_whitened,
     distribution_of,
     output_of,
     policy_of,
 )
-from agents.algorithms.clipped import clipped_terms
-from agents.algorithms.kl_loss import KL_LOSSES, kl_loss_of, reward_key
-from agents.config import check_choice, check_counts, check_not_negative, check_shares
-from agents.interfaces import Networks
-from agents.losses import clipped_value_loss, dual_clipped, value_loss
+from agents.objectives.advantages import token_weights
+from agents.objectives.losses import (
+    KL_LOSSES,
+    clipped_terms,
+    clipped_value_loss,
+    dual_clipped,
+    kl_loss_of,
+    reward_key,
+    value_loss,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

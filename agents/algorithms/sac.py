@@ -1,6 +1,7 @@
 """Soft actor-critic (Haarnoja et al. 2018) for discrete actions (Christodoulou 2019).
 
-See soft_q.py for what its temperature has to do with the KL penalty. Both losses are exact sums over all actions:
+See objectives/soft_q.py for what its temperature has to do with the KL penalty. Both losses are exact sums over all
+actions:
 
     policy loss = Σ_a π(a|s) (α log π(a|s) − min_i Q_i(s, a))        Q loss = Σ_i (Q_i(s, a) − target)²
 """
@@ -14,9 +15,11 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from agents.advantages import token_weights
-from agents.algorithms.actor_critic import ends_of, policy_of
-from agents.algorithms.soft_q import (
+from agents.config import check_shares
+from agents.interfaces import Networks
+from agents.objectives.actor_critic import ends_of, policy_of
+from agents.objectives.advantages import token_weights
+from agents.objectives.soft_q import (
     LOSSES,
     Target,
     action_targets,
@@ -26,8 +29,6 @@ from agents.algorithms.soft_q import (
     expected_value,
     read,
 )
-from agents.config import check_shares
-from agents.interfaces import Networks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from agents.control.collector import ControlCollector, playable
 from agents.control.config import ControlConfig
 from agents.control.environments import Environments
 from agents.control.networks import ControlNetworks
-from agents.plots import BLUE, CRITIC, GREEN, GREY, LOSSES, RED, Panel
+from agents.reporting.plots import BLUE, CRITIC, GREEN, GREY, LOSSES, RED, Panel
 from agents.trainer import Trainer
 
 EVALUATION_SEED = 1_000_000  # the same episodes begin whenever a policy is measured

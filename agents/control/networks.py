@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchrl.modules import IndependentNormal, TanhNormal
 
 from agents.control.config import HIGHEST_LOG_STD, LOWEST_LOG_STD, ControlConfig
-from agents.distributions import Categorical
+from agents.objectives.distributions import Categorical
 
 # By activation: the module, and the function that writes into its input.
 LAYERS: dict[str, tuple[Any, Any]] = {"tanh": (nn.Tanh, torch.tanh_), "relu": (nn.ReLU, torch.relu_)}

@@ -14,10 +14,9 @@ from torch import nn
 from agents.text.config import TextConfig
 from agents.text.evaluation import Gold, mean, rate
 from agents.text.networks import language_model_of
-from agents.text.penalty import Penalty, make_controller
-from agents.text.rollout import TextRollout, collect, trim
-from textenv.masks import MaskPolicy
-from textenv.prompts import Prompts
+from agents.text.rollout import Penalty, TextRollout, collect, make_controller, trim
+from textenv.masks.masks import MaskPolicy
+from textenv.prompts.tokenized import Prompts
 from textenv.task import Task
 
 FOR_PEOPLE = ("td_error", "raw_advantage", "kl")  # what pictures show and no learner reads

@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from agents.text.config import TextConfig
-from textenv import reviews
 from textenv.generation import generate, judge, response_log_probs
-from textenv.loading import load_function
-from textenv.prompts import Prompts
-from textenv.sampling import Sampling
+from textenv.models.loading import load_function
+from textenv.models.sampling import Sampling
+from textenv.prompts.tokenized import Prompts
+from textenv.reviews.gold import gold as gold_of_reviews
+from textenv.reviews.prompts import held_out_prompts
 from textenv.state import STOP
 from textenv.task import Task
 
@@ -117,7 +118,7 @@ def split_prompts(task: Task, config: TextConfig, seed: int = 0) -> tuple[Prompt
     """
     own = task.config.prompts is None
     if config.held_out is not None or own:
-        source = reviews.held_out_prompts if config.held_out is None else config.held_out
+        source = held_out_prompts if config.held_out is None else config.held_out
         held_out = task.read_prompts(source)
         held_out = held_out.select(range(min(config.evaluation_prompts, len(held_out))))
         seen = set(held_out.texts)
@@ -143,7 +144,7 @@ def find_gold(task: Task, config: TextConfig) -> Gold | None:
     if config.gold is not None:
         return load_function(config.gold)
     embedded = task.config.prompts is None and task.config.reference is None
-    return reviews.gold if embedded else None
+    return gold_of_reviews if embedded else None
 
 
 def mean(values: Sequence[float]) -> float:

@@ -10,10 +10,10 @@ import torch
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from torch import nn
 
-from agents import plots
-from agents.algorithms import find_algorithm
+from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
-from agents.plots import BLUE, CRITIC, GREEN, GREY, LOSSES, ORANGE, RED, Panel
+from agents.reporting import plots
+from agents.reporting.plots import BLUE, CRITIC, GREEN, GREY, LOSSES, ORANGE, RED, Panel
 from agents.text.collector import TextCollector
 from agents.text.config import TextConfig
 from agents.text.evaluation import Evaluation, evaluate, find_gold, split_prompts
@@ -22,8 +22,8 @@ from agents.text.rollout import collect
 from agents.text.samples import make_summary, write_samples
 from agents.trainer import Trainer
 from textenv.env import TextGenEnv
-from textenv.loading import quietly
-from textenv.prompts import Prompts
+from textenv.models.loading import quietly
+from textenv.prompts.tokenized import Prompts
 from textenv.task import Task
 
 EVALUATION_SEED = 0  # the same responses are drawn whenever the same policy is measured

@@ -19,12 +19,12 @@ from tensordict.nn import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from agents.distributions import Categorical
-from textenv.language_model import response_logits
-from textenv.reward_model import RewardModel, reads_every_position
+from agents.objectives.distributions import Categorical
+from textenv.masks.token_sets import TokenSets
+from textenv.models.language_model import response_logits
+from textenv.rewards.reward_model import RewardModel, reads_every_position
 from textenv.state import position_ids
 from textenv.task import Task
-from textenv.token_sets import TokenSets
 
 INPUTS: list[Any] = ["input_ids", "attention_mask", "mask"]
 MASKS: list[Any] = ["allowed_ids", "allowed_inside"]  # in rollouts of tasks with action masks

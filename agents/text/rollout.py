@@ -5,6 +5,8 @@ Keys of a rollout, batch size [B]: `input_ids` and `attention_mask` [B, L]; `act
 which is the score alone, and `shaped_reward`, which is that less β times `kl`; `score` and β, `kl_coef`, [B]; with
 action masks also `allowed_ids` [B, R, K] and `allowed_inside` [B, R], the two halves of a `TokenSets`. Everything is
 zero outside the mask.
+
+The penalty of a run is here too: which estimate of the KL, and who sets its weight β.
 """
 
 from __future__ import annotations
@@ -16,13 +18,21 @@ from tensordict import TensorDict
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agents.advantages import masked_mean, response_ends
-from agents.text.penalty import Penalty, estimate_kl
-from textenv.generation import Judgement, generate, judge
-from textenv.kl import shaped_reward
-from textenv.prompts import Prompts
-from textenv.sampling import Sampling
+from agents.objectives.advantages import masked_mean, response_ends
+from agents.text.config import TextConfig
+from textenv.generation import Generation, Judgement, generate, judge, response_kl
+from textenv.kl import ESTIMATORS, EXACT, AdaptiveKL, Controller, FixedKL, shaped_reward
+from textenv.models.sampling import Sampling
+from textenv.prompts.tokenized import Prompts
 from textenv.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalty:
+    """What one rollout pays at every token: β times an estimate of the KL."""
+
+    coef: float  # β
+    estimator: str = "k1"  # k1, k2, k3 or exact
 
 
 @dataclass(frozen=True)
@@ -127,3 +137,38 @@ def kl_metrics(data: TensorDict) -> dict[str, float]:
         "kl_per_response": float(log_ratio.sum(1).mean()),
         "kl_per_token": float(log_ratio.sum() / data["mask"].sum()),
     }
+
+
+def make_controller(config: TextConfig, kl_coef: float) -> Controller:
+    """Who sets β in a run, from the environment's `kl_coef` on."""
+    if kl_coef == 0 and (config.kl_estimator != "k1" or config.kl_controller != "fixed"):
+        raise ValueError(
+            f"the environment's kl_coef is 0, so there is no reference and no KL for kl_estimator="
+            f"{config.kl_estimator!r} and kl_controller={config.kl_controller!r}; give --env-arg kl_coef=0.1 or so, "
+            "or leave both at their defaults."
+        )
+    if config.kl_controller == "fixed":
+        return FixedKL(kl_coef)
+    assert config.kl_target is not None  # the configuration has checked it
+    return AdaptiveKL(kl_coef, config.kl_target, config.kl_horizon, config.kl_unit)
+
+
+@torch.no_grad()
+def estimate_kl(
+    task: Task,
+    model: PreTrainedModel,
+    generation: Generation,
+    reference_log_prob: Tensor,
+    estimator: str,
+    rows_per_pass: int,
+) -> Tensor:
+    """The KL to the reference at every token of responses that `model` has sampled; zeros without a reference.
+
+    `exact` costs one more forward of both models, over `rows_per_pass` rows at a time. Returns float32 [B, R], zero
+    outside the response.
+    """
+    if task.reference is None:
+        return torch.zeros_like(reference_log_prob)
+    if estimator == EXACT:
+        return response_kl(model, task.reference.model, generation, task.config.temperature, rows_per_pass)
+    return ESTIMATORS[estimator](generation.log_prob, reference_log_prob)

@@ -10,8 +10,8 @@ from agents.text.networks import language_model_of
 from agents.text.rollout import collect
 from agents.trainer import Trainer
 from textenv.generation import judge
-from textenv.prompts import Prompts
-from textenv.render import ansi
+from textenv.prompts.tokenized import Prompts
+from textenv.rendering.text import ansi
 from textenv.state import TextState
 
 

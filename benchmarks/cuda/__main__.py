@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from agents.report import machine
+from agents.reporting.report import machine
 from benchmarks.cuda import right, speed, sums
 from benchmarks.cuda.scale import Row, Scale, free, scale_of
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from agents import checkpoint
-from agents.algorithms import ALGORITHMS
+from agents.algorithms.registry import ALGORITHMS
 from agents.presets import defaults
 from agents.run import build, load
 from agents.text.networks import language_model_of
@@ -27,7 +27,7 @@ from benchmarks.cuda.scale import Row, Scale, finite, random_model, task_for
 from textenv import TextGenConfig, build_task
 from textenv.conformance import check_faces
 from textenv.generation import generate, response_log_probs
-from textenv.sampling import Sampling
+from textenv.models.sampling import Sampling
 from textenv.state import TextState
 from textenv.torchrl_env import TextGenTorchEnv
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from textenv import LanguageModel, TextGenConfig, build_task, shared
-from textenv.loading import load_tokenizer
-from textenv.prompts import Prompts
-from textenv.reviews import SUPERVISED
+from textenv.models.loading import load_tokenizer
+from textenv.prompts.tokenized import Prompts
+from textenv.reviews.weights import SUPERVISED
 from textenv.task import Task
 
 Row = dict[str, Any]

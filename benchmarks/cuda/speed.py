@@ -27,7 +27,7 @@ from benchmarks.cuda.scale import (
     task_for,
 )
 from textenv.generation import generate, judge
-from textenv.sampling import Sampling
+from textenv.models.sampling import Sampling
 from textenv.task import Task
 
 

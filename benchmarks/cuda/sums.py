@@ -37,7 +37,7 @@ def sums(scale: Scale, folder: Path) -> Iterator[Row]:
         reference=str(folder),
         chat=True,
         prompts=make_sums(),
-        reward="textenv.scores:numeric_match",
+        reward="textenv.rewards.library:numeric_match",
         max_prompt_tokens=64,
         max_new_tokens=16,
         temperature=1.0,

@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from textenv.reviews import held_out_prompts, sample_review, train_prompts
 from textenv.reviews.card import RECORD, measure
+from textenv.reviews.grammar.writer import sample_review
 from textenv.reviews.measure import as_pairs, compare
 from textenv.reviews.muon import muon_for
+from textenv.reviews.prompts import held_out_prompts, train_prompts
 from textenv.reviews.sampling import MAX_NEW_TOKENS, sample_responses
 from textenv.reviews.tokenizer import END, MAX_LENGTH, PAD, train_tokenizer
-from textenv.reward_training import RewardConfig, fit, load_base
-from textenv.supervised import SupervisedConfig, encode_prompt, encode_response, fine_tune
+from textenv.training.reward_model import RewardConfig, fit, load_base
+from textenv.training.supervised import SupervisedConfig, encode_prompt, encode_response, fine_tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def check_budgets(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None:
     if longest > 20 or fitting < 0.97:
         raise ValueError(
             f"the longest prompt takes {longest} tokens (20 allowed), {fitting:.1%} of the reviews fit into "
-            f"{MAX_NEW_TOKENS} (97% needed). Rename the product or lower grammar.MAX_WORDS."
+            f"{MAX_NEW_TOKENS} (97% needed). Rename the product or lower MAX_WORDS in grammar/writer.py."
         )
 
 

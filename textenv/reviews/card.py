@@ -15,12 +15,11 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from textenv.config import TextGenConfig
-from textenv.reviews import held_out_prompts
 from textenv.reviews.gold import gold
 from textenv.reviews.measure import SURE, as_pairs, compare, measure_reward_model, measure_supervised
-from textenv.reviews.prompts import HELD_OUT, TRAIN
+from textenv.reviews.prompts import HELD_OUT, TRAIN, held_out_prompts
 from textenv.reviews.sampling import MAX_NEW_TOKENS, Sample, sample_responses
-from textenv.reward_training import score_tokens
+from textenv.training.reward_model import score_tokens
 
 _HEAD = """# The embedded task: product reviews
 
@@ -31,9 +30,9 @@ this project; no other text or weights went in. This page is written by the buil
 |---|---|
 | supervised model: GPT-2, 4 layers, width 128, trained on reviews that the grammar wrote | `supervised/` |
 | reward model: the same backbone with one scalar head, trained on noisy choices of the gold rater | `reward_model/` |
-| grammar: data | `aspects.py`, `products.py`, `words.py` |
-| grammar: clauses and whole reviews | `forms.py`, `clauses.py`, `grammar.py` |
-| parser and gold rater: the true quality of any text | `parser.py`, `gold.py` |
+| grammar: data | `grammar/aspects.py`, `grammar/products.py`, `grammar/words.py` |
+| grammar: clauses and whole reviews | `grammar/forms.py`, `grammar/clauses.py`, `grammar/writer.py` |
+| parser and gold rater: the true quality of any text | `grammar/parser.py`, `gold.py` |
 | prompts: training and held-out sets, disjoint | `prompts.py` |
 
 A choice between two responses to one prompt goes to the first with probability

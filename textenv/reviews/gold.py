@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from textenv.reviews.lexicon import PRODUCTS, Claim
-from textenv.reviews.parser import Sentence, parse_text
+from textenv.reviews.grammar.lexicon import PRODUCTS, Claim
+from textenv.reviews.grammar.parser import Sentence, parse_text
 from textenv.reviews.prompts import Request, parse_prompt
 
 LOWEST, HIGHEST = -4.0, 4.0

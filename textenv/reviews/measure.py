@@ -11,10 +11,10 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from textenv.reviews.gold import gold
-from textenv.reviews.parser import parses
+from textenv.reviews.grammar.parser import parses
 from textenv.reviews.sampling import Sample
-from textenv.reward_training import Pairs
-from textenv.supervised import encode_prompt
+from textenv.training.reward_model import Pairs
+from textenv.training.supervised import encode_prompt
 
 SURE = 0.9  # a choice that the rater makes with at least this probability is a sure one: noise allows it
 

@@ -7,7 +7,7 @@ import re
 from functools import cache
 from typing import NamedTuple
 
-from textenv.reviews.products import PRODUCTS
+from textenv.reviews.grammar.products import PRODUCTS
 
 TRAIN, HELD_OUT = 4096, 512  # distinct prompts of each set
 _SEED = 20
@@ -33,7 +33,7 @@ def parse_prompt(prompt: str) -> Request:
     if not match or match[1] not in PRODUCTS:
         raise ValueError(
             f"not a prompt of the reviews task: {prompt!r}. Expected the form "
-            "'Review of the kettle (noise, price):' with a product of textenv.reviews.products."
+            "'Review of the kettle (noise, price):' with a product of textenv.reviews.grammar.products."
         )
     return Request(match[1], tuple(match[2].split(", ")))
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.supervised import encode_prompt
+from textenv.training.supervised import encode_prompt
 
 MAX_NEW_TOKENS = 48  # token budget of the task
 

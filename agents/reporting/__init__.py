@@ -1,0 +1,1 @@
+"""Scalars, a progress bar and pictures of a run."""

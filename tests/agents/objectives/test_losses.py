@@ -1,0 +1,109 @@
+"""PPO's losses: equal to TorchRL's, and by hand where TorchRL has none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+from torchrl.objectives import ClipPPOLoss
+
+from agents.objectives.actor_critic import distribution_of, output_of
+from agents.objectives.losses import clipped_surrogate, clipped_terms, clipped_value_loss, distance, value_loss
+
+
+def networks():
+    torch.manual_seed(0)
+    actor = ProbabilisticTensorDictSequential(
+        TensorDictModule(torch.nn.Linear(3, 5), ["observation"], ["logits"]),
+        ProbabilisticTensorDictModule(
+            in_keys=["logits"],
+            out_keys=["action"],
+            distribution_class=torch.distributions.Categorical,
+            return_log_prob=True,
+        ),
+    )
+    return actor, TensorDictModule(torch.nn.Linear(3, 1), ["observation"], ["state_value"])
+
+
+def make_batch() -> TensorDict:
+    """Steps whose recorded policy is another than the present one, so that clips act. [B, R] = [6, 4]."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    return TensorDict(
+        {
+            "observation": normal(6, 4, 3),
+            "action": torch.randint(5, (6, 4), generator=generator),
+            "action_log_prob": -1.6 + 0.5 * normal(6, 4),
+            "advantage": normal(6, 4, 1),
+            "state_value": normal(6, 4, 1),
+            "value_target": normal(6, 4, 1),
+            "mask": torch.rand(6, 4, generator=generator) < 0.7,
+        },
+        batch_size=[6],
+    )
+
+
+@pytest.mark.parametrize("value_clip", [None, 0.2])
+def test_equal_to_torchrl(value_clip):
+    """Policy loss, value loss, clip fraction and every gradient are ClipPPOLoss's."""
+    found = []
+    for ours in (True, False):
+        (actor, critic), batch = networks(), make_batch()
+        if ours:
+            log_ratio = distribution_of(actor, batch).log_prob(batch["action"]) - batch["action_log_prob"]
+            policy = clipped_surrogate(log_ratio.exp(), batch["advantage"][..., 0], 0.2)
+            value, target = output_of(critic, batch)[..., 0], batch["value_target"][..., 0]
+            worth = (
+                value_loss(value, target)
+                if value_clip is None
+                else clipped_value_loss(value, batch["state_value"][..., 0], target, value_clip)
+            )
+            outside = distance(log_ratio, log_ratio.exp(), 0.2)["clip_fraction"] / 24
+        else:
+            objective = ClipPPOLoss(
+                actor,
+                critic,
+                clip_epsilon=0.2,
+                clip_value=value_clip,
+                critic_coeff=0.5,
+                loss_critic_type="l2",
+                entropy_bonus=False,
+                functional=False,
+                reduction="none",
+            )
+            objective.loss_mask_key = None
+            out = objective(batch)
+            policy, worth, outside = out["loss_objective"], out["loss_critic"], out["clip_fraction"]
+        (policy.sum() + worth.sum()).backward()
+        gradients = [parameter.grad for network in (actor, critic) for parameter in network.parameters()]
+        found.append([policy, worth, outside, *gradients])
+    assert 0 < float(found[0][2]) < 1
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-6)
+
+
+def test_distribution_is_get_dist():
+    """The shortcut gives the distribution that TensorDict's own way gives."""
+    (actor, _), batch = networks(), make_batch()
+    assert torch.equal(distribution_of(actor, batch).logits, actor.get_dist(batch).logits)
+
+
+def test_distance_by_hand():
+    """ρ − 1 − log ρ and the steps outside the clip, over valid steps alone."""
+    logits = torch.tensor([[[0.6, 0.4], [0.5, 0.5], [0.1, 0.9]]]).log()
+    batch = TensorDict(
+        {
+            "action": torch.tensor([[0, 1, 0]]),
+            "action_log_prob": torch.tensor([[0.4, 0.5, 0.9]]).log(),
+            "advantage": torch.ones(1, 3, 1),
+            "mask": torch.tensor([[True, True, False]]),
+        },
+        batch_size=[1],
+    )
+    _, found = clipped_terms(torch.distributions.Categorical(logits=logits), batch, 0.2, "none")
+    assert float(found["approx_kl"]) == pytest.approx(1.5 - 1 - 0.4054651, rel=1e-4)
+    assert float(found["clip_fraction"]) == 1.0

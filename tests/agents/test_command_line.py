@@ -1,0 +1,289 @@
+"""The command line as people use it: real subprocesses on the embedded task, shrunk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from agents.__main__ import main
+from agents.config import TrainConfig
+from agents.text.shading import shaded_responses
+from agents.trainer import Trainer
+from tests.support.learning import make_trainer
+from textenv.rendering.text import ABOVE, BELOW
+
+SHRUNK = [
+    "--iterations",
+    "3",
+    "--rollout",
+    "16",
+    "--minibatch",
+    "8",
+    "--micro-batch",
+    "8",
+    "--evaluation-prompts",
+    "12",
+    "--checkpoint-every",
+    "1",
+    "--env-arg",
+    "max_new_tokens=20",
+    "--env-arg",
+    "kl_coef=0.05",
+    "--env-arg",
+    "device=cpu",
+    "--epochs",
+    "2",
+    "--seed",
+    "5",
+]
+ROOT = Path(__file__).parents[2]
+
+
+def agents(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    """Runs `python -m agents` in a folder of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "agents", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder in which the main job, shrunk, has left `runs/whole`."""
+    folder = tmp_path_factory.mktemp("work")
+    result = agents("train", "--run", "runs/whole", *SHRUNK, folder=folder)
+    assert result.returncode == 0, result.stderr
+    assert "score" in result.stdout and "KL" in result.stdout and "tokens/s" in result.stdout
+    return folder
+
+
+def test_the_main_job_leaves_its_results(trained):
+    """Training leaves an actor, scalars, pictures, samples and a summary, all of them readable."""
+    run = trained / "runs/whole"
+    summary = json.loads((run / "summary.json").read_text())
+    expected = {"score_before", "score_after", "score_std_before", "gold_before", "gold_after"}
+    assert expected | {"kl_per_response", "seconds", "tokens"} <= set(summary)
+    assert summary["evaluation_prompts"] == 12 and summary["tokens"] > 0
+    for picture in ("curves.png", "credit.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    assert {"score", "gold", "kl_per_response", "entropy", "policy_loss", "value_loss"} <= set(rows[0])
+    assert list((run / "tensorboard").iterdir())
+    samples = (run / "samples.md").read_text()
+    assert samples.count("**before**") == samples.count("**after**") == 12
+
+
+def test_the_actor_loads_with_transformers(trained):
+    """The actor's folder is a stock Transformers one, tokenizer beside it, and differs from the reference."""
+    from textenv.reviews.weights import SUPERVISED
+
+    folder = trained / "runs/whole/actor"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = AutoTokenizer.from_pretrained(folder)("Review", return_tensors="pt")
+    assert torch.isfinite(model(**tokens).logits).all()
+    before = load_file(SUPERVISED / "model.safetensors")
+    after = load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_evaluate_repeats_the_measurement(trained):
+    """`evaluate` finds the numbers that training wrote."""
+    result = agents("evaluate", "--run", "runs/whole", "--output", "again.json", folder=trained)
+    assert result.returncode == 0, result.stderr
+    again = json.loads((trained / "again.json").read_text())
+    summary = json.loads((trained / "runs/whole/summary.json").read_text())
+    assert again["score"] == pytest.approx(summary["score_after"], abs=1e-6)
+    assert again["gold"] == pytest.approx(summary["gold_after"], abs=1e-6)
+    assert again["kl_per_response"] == pytest.approx(summary["kl_per_response"], abs=1e-5)
+
+
+def test_generate_answers_a_prompt(trained):
+    """`generate` prints as many responses as asked for, each with its score after the prompt."""
+    prompt = "Review of the kettle"
+    result = agents("generate", "--run", "runs/whole", "--prompt", prompt, "--samples", "2", folder=trained)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"] {prompt}") == 2 and result.stdout.count("[score ") == 2
+
+
+def test_generate_colours_tokens(trained, monkeypatch, capsys):
+    """`--colour` shows the same responses, each token in the colour of its penalty or advantage, with a legend."""
+    monkeypatch.chdir(trained)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = {}
+    for colour in ("none", "penalty", "advantage"):
+        main(["generate", "--run", "runs/whole", "--prompt", "Review of the kettle", "--colour", colour])
+        shown[colour] = capsys.readouterr().out
+    for colour in ("penalty", "advantage"):
+        first, _, rest = shown[colour].partition("\n")
+        assert first.startswith(f"[{colour}: blue below zero, red above, strongest at ")
+        assert re.sub(r"\x1b\[[0-9;]*m", "", rest) == shown["none"]
+        assert any(f"38;5;{code}m" in rest for code in (BELOW[2], ABOVE[2]))  # the greatest is at full strength
+    assert shown["penalty"] != shown["advantage"]
+    with pytest.raises(SystemExit):
+        main(["generate", "--run", "runs/whole", "--prompt", "a", "--colour", "penalty", "--top-k", "5"])
+    assert "leave out --temperature" in capsys.readouterr().err
+
+
+def test_no_penalty_has_no_colour(settings):
+    """Without a penalty there is none to show: refused, with the other shade."""
+    trainer = make_trainer(settings | dict(kl_coef=0))
+    with pytest.raises(ValueError, match=r"kl_coef=0.*colour them by advantage"):
+        shaded_responses(trainer, trainer.collector.prompts.select([0]), torch.Generator(), "penalty")
+
+
+def test_killed_and_resumed_equals_uninterrupted(trained):
+    """A run killed after its first checkpoint and resumed ends with the same actor, to the bit."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "agents", "train", "--run", "runs/killed", *SHRUNK]
+    process = subprocess.Popen(command, cwd=trained, env=environment, stdout=subprocess.DEVNULL)
+    while not (trained / "runs/killed/checkpoint").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = agents("train", "--resume", "--run", "runs/killed", folder=trained)  # its settings are its own
+    assert result.returncode == 0, result.stderr
+    whole, resumed = (load_file(trained / f"runs/{name}/actor/model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    rows = (trained / "runs/killed/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["iteration"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        *((".05", 0.05), ("-.5", -0.5), ("5.", 5.0), ("+3", 3), ("True", True), ("False", False), ("None", None)),
+        *(("0.05", 0.05), ("1e-3", 0.001), ("true", True), ("null", None), ('{"a:f": 1}', {"a:f": 1})),
+        *(
+            (text, text)
+            for text in ("cpu", "", "runs/a", "2024_01", "007", "(1, 2)", "1+2j", "'x'", "a b", "[[", "1 if", "{[1]}")
+        ),
+        ('"True"', "True"),  # quoted, it is the text
+    ],
+)
+def test_values_of_env_arg(written, value):
+    """--env-arg takes JSON, and numbers and words as Python writes them; all else is the text itself."""
+    found = TrainConfig(env_arg=(f"kl_coef={written}",)).env_arguments()["kl_coef"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train", "--run", "runs/whole"],
+            "exists already; choose another --run, or go on with it by --resume",
+        ),
+        (["train", "--resume", "--run", "runs/whole", "--seed", "6"], "another configuration"),
+        (
+            ["train", "--env", "CartPole-v1", "--algorithm", "dqn", "--buffer", "100000000000"],
+            "a replay buffer of 100000000000 rows",
+        ),
+        (["train", "--resume", "--run", "runs/none"], "no run in 'runs/none'"),
+        (["train", "--algorithm", "sarsa"], "no algorithm 'sarsa'; known are a2c"),
+        (["train", "--env", "Nowhere-v0"], "gym.make cannot make 'Nowhere-v0'"),
+        (["train", "--env-arg", "max_episode_steps=5"], "use max_new_tokens=N"),
+        (["train", "--env-arg", "kl_coef=-1"], "kl_coef must be 0 or more"),
+        (["train", "--env-arg", "prompts=none.jsonl"], "no prompts file at 'none.jsonl'"),
+        (["evaluate", "--run", "runs/none"], "no run in 'runs/none'"),
+        (
+            ["reward-model", "--base", "x/y", "--data", "none.jsonl", "--output", "runs/rm"],
+            "no training data at 'none.js",
+        ),
+        (
+            ["reward-model", "--base", "x/y", "--data", "pairs.jsonl", "--output", "runs/rm"],
+            "no model configuration in",
+        ),
+        (["reward-model", "--base", "x/y", "--data", "pairs.jsonl", "--output", "runs"], "'runs' exists already"),
+        (["generate", "--run", "runs/whole", "--prompt", " "], "prompt number 0 is empty"),
+    ],
+)
+def test_mistakes_get_a_sentence(trained, monkeypatch, arguments, message):
+    """A mistake ends in one sentence that says the remedy, and without work lost."""
+    before = sorted(trained.glob("runs/*"))
+    (trained / "pairs.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": "c", "rejected": "d"}\n')
+    monkeypatch.chdir(trained)
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert str(end.value.code).startswith("error: ") and message in str(end.value.code)
+    assert sorted(trained.glob("runs/*")) == before
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "says"),
+    [(ValueError("too far"), "error: too far", ""), (KeyboardInterrupt(), 130, "stopped.")],
+    ids=["error", "interrupt"],
+)
+def test_a_stop_says_how_to_go_on(tmp_path, monkeypatch, capsys, stop, code, says):
+    """What stops a run that has learned something names the checkpoint to go on from, without a traceback."""
+    go_on = "The last checkpoint is good: go on from it with --run run --resume."
+    iterate = Trainer._iterate
+
+    def stopped(trainer):
+        if trainer.iteration == 1:
+            raise stop
+        return iterate(trainer)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "_iterate", stopped)
+    monkeypatch.setattr("agents.__main__._is_ours", lambda error: True)
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--env", "CartPole-v1", "--run", "run", "--iterations", "2", "--evaluation-episodes", "1"])
+    said = f"{end.value.code} {capsys.readouterr().err}"
+    assert str(end.value.code).startswith(str(code)) and says in said and go_on in said
+    assert (tmp_path / "run/checkpoint").exists()
+
+
+@pytest.mark.filterwarnings("error")  # of TensorBoard's thread, were its file not closed before it is removed
+def test_a_failed_run_is_cleared_away_and_a_resumed_one_never(tmp_path, monkeypatch):
+    """A new run that fails in its first iteration leaves no folder; one that is resumed there keeps all it had."""
+    arguments = ["train", "--env", "CartPole-v1", "--iterations", "1", "--evaluation-episodes", "1"]
+
+    def stopped(trainer):
+        raise failure
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "_iterate", stopped)
+    monkeypatch.setattr("agents.__main__._is_ours", lambda error: True)
+    failure = ValueError("too early")
+    with pytest.raises(SystemExit, match="too early"):
+        main([*arguments, "--run", "new"])
+    assert not (tmp_path / "new").exists()
+    failure = KeyboardInterrupt()
+    with pytest.raises(SystemExit):
+        main([*arguments, "--run", "kept"])
+    failure = ValueError("again")
+    with pytest.raises(SystemExit, match="again The last checkpoint is good"):
+        main(["train", "--run", "kept", "--resume"])
+    assert (tmp_path / "kept/checkpoint").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
+def test_every_flag_is_explained(capsys, algorithm):
+    """`--help` says more of every flag than its default."""
+    with pytest.raises(SystemExit):
+        main(["train", "--algorithm", algorithm, "--help"])
+    text = re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out)
+    flags = re.split(r"\n\s*(?=--\w)", text.partition("--env ")[2])
+    assert len(flags) > 20
+    for flag in flags:
+        help_text = re.sub(r"--[\w-]+|\(default:[^)]*\)", "", flag.partition("\n\n")[0])
+        assert len(re.findall(r"\b[a-z]{2,}", help_text)) > 2, flag
+
+
+def test_a_mistake_leaves_no_traceback(trained):
+    """In a shell a mistake gives an exit code and a line of its own, not a traceback."""
+    result = agents("evaluate", "--run", "runs/none", folder=trained)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: no run in") and "Traceback" not in result.stderr

@@ -1,0 +1,288 @@
+"""The loop: how many steps it takes, that it learns, and that it goes on exactly where it stopped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from agents.checkpoint import check_same, load_checkpoint, save_checkpoint, save_config
+from agents.config import TrainConfig
+from agents.text.config import TextConfig
+from agents.text.evaluation import rate, split_prompts
+from agents.text.experiment import check_minibatch, make_task
+from tests.support.learning import make_rollout, make_trainer, same, weights
+from textenv import TextGenConfig, build_task
+
+
+@pytest.mark.parametrize(("minibatch", "micro_batch"), [(8, 8), (4, 4), (4, 3), (2, 1)])
+def test_optimiser_steps(settings, minibatch, micro_batch):
+    """Steps are epochs × minibatches for every micro-batch size."""
+    trainer = make_trainer(
+        settings, algorithm=dict(epochs=3), iterations=1, minibatch=minibatch, micro_batch=micro_batch
+    )
+    steps = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (steps.append(1), step())
+    list(trainer.iterate())
+    assert len(steps) == 3 * (8 // minibatch)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ({}, {}),
+        ({}, dict(kl_controller="adaptive", kl_target=0.5, kl_horizon=20)),
+        ({"prompt_sampling": "prioritised", "group_size": 2}, {}),
+    ],
+    ids=["fixed", "adaptive", "curriculum"],
+)
+def test_resumed_equals_uninterrupted(settings, tmp_path, task, changes):
+    """A run stopped after one iteration and resumed gives the same weights and β, to the bit, as one never stopped."""
+    settings = {**settings, **task}
+    whole = make_trainer(settings, **changes)
+    expected = [iteration.metrics["score"] for iteration in whole.iterate()]
+    stopped = make_trainer(settings, **changes)
+    first = next(stopped.iterate())
+    save_checkpoint(tmp_path, stopped)
+    resumed = make_trainer(settings, **changes)
+    load_checkpoint(tmp_path, resumed)
+    scores = [first.metrics["score"]] + [iteration.metrics["score"] for iteration in resumed.iterate()]
+    assert scores == expected
+    assert whole.collector.controller.coef == resumed.collector.controller.coef
+    assert (whole.collector.controller.coef == settings["kl_coef"]) == (not changes)
+    assert same(weights(whole.algorithm.actor), weights(resumed.algorithm.actor))
+    assert same(weights(whole.algorithm.critic), weights(resumed.algorithm.critic))
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_order_of_prompts(settings):
+    """Shuffled rounds unless the environment's settings name another order; groups are neighbours in a rollout."""
+    first = next(make_trainer(settings).iterate()).rollout.prompts
+    assert sorted(first) == sorted(settings["prompts"] * 2) and sorted(first[:4]) == sorted(first[4:])
+    rows = [{"prompt": text, "weight": float(len(text) > 7)} for text in settings["prompts"]]  # the last two
+    weighted = {**settings, "prompts": rows, "prompt_sampling": "weighted", "group_size": 4}
+    iterations = make_trainer(weighted).iterate()
+    drawn = [next(iterations).rollout.prompts for _ in range(3)]
+    assert {text for rollout in drawn for text in rollout} == {"two words more", "it is late"}
+    assert all(rollout[start] == text for rollout in drawn for start in (0, 4) for text in rollout[start : start + 4])
+    with pytest.raises(ValueError, match=r"whole groups; got rollout=8 and group_size=3. Make rollout a multiple"):
+        make_trainer({**settings, "group_size": 3})
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_curriculum_learns_from_the_scores(settings):
+    """The trainer tells its sampler what each prompt's responses scored in the rollout."""
+    trainer = make_trainer({**settings, "prompt_sampling": "prioritised", "group_size": 2})
+    rollout = next(trainer.iterate()).rollout
+    means: dict[str, list[float]] = {}
+    for text, score in zip(rollout.prompts, rollout.data["score"].tolist(), strict=True):
+        means.setdefault(text, []).append(score)
+    state = trainer.state_dict()["collector"]["sampler"]["sampler"]
+    for text, returns in zip(trainer.collector.prompts.texts, state["returns"], strict=True):
+        assert returns == ([pytest.approx(sum(means[text]) / len(means[text]))] if text in means else [])
+    assert state["episodes"] == 8
+
+
+def test_same_seed_same_run_other_seed_another(settings):
+    """The seed decides the run, and nothing else does."""
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(found))  # global randomness must not matter
+        trainer = make_trainer(settings, seed=seed, iterations=1)
+        list(trainer.iterate())
+        found.append(weights(trainer.algorithm.policy.model))
+    assert same(found[0], found[1]) and not same(found[0], found[2])
+
+
+def test_it_learns_a_known_answer(folders):
+    """PPO finds the rewarded letter: the share of responses that say it rises from rare to usual."""
+    settings = dict(
+        reference=folders["gpt2"],
+        reward=lambda prompts, responses: [float("e" in response) for response in responses],
+        prompts=["a", "bc"],
+        kl_coef=0.01,
+        max_prompt_tokens=2,
+        max_new_tokens=4,
+        stop_token_ids=[256],
+        temperature=1.0,
+        device="cpu",
+    )
+    trainer = make_trainer(settings, iterations=25, rollout=64, minibatch=32, micro_batch=32, learning_rate=3e-3)
+    scores = [iteration.metrics["score"] for iteration in trainer.iterate()]
+    assert sum(scores[:2]) / 2 < 0.2
+    assert sum(scores[-3:]) / 3 > 0.6
+
+
+def test_metrics_are_finite_and_mean_what_they_say(settings):
+    """Every metric is a finite number; KL starts at 0; lengths lie within the budget; entropy is not negative."""
+    metrics = next(make_trainer(settings).iterate()).metrics
+    assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
+    assert abs(metrics["kl_per_response"]) < 1e-4
+    assert 1 <= metrics["length"] <= settings["max_new_tokens"]
+    assert metrics["entropy"] >= 0
+    assert 0 <= metrics["clip_fraction"] <= 1
+
+
+def test_gradients_are_clipped(settings):
+    """No optimiser step sees a gradient longer than max_grad_norm."""
+    trainer = make_trainer(settings, iterations=1, max_grad_norm=1e-3)
+    norms = []
+    step = trainer.optimizer.step
+
+    def watch():
+        for network in (trainer.algorithm.actor, trainer.algorithm.critic):
+            norms.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]).norm())
+        step()
+
+    trainer.optimizer.step = watch
+    list(trainer.iterate())
+    assert norms and max(norms) <= 1e-3 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("rates", [(1e-3, 3e-3), (2e-3, 2e-3)], ids=["two rates", "one rate"])
+def test_every_network_has_its_learning_rate(settings, rates):
+    """Adam's first step moves a weight by the learning rate at most, and the weights with a clear gradient by all of it.
+
+    The second iteration of two goes at half the rate: the schedule is linear.
+    """
+    sizes = dict(iterations=2, rollout=8, minibatch=8, learning_rate=rates[0], critic_learning_rate=rates[1])
+    trainer = make_trainer(settings, algorithm=dict(epochs=1), **sizes)
+    networks = (trainer.algorithm.actor, trainer.algorithm.critic)
+    before = [weights(network) for network in networks]
+    used, step = [], trainer.optimizer.step
+    trainer.optimizer.step = lambda: (used.append({group["lr"] for group in trainer.optimizer.param_groups}), step())
+    passes = trainer.iterate()
+    next(passes)
+    for network, old, moves in zip(networks, before, rates, strict=True):
+        moved = max(float((new - one).abs().max()) for new, one in zip(weights(network), old, strict=True))
+        assert moved == pytest.approx(moves, rel=0.02)
+    next(passes)
+    assert used == [set(rates), {one / 2 for one in rates}]
+
+
+def test_held_out_prompts_are_held_out(settings):
+    """No prompt is both trained on and measured on, whatever their source."""
+    many = [f"number {index}" for index in range(50)]
+    task = build_task(TextGenConfig(**(settings | dict(prompts=many))))
+    kept, held_out = split_prompts(task, TextConfig(evaluation_prompts=8))
+    assert len(held_out) == 8 and len(kept) == 42
+    assert not set(kept.texts) & set(held_out.texts)
+    again = split_prompts(task, TextConfig(evaluation_prompts=8))
+    assert again[1].texts == held_out.texts
+
+
+def test_a_prompt_that_comes_twice_is_not_on_both_sides(settings):
+    """Duplicate texts in a user's prompts are trained on or measured on, never both."""
+    task = build_task(TextGenConfig(**(settings | dict(prompts=["a", "b", "c", "d", "e", "f"] * 5))))
+    kept, held_out = split_prompts(task, TextConfig())
+    assert len(held_out) == 1 and len(kept) == 25
+    assert not set(kept.texts) & set(held_out.texts)
+
+
+def test_a_broken_gradient_changes_nothing(settings):
+    """A gradient that is not finite ends the run with a sentence, before any weight is touched."""
+    trainer = make_trainer(settings)
+    data = make_rollout(trainer).data
+    before = weights(trainer.algorithm.actor), weights(trainer.algorithm.critic)
+    data["advantage"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="gradient is nan in iteration 1"):
+        trainer._step(data)
+    assert same(before[0], weights(trainer.algorithm.actor)) and same(before[1], weights(trainer.algorithm.critic))
+
+
+def test_another_configuration_is_not_resumed(settings, tmp_path):
+    """A checkpoint of another configuration is refused, and the difference is named."""
+    trainer = make_trainer(settings)
+    save_config(tmp_path / "run", trainer.config, trainer.collector.config, trainer.algorithm.config)
+    check_same(tmp_path / "run", trainer.config, trainer.collector.config, trainer.algorithm.config)
+    other = make_trainer(settings, learning_rate=5e-4, algorithm=dict(clip=0.3))
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.001 and is now 0\.0005.*clip was 0\.2"):
+        check_same(tmp_path / "run", other.config, other.collector.config, other.algorithm.config)
+
+
+def test_a_run_without_checkpoint_is_not_resumed(settings, tmp_path):
+    """Resuming what never reached a checkpoint says so."""
+    with pytest.raises(ValueError, match="no checkpoint"):
+        load_checkpoint(tmp_path, make_trainer(settings))
+
+
+def test_a_checkpoint_that_does_not_fit(settings, tmp_path):
+    """Half a configuration, one of another version, and a checkpoint with a part missing get a sentence."""
+    trainer = make_trainer(settings)
+    config = trainer.config, trainer.collector.config, trainer.algorithm.config
+    save_config(tmp_path / "run", *config)
+    save_checkpoint(tmp_path / "run", trainer)
+    written = (tmp_path / "run/config.json").read_text()
+    for broken in (written[:40], written.replace('"clip"', '"clipping"'), "{}"):
+        (tmp_path / "run/config.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"no configuration that this version reads.*start a new run"):
+            check_same(tmp_path / "run", *config)
+    next((tmp_path / "run/checkpoint").glob("*manifest*")).unlink()
+    with pytest.raises(ValueError, match=r"does not fit what the run would go on with.*start a new run"):
+        load_checkpoint(tmp_path / "run", trainer)
+
+
+def test_arguments_of_the_environment_are_compared_by_meaning(settings, tmp_path):
+    """An argument given again, or in another order, is no other configuration; another value is."""
+    trainer = make_trainer(settings)
+    parts = trainer.collector.config, trainer.algorithm.config
+    given = TrainConfig(env_arg=("kl_coef=0.1", "device=cpu"))
+    save_config(tmp_path / "run", given, *parts)
+    check_same(tmp_path / "run", TrainConfig(env_arg=("device=cpu", "kl_coef=0.10", "device=cpu")), *parts)
+    with pytest.raises(ValueError, match="env_arg was"):
+        check_same(tmp_path / "run", TrainConfig(env_arg=("device=cpu",)), *parts)
+
+
+@pytest.mark.parametrize("found", [[1.0], [1.0, float("nan")]], ids=["too few", "nan"])
+def test_gold_scores_are_checked(found):
+    """A gold function that does not rate every response is found out at once."""
+    with pytest.raises(ValueError, match="gold must give a finite number for each of 2 responses"):
+        rate(lambda prompts, responses: found, ["a", "b"], ["c", "d"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(seed=-1), "seed must be 0 or more"),
+        (dict(resume=True), "resume needs the folder of the run.*--run"),
+        (dict(iterations=0), "iterations must be at least 1"),
+        (dict(learning_rate=0.0), "learning_rate must be above 0"),
+        (dict(env_arg=("kl_coef",)), "NAME=VALUE"),
+        (dict(env_arg=("=3",)), "NAME=VALUE"),
+    ],
+)
+def test_bad_settings(changes, message):
+    """Bad settings are refused before any work, with the value and the remedy."""
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("max_episode_steps=3", "max_episode_steps .* cuts an episode before it is scored.*use max_new_tokens"),
+        ("kl_coeff=1", "cannot make 'TextGen-v0': TextGen-v0 has no argument 'kl_coeff'; did you mean 'kl_coef'"),
+        ("prompt_sampling=best", r"prompt_sampling must be None or one of \['uniform', 'shuffle'"),
+    ],
+)
+def test_environments_that_cannot_be_learned_on(argument, says):
+    """What --env-arg cannot mean is refused in a sentence."""
+    with pytest.raises(ValueError, match=says):
+        make_task(TrainConfig(env_arg=("kl_coef=0", "device=cpu", argument)))
+
+
+def test_environment_arguments():
+    """--env-arg takes JSON values and plain strings."""
+    config = TrainConfig(env_arg=("kl_coef=0.05", 'prompts=["a", "b"]', "reward=module:function", "x=true"))
+    assert config.env_arguments() == {
+        "kl_coef": 0.05,
+        "prompts": ["a", "b"],
+        "reward": "module:function",
+        "x": True,
+    }
+
+
+def test_minibatches_divide_rollouts():
+    """A minibatch that leaves a smaller rest is refused, since its steps would not weigh the same."""
+    with pytest.raises(ValueError, match=r"minibatch must divide rollout.*rollout=8 and minibatch=3"):
+        check_minibatch(TrainConfig(minibatch=3), TextConfig(rollout=8))

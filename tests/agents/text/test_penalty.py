@@ -1,0 +1,192 @@
+"""The penalty of a training run: each estimator in the learner's reward, and a β that follows the KL."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import textenv.generation
+from agents.text.config import TextConfig
+from agents.text.experiment import assign_credit
+from agents.text.rollout import TextRollout, collect, make_controller
+from agents.trainer import Trainer
+from tests.support.by_hand import perturb
+from tests.support.learning import make_trainer
+from textenv.kl import AdaptiveKL, FixedKL
+
+ESTIMATORS = ["k1", "k2", "k3", "exact"]
+BETA = 0.3  # kl_coef of the settings
+ADAPTIVE = dict(kl_controller="adaptive", kl_target=0.5, kl_horizon=20)
+
+
+def rollout_of(trainer: Trainer, rows_per_pass: int = 8) -> TextRollout:
+    """Responses of an actor that has left the reference, under the trainer's own penalty."""
+    perturb(trainer.algorithm.actor, 0.03)
+    generator = torch.Generator().manual_seed(3)
+    prompts = trainer.collector.prompts.select([0, 1, 2, 3] * 2)
+    return collect(
+        trainer.collector.task,
+        trainer.algorithm.policy.model,
+        prompts,
+        generator,
+        rows_per_pass,
+        trainer.collector.penalty(),
+    )
+
+
+def distributions(trainer: Trainer, data) -> tuple[list, list]:
+    """Probabilities of the actor and of the reference, [B][R][V] in Python's own numbers, by full forwards."""
+    width = data["input_ids"].shape[1] - data["mask"].shape[1]
+    found = []
+    for model in (trainer.algorithm.policy.model, trainer.collector.task.reference.model):
+        with torch.no_grad():
+            logits = model(
+                input_ids=data["input_ids"],
+                attention_mask=data["attention_mask"].long(),
+                position_ids=(data["attention_mask"].long().cumsum(1) - 1).clamp_min(0),
+            ).logits[:, width - 1 : -1]
+        found.append((logits.double() / 0.7).softmax(-1).tolist())
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_shaped_reward_equals_the_loop(settings, estimator):
+    """The learner's reward is the score at the end − β · estimate at each token, by a plain-Python loop over V."""
+    trainer = make_trainer(settings, kl_estimator=estimator)
+    data = rollout_of(trainer).data
+    actor, reference = distributions(trainer, data)
+    lengths = data["mask"].sum(1).tolist()
+    assert len(set(lengths)) > 1
+    for row, length in enumerate(lengths):
+        for t in range(data["mask"].shape[1]):
+            wanted = 0.0
+            if t < length:
+                p, q, token = actor[row][t], reference[row][t], int(data["action"][row, t])
+                d = math.log(p[token] / q[token])
+                estimates = {"k1": d, "k2": d * d / 2, "k3": q[token] / p[token] - 1 + d}
+                estimates["exact"] = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 1e-12)
+                wanted = -BETA * estimates[estimator] + (float(data["score"][row]) if t == length - 1 else 0.0)
+            # log-probabilities of float32 forwards in another order: 1e-5, and k3 and k2 grow with d
+            assert float(data["shaped_reward"][row, t]) == pytest.approx(wanted, abs=1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_exact_kl_under_masks(settings):
+    """With action masks the exact KL is that of the distribution which was sampled from, over the allowed tokens."""
+    trainer = make_trainer(settings | dict(action_mask="top_k:5"), kl_estimator="exact")
+    data = rollout_of(trainer).data
+    actor, reference = distributions(trainer, data)
+    row = int(data["mask"].sum(1).argmax())
+    for t in range(int(data["mask"][row].sum())):
+        kept = data["allowed_ids"][row, t][data["allowed_ids"][row, t] >= 0].tolist()
+        assert data["allowed_inside"][row, t] and len(kept) == 5
+        total = sum(actor[row][t][token] for token in kept)
+        wanted = sum(
+            p / total * math.log(p / total / q) for p, q in ((actor[row][t][k], reference[row][t][k]) for k in kept)
+        )
+        assert float(data["kl"][row, t]) == pytest.approx(wanted, abs=1e-4)
+        assert wanted > 0.01
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_exact_needs_no_more_than_a_few_rows_at_a_time(settings, monkeypatch):
+    """The exact KL is the same however many rows a pass reads, and no pass reads more."""
+    whole = rollout_of(make_trainer(settings, kl_estimator="exact")).data
+    trainer, widest = make_trainer(settings, kl_estimator="exact"), []
+    exact = textenv.generation.exact_kl
+    monkeypatch.setattr(
+        textenv.generation, "exact_kl", lambda logits, *rest: widest.append(len(logits)) or exact(logits, *rest)
+    )
+    parts = rollout_of(trainer, rows_per_pass=3).data
+    torch.testing.assert_close(parts["kl"], whole["kl"], atol=1e-5, rtol=1e-5)
+    assert widest == [3, 3, 2] and not whole["kl"][~whole["mask"]].any()
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("unit", ["token", "response"])
+def test_the_trainer_moves_beta(settings, unit):
+    """β is updated once a rollout from that rollout's own KL; each rollout is logged with the β that it paid."""
+    trainer = make_trainer(settings, dict(epochs=1), kl_estimator="k2", kl_unit=unit, **ADAPTIVE)
+    coef = trainer.collector.task.config.kl_coef
+    for iteration in trainer.iterate():
+        data, metrics = iteration.rollout.data, iteration.metrics
+        assert metrics["kl_coef"] == pytest.approx(coef, rel=1e-12)
+        ended = data["shaped_reward"].sum(1) - data["score"]
+        torch.testing.assert_close(ended, -coef * data["kl"].sum(1), atol=1e-4, rtol=1e-4)
+        kl = float(data["kl"].sum()) / (int(data["mask"].sum()) if unit == "token" else len(data))
+        assert metrics[f"controller_kl_per_{unit}"] == pytest.approx(kl) and metrics[f"kl_target_per_{unit}"] == 0.5
+        coef *= 1 + min(max(kl / 0.5 - 1, -0.2), 0.2) * 8 / 20
+        assert trainer.collector.controller.coef == pytest.approx(coef, rel=1e-12)
+    assert coef != BETA
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_a_fixed_beta_stays(settings):
+    """By default β is the environment's kl_coef in every rollout, with nothing of a controller in the log."""
+    trainer = make_trainer(settings, dict(epochs=1), iterations=2)
+    for iteration in trainer.iterate():
+        assert iteration.metrics["kl_coef"] == BETA
+        assert not any("controller" in name or "target" in name for name in iteration.metrics)
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("estimator", ["k3", "exact"])
+def test_credit_shows_what_was_paid(settings, estimator):
+    """The picture's penalties are those in the shaped reward: with the run's estimator and the run's present β."""
+    trainer = make_trainer(settings, kl_estimator=estimator)
+    perturb(trainer.algorithm.actor, 0.03)
+    trainer.collector.controller.coef = 2.0
+    credit = assign_credit(trainer, trainer.collector.prompts)
+    penalties, values, errors, _ = (numbers for _, numbers, _ in credit.panels)
+    value = [*values[1:], 0.0]
+    reward = [0.0] * (len(value) - 1) + [credit.score]
+    for t, penalty in enumerate(penalties):
+        # γ = 1: δ = reward − penalty + V' − V
+        assert errors[t] == pytest.approx(reward[t] - penalty + value[t] - values[t], abs=1e-4)
+    assert sum(penalties) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_no_reference_no_penalty(settings):
+    """With kl_coef=0 the learner's reward is the score, nothing of the KL is logged, and no reference is run."""
+    trainer = make_trainer(settings | dict(kl_coef=0))
+    iteration = next(trainer.iterate())
+    data = iteration.rollout.data
+    torch.testing.assert_close(data["shaped_reward"].sum(1), data["score"])
+    assert not data["kl"].any() and not any(name.startswith("kl_") for name in iteration.metrics)
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("changes", [dict(kl_estimator="k3"), dict(kl_estimator="exact"), ADAPTIVE])
+def test_what_needs_a_reference_is_refused_without(settings, changes):
+    """Another estimator, or an adaptive β, makes no sense with kl_coef=0, and the remedy is named."""
+    with pytest.raises(ValueError, match=r"kl_coef is 0, so there is no reference.*--env-arg kl_coef=0.1"):
+        make_trainer(settings | dict(kl_coef=0), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(kl_estimator="k4"), "kl_estimator must be one of k1, k2, k3, exact, got 'k4'"),
+        (dict(kl_controller="pid"), "kl_controller must be one of fixed, adaptive, got 'pid'"),
+        (dict(kl_unit="episode"), "kl_unit must be one of token, response, got 'episode'"),
+        (dict(kl_target=6.0), "kl_target=6.0 needs a β that moves; set kl_controller to adaptive"),
+        (dict(kl_controller="adaptive"), "needs a kl_target above 0, in nats per response .*got None; 6 nats"),
+        (dict(kl_controller="adaptive", kl_target=-1.0, kl_unit="token"), "in nats per token .*got -1.0"),
+        (dict(kl_controller="adaptive", kl_target=math.nan), "kl_target above 0.*got nan"),
+        (dict(ADAPTIVE, kl_horizon=0), "kl_horizon must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings(changes, message):
+    """Bad settings of the penalty are refused before any work."""
+    with pytest.raises(ValueError, match=message):
+        TextConfig(**changes)
+
+
+def test_controllers_by_name():
+    """Names in the configuration give the controllers, β starting at the environment's kl_coef."""
+    assert make_controller(TextConfig(), 0.2) == FixedKL(0.2)
+    config = TextConfig(**ADAPTIVE, kl_unit="token")
+    assert make_controller(config, 0.2) == AdaptiveKL(0.2, 0.5, 20, "token")

@@ -1,0 +1,329 @@
+"""The cached language model and the fast path, against plain forwards of one unpadded row each."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from tests.support import tiny
+from textenv.config import TextGenConfig
+from textenv.dynamics import TextDynamics
+from textenv.generation import generate, judge, response_log_probs
+from textenv.models.language_model import LanguageModel, decode, new_cache, prefill, response_logits
+from textenv.models.sampling import Sampling
+from textenv.prompts.tokenized import pad_token_id, tokenise
+from textenv.state import TextState, start
+from textenv.task import build_task
+
+# The cache adds the same float32 numbers in another order: about ten roundings of 6e-8 at logits of size 3.
+TOLERANCE = 1e-5
+TEXTS = ["a", "the cat sat", "two words", "it is late, so"]
+R = 8
+
+
+@pytest.fixture(scope="module")
+def models():
+    """One language model of each architecture, as live objects."""
+    return {kind: tiny.language_model(kind) for kind in ("gpt2", "llama")}
+
+
+@pytest.fixture
+def model(models, kind):
+    """The language model of the architecture under test."""
+    return models[kind]
+
+
+@torch.no_grad()
+def plain_logits(model, ids):
+    """The oracle: logits after each token of one row, with no cache, padding or mask. [T, V]."""
+    return model(input_ids=torch.tensor([ids])).logits[0].float()
+
+
+def prompt_state(extra, texts=TEXTS, new_tokens=R):
+    """States before the first token, left-padded by `extra` columns more than the longest prompt needs."""
+    prompts = tokenise(texts, tiny.tokenizer(), max(map(len, texts)) + extra)
+    return start(prompts.input_ids, prompts.attention_mask, new_tokens, tiny.PAD)
+
+
+def real_ids(state, row):
+    """The tokens that count, as a list."""
+    return state.input_ids[row][state.attention_mask[row]].tolist()
+
+
+def scrambled(state, seed=0):
+    """The same state with random ids in every column that the mask calls empty."""
+    noise = torch.randint(tiny.VOCABULARY, state.input_ids.shape, generator=torch.Generator().manual_seed(seed))
+    return dataclasses.replace(state, input_ids=state.input_ids.where(state.attention_mask, noise))
+
+
+def write(state, tokens):
+    """Each row one token longer."""
+    return state.append(torch.tensor(tokens), torch.ones(len(tokens), dtype=torch.bool))
+
+
+def random_response(state, seed=0):
+    """The state after R random tokens in each row."""
+    draw = random.Random(seed)
+    for _ in range(state.input_ids.shape[1] - state.prompt_width):
+        state = write(state, [draw.randrange(tiny.VOCABULARY) for _ in state.length])
+    return state
+
+
+@pytest.mark.parametrize("extra", [0, 7, 31])
+def test_cached_steps_and_full_forward_equal_plain_forward(model, extra):
+    """Next-token logits by the cache, by one padded forward and by a bare forward of each row are the same."""
+    state, draw = prompt_state(extra), random.Random(extra)
+    cache = new_cache(model, len(TEXTS), state.input_ids.shape[1])
+    stepped = [prefill(model, cache, state, torch.arange(len(TEXTS)))]
+    for _ in range(R - 1):
+        state = write(state, [draw.randrange(tiny.VOCABULARY) for _ in TEXTS])
+        stepped.append(decode(model, cache, state))
+    state = write(state, [draw.randrange(tiny.VOCABULARY) for _ in TEXTS])
+    with torch.no_grad():
+        whole = response_logits(model, state.input_ids, state.attention_mask, state.prompt_width)  # [B, R, V]
+    for row, text in enumerate(TEXTS):
+        wanted = plain_logits(model, real_ids(state, row))[len(text) - 1 : -1]  # [R, V]
+        torch.testing.assert_close(torch.stack(stepped, 1)[row], wanted, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(whole[row], wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_models_are_sensitive_to_what_is_tested(model):
+    """The tolerance can fail: one more pad token seen, or one position off, moves the logits a thousandfold."""
+    ids = [*b"the cat"]
+    plain = plain_logits(model, ids)[-1]
+    assert (plain_logits(model, [tiny.PAD, *ids])[-1] - plain).abs().max() > 1000 * TOLERANCE
+    with torch.no_grad():
+        places = torch.tensor([[place + 1 + (place > 2) for place in range(len(ids))]])
+        moved = model(input_ids=torch.tensor([ids]), position_ids=places).logits[0, -1]
+    assert (moved - plain).abs().max() > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("extra", [7, 31])
+def test_ids_of_empty_columns_mean_nothing(model, extra):
+    """Whatever ids stand where the mask is false, every logit of a real column is the same bit for bit."""
+    state = random_response(prompt_state(extra))
+    cut = dataclasses.replace(state, attention_mask=state.attention_mask.clone(), length=torch.tensor([8, 3, 1, 5]))
+    for row, length in enumerate(cut.length.tolist()):
+        cut.attention_mask[row, cut.prompt_width + length :] = False
+    answers = []
+    for one in (cut, scrambled(cut, 1), scrambled(cut, 2)):
+        cache = new_cache(model, len(TEXTS), one.input_ids.shape[1])
+        first = prefill(model, cache, one, torch.arange(len(TEXTS)))
+        log_probs = response_log_probs(model, one, 0.7)
+        answers.append((first, log_probs))
+    for first, log_probs in answers[1:]:
+        assert torch.equal(first, answers[0][0])
+        assert torch.equal(log_probs, answers[0][1])
+    assert (log_probs != 0).sum(1).tolist() == cut.length.tolist()
+
+
+def test_rows_at_different_places(settings, model):
+    """Rows that start anew mid-way, one at a time, get the logits that they would get alone."""
+    task, draw = build_task(TextGenConfig(**settings)), random.Random(1)
+    dynamics = TextDynamics(task, rows=3)
+    dynamics.reset([0, 2], [1, 0])
+    restarts = {3: ([1], [2]), 5: ([0], [3]), 6: ([2, 1], [1, 1])}  # row 1 stays empty until step 3
+    for step in range(10):
+        if step in restarts:
+            dynamics.reset(*restarts[step])
+        for row in range(3):
+            if dynamics.running[row]:
+                wanted = plain_logits(model, real_ids(dynamics.state, row))[-1]
+                torch.testing.assert_close(dynamics.reference.logits[row], wanted, rtol=0, atol=TOLERANCE)
+        tokens = torch.tensor([draw.randrange(256) for _ in range(3)])
+        active = dynamics.running & torch.tensor([True, step != 7, True])  # a row may also wait a step
+        transition = dynamics.step(tokens, active)
+        assert (transition.reference_log_prob != 0).tolist() == active.tolist()
+    assert dynamics.state.length.tolist() == [5, 3, 4]
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<end>"])
+def test_sampled_pad_token_is_a_token(settings, folders, kind, tmp_path, pad):
+    """Masks come from `done`, never from ids: a pad id that was sampled counts like any other token."""
+    folder = tiny.save(tiny.language_model(kind), tmp_path / "model", pad=pad)
+    task = build_task(TextGenConfig(**{**settings, "reference": folder, "stop_token_ids": [65]}))
+    pad_id = task.tokenizer.pad_token_id
+    dynamics = TextDynamics(task, rows=1)
+    state = dynamics.reset([0], [1])
+    prompt = real_ids(state, 0)
+    written, rewards = [66, pad_id, 67, pad_id, 65], []
+    for step, token in enumerate(written):
+        transition = dynamics.step(torch.tensor([token]))
+        assert bool(transition.terminated[0]) == (step == 4)
+        rewards.append(transition.reward[0].item())
+    assert real_ids(transition.state, 0) == prompt + written
+    log_prob = (plain_logits(tiny.language_model(kind), prompt + written) / 0.7).log_softmax(-1)
+    wanted = [0.3 * log_prob[len(prompt) - 1 + step, token].item() for step, token in enumerate(written)]
+    wanted[-1] += transition.score[0].item()
+    assert rewards == pytest.approx(wanted, abs=TOLERANCE)
+    judged = judge(task, transition.state, [tiny.PROMPTS[1]])
+    assert judged.reward[0].tolist() == pytest.approx(wanted + [0.0] * 7, abs=TOLERANCE)
+
+
+def test_frozen_models_have_no_dropout(settings, folders):
+    """Loading switches dropout off, so that train mode computes what eval mode does."""
+    model = build_task(TextGenConfig(**{**settings, "reference": folders["gpt2"]})).reference.model
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(layer.p == 0 for layer in model.modules() if isinstance(layer, torch.nn.Dropout))
+
+
+# ---- generation
+
+
+def ragged_task(settings, **changes):
+    """A task whose responses end at many lengths: a quarter of all ids are stop tokens."""
+    return build_task(TextGenConfig(**{**settings, "stop_token_ids": list(range(75)), **changes}))
+
+
+def respond(task, model, indices, seed=0, **sampling):
+    """Responses to the prompts of these indices."""
+    prompts = task.prompts.select(indices)
+    return generate(task, model, prompts, Sampling(**sampling), torch.Generator().manual_seed(seed))
+
+
+def test_recorded_log_probs(settings, model):
+    """What `generate` records is the log-probability by a bare forward, whenever neighbours ended."""
+    task, indices = ragged_task(settings), [0, 1, 2, 3] * 8
+    made = respond(task, model, indices, temperature=0.7)
+    lengths = made.state.length.tolist()
+    assert min(lengths) == 1 and max(lengths) > 6 and len(set(lengths)) > 4  # rows did drop out of the cache
+    for row, index in enumerate(indices):
+        ids, prompt = real_ids(made.state, row), tiny.PROMPTS[index]
+        assert ids[: len(prompt)] == task.tokenizer(prompt).input_ids
+        written = ids[len(prompt) :]
+        assert len(written) == lengths[row]
+        assert written == made.state.response_ids[row, : len(written)].tolist()
+        ended_early = len(written) < 12
+        assert (written[-1] < 75) or not ended_early
+        assert all(token >= 75 for token in written[:-1])
+        log_prob = (plain_logits(model, ids) / 0.7).log_softmax(-1)[len(prompt) - 1 : -1]
+        wanted = [log_prob[step, token].item() for step, token in enumerate(written)]
+        assert made.log_prob[row].tolist() == pytest.approx(wanted + [0.0] * (12 - len(written)), abs=TOLERANCE)
+    assert torch.allclose(response_log_probs(model, made.state, 0.7, rows_per_pass=5), made.log_prob, atol=TOLERANCE)
+
+
+def test_rows_do_not_disturb_each_other(settings, model):
+    """Greedy responses in a batch, where rows drop out at different times, are those of each prompt alone."""
+    prompts = [text * times for text in ("a", "xy", "q ", "7b") for times in (1, 2, 3, 5)]
+    task = ragged_task(settings, prompts=prompts)
+    together = respond(task, model, range(16), top_k=1).state
+    assert len(set(together.length.tolist())) > 2
+    for row in range(16):
+        alone = respond(task, model, [row], top_k=1).state
+        assert real_ids(alone, 0) == real_ids(together, row)
+
+
+def test_response_that_ends_at_its_first_token(settings, model):
+    """If every token ends a response, all have one token, and its log-probability is recorded."""
+    task = ragged_task(settings, stop_token_ids=list(range(tiny.VOCABULARY)))
+    made = respond(task, model, [0, 1, 2])
+    assert made.state.length.tolist() == [1, 1, 1]
+    assert made.state.response_mask.sum(1).tolist() == [1, 1, 1]
+    assert (made.log_prob[:, 0] < 0).all() and not made.log_prob[:, 1:].any()
+    judged = judge(task, made.state, made_texts := [tiny.PROMPTS[row] for row in range(3)])
+    assert judged.finish_code.tolist() == [1, 1, 1] and len(judged.responses) == len(made_texts)
+
+
+def test_budget_of_one_token(settings, model):
+    """With one token to spend, the first token ends the response, by its kind: stop or length."""
+    task = ragged_task(settings, max_new_tokens=1)
+    made = respond(task, model, [0, 1, 2, 3] * 8)
+    assert set(made.state.length.tolist()) == {1}
+    wanted = ["stop" if token < 75 else "length" for token in made.state.response_ids[:, 0].tolist()]
+    judged = judge(task, made.state, tiny.PROMPTS * 8)
+    assert {*wanted} == {"stop", "length"} and [judged.finish_reason(row) for row in range(32)] == wanted
+
+
+def test_stop_token_other_than_the_end_token(settings, model):
+    """`stop_token_ids` replaces the model's own end tokens: 65 ends a response, the end token does not."""
+    task = ragged_task(settings, stop_token_ids=[65])
+    dynamics = TextDynamics(task, rows=2)
+    dynamics.reset([0, 1], [0, 1])
+    first = dynamics.step(torch.tensor([65, tiny.END]))
+    assert first.terminated.tolist() == [True, False]
+    assert [first.finish_reason(row) for row in range(2)] == ["stop", ""]
+
+
+def test_stop_token_at_the_last_column_is_a_stop(settings):
+    """A stop token that is also the last of the budget counts as a stop."""
+    task = ragged_task(settings, max_new_tokens=2)
+    dynamics = TextDynamics(task, rows=2)
+    dynamics.reset([0, 1], [0, 1])
+    dynamics.step(torch.tensor([99, 99]))
+    last = dynamics.step(torch.tensor([0, 99]))
+    assert last.terminated.tolist() == [True, True]
+    assert [last.finish_reason(row) for row in range(2)] == ["stop", "length"]
+
+
+def test_end_token_inside_the_prompt(settings, model):
+    """Only a generated token ends a response."""
+    task = build_task(TextGenConfig(**{**settings, "prompts": ["a<end>b<end>", "<end>"]}))
+    assert task.stop_token_ids == (tiny.END,)
+    assert task.prompts.input_ids[0, -1] == tiny.END
+    dynamics = TextDynamics(task, rows=2)
+    dynamics.reset([0, 1], [0, 1])
+    assert dynamics.step(torch.tensor([65, 65])).terminated.tolist() == [False, False]
+    made = respond(task, model, [0, 1] * 4)
+    assert made.state.length.max() > 1
+    assert judge(task, made.state, ["a<end>b<end>", "<end>"] * 4).finish_code.min() > 0
+
+
+def test_generation_is_seeded(settings, model):
+    """Same seed, same tokens, whatever the global generator; another seed, other tokens."""
+    task, made = ragged_task(settings), []
+    for seed, noise in ((3, 1), (3, 2), (4, 1)):
+        torch.manual_seed(noise)
+        made.append(respond(task, model, [0, 1, 2, 3], seed=seed))
+    assert torch.equal(made[0].state.input_ids, made[1].state.input_ids)
+    assert torch.equal(made[0].log_prob, made[1].log_prob)
+    assert not torch.equal(made[0].state.response_ids, made[2].state.response_ids)
+
+
+def test_generation_with_padding_and_without(settings, model):
+    """The width of the prompt column block changes no token: padding is not part of the text."""
+    narrow, wide = ragged_task(settings), ragged_task(settings, max_prompt_tokens=40)
+    first, second = (respond(task, model, [0, 1, 2, 3] * 2, temperature=0.7) for task in (narrow, wide))
+    assert [real_ids(first.state, row) for row in range(8)] == [real_ids(second.state, row) for row in range(8)]
+
+
+def test_judge_in_parts(settings, model):
+    """The number of rows in a pass changes nothing; every row is judged."""
+    task = ragged_task(settings)
+    made, texts = respond(task, model, [0, 1, 2, 3] * 3), tiny.PROMPTS * 3
+    whole, parts = judge(task, made.state, texts), judge(task, made.state, texts, rows_per_pass=5)
+    for name in ("reward", "reference_log_prob", "score"):
+        assert torch.allclose(getattr(whole, name), getattr(parts, name), atol=TOLERANCE), name
+    assert torch.equal(whole.finish_code, parts.finish_code) and whole.responses == parts.responses
+    assert len(whole.responses) == 12
+
+
+def test_judge_wants_a_text_for_each_row(settings, model):
+    """Too few or too many prompt texts are refused, not cut to fit."""
+    task = ragged_task(settings)
+    made = respond(task, model, [0, 1, 2])
+    for texts in (tiny.PROMPTS[:2], tiny.PROMPTS[:4]):
+        with pytest.raises(ValueError, match=f"3 .*{len(texts)}"):
+            judge(task, made.state, texts)
+
+
+def test_state_is_a_value():
+    """append, restart and select leave the state they start from as it was."""
+    state = random_response(prompt_state(2, new_tokens=3))
+    fresh = prompt_state(2, new_tokens=3)
+    kept: list[TextState] = [fresh, state]
+    before = [(one.input_ids.clone(), one.attention_mask.clone(), one.length.clone()) for one in kept]
+    write(fresh, [1, 2, 3, 4])
+    restarted = state.restart(torch.tensor([1]), fresh.select(torch.tensor([1])))
+    state.select(torch.tensor([0])).append(torch.tensor([0]), torch.tensor([False]))
+    assert restarted.length.tolist() == [3, 0, 3, 3] and not restarted.response_mask[1].any()
+    for one, (ids, mask, length) in zip(kept, before, strict=True):
+        assert torch.equal(one.input_ids, ids) and torch.equal(one.attention_mask, mask)
+        assert torch.equal(one.length, length)
+
+
+def test_vocabulary_and_pad(model):
+    """V is the width of the logits, which may exceed the tokenizer's; without a pad token, 0 fills the columns."""
+    lm = LanguageModel(model, tiny.tokenizer(), (tiny.END,))
+    assert lm.vocabulary == tiny.VOCABULARY == plain_logits(model, [1]).shape[-1] > len(tiny.tokenizer())
+    assert (pad_token_id(tiny.tokenizer()), pad_token_id(tiny.tokenizer(None))) == (tiny.PAD, 0)  # type: ignore[arg-type]

@@ -1,0 +1,131 @@
+"""From logits to tokens: the distribution really sampled from, against an oracle in plain Python."""
+
+import math
+
+import pytest
+import torch
+
+from textenv.models.sampling import Sampling, chosen_log_probs, log_probs, sample
+
+LOGITS = [2.0, 0.5, -1.0, 3.0, 0.0, 2.5]
+
+
+def oracle(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Probabilities by the textbook: heat, keep the k likeliest, keep the nucleus, normalise."""
+    heated = [math.exp(logit / temperature) for logit in logits]
+    order = sorted(range(len(logits)), key=lambda token: -heated[token])
+    kept = order[: top_k or len(order)]
+    total = sum(heated[token] for token in kept)
+    nucleus, mass = [], 0.0
+    for token in kept:
+        if mass >= top_p:
+            break
+        nucleus.append(token)
+        mass += heated[token] / total
+    total = sum(heated[token] for token in nucleus)
+    return [heated[token] / total if token in nucleus else 0.0 for token in range(len(logits))]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 3.0},
+        {"top_k": 1},
+        {"top_k": 3},
+        {"top_k": 99},
+        {"top_p": 0.5},
+        {"top_p": 0.9},
+        {"top_p": 1e-6},
+        {"temperature": 0.5, "top_k": 4, "top_p": 0.8},
+    ],
+)
+def test_distribution(options):
+    """`log_probs` is the distribution after temperature, then top-k, then top-p; filtered tokens have -inf."""
+    got = log_probs(torch.tensor([LOGITS, LOGITS[::-1]]), Sampling(**options))
+    # float32 has 2^-24 = 6e-8 relative error, a softmax of six terms some ten times that
+    assert got[0].exp().tolist() == pytest.approx(oracle(LOGITS, **options), abs=1e-6)
+    assert got[1].exp().tolist() == pytest.approx(oracle(LOGITS[::-1], **options), abs=1e-6)
+
+
+def test_literal_numbers():
+    """Hand-computed: odds 1 : 2 : 4, temperature 1/2 squares them, top-k 2 drops the smallest."""
+    logits = torch.tensor([[0.0, math.log(2), math.log(4)]])
+    assert log_probs(logits, Sampling()).exp()[0].tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+    heated = log_probs(logits, Sampling(temperature=0.5)).exp()[0].tolist()
+    assert heated == pytest.approx([1 / 21, 4 / 21, 16 / 21])
+    assert log_probs(logits, Sampling(top_k=2)).exp()[0].tolist() == pytest.approx([0, 1 / 3, 2 / 3])
+    # 4/7 = 0.571 is less than 0.6, so the second token is still needed to reach it
+    assert log_probs(logits, Sampling(top_p=0.6)).exp()[0].tolist() == pytest.approx([0, 1 / 3, 2 / 3])
+    assert log_probs(logits, Sampling(top_p=0.57)).exp()[0].tolist() == pytest.approx([0, 0, 1])
+
+
+def test_half_precision_logits_are_read_in_float32():
+    """Log-probabilities are float32 whatever the model's dtype, with no rounding after the logits."""
+    logits = torch.tensor([LOGITS], dtype=torch.bfloat16)
+    assert log_probs(logits, Sampling(temperature=0.7)).dtype == torch.float32
+    chosen = chosen_log_probs(logits, torch.tensor([1]), 0.7)
+    assert chosen.item() == pytest.approx(math.log(oracle(LOGITS, 0.7)[1]), abs=1e-6)
+
+
+def test_arguments_stay_unchanged():
+    """No call writes into the caller's logits."""
+    logits = torch.tensor([LOGITS])
+    log_probs(logits, Sampling(temperature=0.5, top_k=3, top_p=0.5))
+    sample(logits, Sampling(top_k=2, top_p=0.9), torch.Generator().manual_seed(0))
+    chosen_log_probs(logits, torch.tensor([0]), 0.5)
+    assert logits.tolist() == [LOGITS]
+
+
+def test_sample_frequencies():
+    """Tokens are drawn as often as they should be, filtered ones never, and the log-probability is theirs."""
+    count, options = 20_000, dict(temperature=0.8, top_k=5, top_p=0.95)
+    logits = torch.tensor([LOGITS]).expand(count, -1)
+    tokens, drawn_log_prob = sample(logits, Sampling(**options), torch.Generator().manual_seed(0))
+    expected = oracle(LOGITS, **options)
+    assert 0.0 in expected
+    for token, probability in enumerate(expected):
+        frequency = (tokens == token).float().mean().item()
+        # five standard deviations of a binomial: a chance of 6e-7 that a right sampler fails
+        assert abs(frequency - probability) <= 5 * math.sqrt(probability * (1 - probability) / count)
+    wanted = [math.log(expected[token]) for token in tokens[:100].tolist()]
+    assert drawn_log_prob[:100].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_seeded():
+    """The generator that is passed is the only source of chance."""
+    logits = torch.tensor([LOGITS]).expand(64, -1)
+    draws = []
+    for seed, noise in ((1, 5), (1, 6), (2, 5)):
+        torch.manual_seed(noise)
+        draws.append(sample(logits, Sampling(), torch.Generator().manual_seed(seed))[0].tolist())
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_chosen_log_probs():
+    """A given token's log-probability at a temperature, for logits of any leading shape."""
+    logits = torch.tensor([[LOGITS, LOGITS[::-1]]])  # [1, 2, V]
+    got = chosen_log_probs(logits, torch.tensor([[3, 0]]), 0.7)
+    wanted = [math.log(oracle(LOGITS, 0.7)[3]), math.log(oracle(LOGITS[::-1], 0.7)[0])]
+    assert got[0].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0.*top_k=1"),
+        ({"temperature": -1.0}, "temperature must be above 0 and finite, got -1.0"),
+        ({"temperature": math.nan}, "temperature must be above 0 and finite, got nan"),
+        ({"temperature": math.inf}, "temperature must be above 0 and finite, got inf"),
+        ({"top_k": -1}, "top_k must be a whole number.*got -1"),
+        ({"top_k": 1.5}, "top_k must be .*got 1.5"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
+        ({"top_p": 1.1}, r"top_p must lie in \(0, 1\], got 1.1"),
+        ({"top_p": math.nan}, r"top_p must lie in \(0, 1\], got nan"),
+    ],
+)
+def test_bad_sampling(options, says):
+    """A setting that means nothing is refused when it is written down."""
+    with pytest.raises(ValueError, match=says):
+        Sampling(**options)

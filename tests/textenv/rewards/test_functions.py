@@ -1,0 +1,433 @@
+"""Reward functions: their forms, their columns, their threads, and what is said when one goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from tests.support import tiny
+from tests.support.episodes import written
+from textenv import TextGenConfig, build_task, per_response, reads_episodes, shared
+from textenv.conformance import check_faces
+from textenv.rewards import library
+from textenv.rewards.base import WeightedSum, read_scores
+from textenv.rewards.build import check_columns
+from textenv.rewards.calling import CallFailed, CallOverdue, call_each
+from textenv.rewards.functions import FunctionReward
+from textenv.vector_env import TextGenVectorEnv
+
+pytestmark = pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+FOREVER = 20.0  # seconds that a test's hanging function waits: far more than the test itself may take
+
+
+@pytest.fixture(autouse=True)
+def kind_of_models(kind):
+    """One architecture is enough here."""
+
+
+def two(**more):
+    """Two finished responses: "abc" and "d", to the prompts "x" and "yz"."""
+    ids = {letter: tiny.tokenizer()(letter).input_ids[0] for letter in "abcdxyz"}
+    texts = [[ids["x"]], [ids["y"], ids["z"]]], [[ids["a"], ids["b"], ids["c"]], [ids["d"]]]
+    return written(*texts, tiny.tokenizer(), **more)
+
+
+# ---- calls
+
+
+def test_calls_are_made_at_the_same_time():
+    """With four workers four calls run at once: each waits for the other three, then all go on."""
+    together = threading.Barrier(4)
+
+    def function(index):
+        together.wait(timeout=FOREVER)
+        return index**2
+
+    assert call_each(function, 8, workers=4) == [index**2 for index in range(8)]
+
+
+def test_no_more_calls_at_once_than_workers():
+    """At most `workers` calls run at a time, and without workers or limit the caller's own thread makes them."""
+    running, most, lock, threads = 0, 0, threading.Lock(), set()
+
+    def function(index):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+            threads.add(threading.current_thread())
+        time.sleep(0.005)
+        with lock:
+            running -= 1
+
+    call_each(function, 9, workers=3)
+    assert most <= 3 and threading.main_thread() not in threads
+    threads.clear()
+    call_each(function, 2)
+    assert threads == {threading.main_thread()}
+
+
+def test_the_overdue_call_is_named():
+    """The call that takes too long is told from those that wait their turn; the time counts from its own start."""
+    hang = threading.Event()
+
+    def function(index):
+        return hang.wait(FOREVER) if index == 2 else time.sleep(0.05)
+
+    started = time.monotonic()
+    with pytest.raises(CallOverdue) as raised:
+        call_each(function, 5, workers=2, timeout=0.4)
+    hang.set()
+    assert raised.value.index == 2 and time.monotonic() - started < FOREVER / 2
+    assert call_each(lambda index: time.sleep(0.15), 6, workers=1, timeout=0.6) == [None] * 6  # 0.9 s in all
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), SystemExit(3)])
+def test_the_failed_call_is_named_and_the_rest_is_not_made(error):
+    """The first exception ends it, even one that would end a thread without a word."""
+    calls = []
+
+    def function(index):
+        calls.append(index)
+        if index == 1:
+            raise error
+
+    with pytest.raises(CallFailed) as raised:
+        call_each(function, 50, timeout=FOREVER)
+    assert raised.value.index == 1 and raised.value.error is error and calls == [0, 1]
+
+
+def test_a_hung_call_does_not_keep_the_process():
+    """A process whose reward hangs ends when its main thread does, and can make the same call anew before."""
+    script = (
+        "import importlib.util, sys, time\n"
+        f"spec = importlib.util.spec_from_file_location('calling', {str(Path('textenv/rewards/calling.py').resolve())!r})\n"
+        "calling = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(calling)\n"
+        "for _ in range(2):\n"
+        "    try:\n"
+        "        calling.call_each(lambda _: time.sleep(3600), 3, workers=2, timeout=0.05)\n"
+        "    except calling.CallOverdue:\n"
+        "        print('overdue')\n"
+        "print(calling.call_each(lambda index: index, 3, timeout=5))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.split("\n")[:3] == ["overdue", "overdue", "[0, 1, 2]"]
+
+
+# ---- forms of functions
+
+
+async def slow_lengths(prompts, responses):
+    """An async reward, with calls that wait at the same time."""
+    together = asyncio.Barrier(len(responses))
+
+    async def one(text):
+        await together.wait()
+        return float(len(text))
+
+    return await asyncio.gather(*(one(text) for text in responses))
+
+
+async def slow_length(prompt, response):
+    """An async reward of one response."""
+    await asyncio.sleep(0)
+    return len(response)
+
+
+def test_async_functions():
+    """`async def` works, of a batch and of a response, with a time limit and without, in a running loop too."""
+    functions = [slow_lengths, per_response(workers=2)(slow_length), per_response()(slow_length)]
+    for function in functions:
+        for timeout in (None, FOREVER):
+            reward = FunctionReward(function, "slow", timeout=timeout)
+            assert reward(two()).total.tolist() == [3.0, 1.0]
+
+            async def notebook(reward=reward):
+                return reward(two()).total.tolist()
+
+            assert asyncio.run(notebook()) == [3.0, 1.0]
+
+
+def test_a_function_of_one_response():
+    """per_response calls once a response; the decorated function is still the function."""
+    weighted = per_response(workers=3)(lambda prompt, response: 10 * len(prompt) + len(response))
+    assert FunctionReward(weighted, "f")(two()).total.tolist() == [13.0, 21.0]
+    assert weighted("ab", "c") == 21
+
+
+def test_a_function_of_episodes():
+    """reads_episodes hands over tokens, masks and how responses ended."""
+
+    @reads_episodes
+    def stops(episodes):
+        return 10 * episodes.state.length + episodes.stopped
+
+    assert FunctionReward(stops, "f")(two(stopped=[True, False])).total.tolist() == [31.0, 10.0]
+
+
+def test_workers_are_counted():
+    """A bare decorator, or no number of workers, is refused with the way to write it."""
+    for given in (len, 0, -1, 1.5, True, "4"):
+        with pytest.raises(ValueError, match=r"number of workers, 1 or more, got .*@per_response\(\)"):
+            per_response(given)
+
+
+def test_functions_by_name_in_the_environment(settings):
+    """Decorated functions work by name, in `shared`, and bare, and are called by their own names."""
+    for reward in ("tests.textenv.rewards.test_functions:letters", letters, shared(letters)):
+        env = gym.make("TextGen-v0", **{**settings, "reward": reward, "kl_coef": 0})
+        env.reset(seed=0)
+        env.step(tiny.tokenizer()("a").input_ids[0])
+        *_, info = env.step(tiny.END)
+        name = reward if isinstance(reward, str) else "letters"
+        assert info["score"] == 1.0 and info["score_parts"] == {name: 1.0}
+
+
+@per_response(workers=2)
+def letters(prompt, response):
+    """Characters of the response."""
+    return len(response)
+
+
+# ---- columns
+
+
+def test_columns():
+    """A parameter beyond the first two is the prompts' column of its name, whole or one response's."""
+    columns = {"answer": ["abc", "e"], "weight": (2, 3)}
+
+    def batch(prompts, responses, answer, *, weight):
+        return [w * (a == r) for a, r, w in zip(answer, responses, weight, strict=True)]
+
+    @per_response()
+    def single(prompt, response, **columns):
+        return sorted(columns) == ["answer", "weight"] and columns["weight"] * (columns["answer"] == response)
+
+    for function in (batch, single):
+        assert FunctionReward(function, "f")(two(columns=columns)).total.tolist() == [2.0, 0.0]
+    optional = FunctionReward(lambda prompts, responses, bonus=(5, 6): list(bonus), "f")
+    assert optional(two()).total.tolist() == [5.0, 6.0]
+    assert optional(two(columns={"bonus": [7, 8]})).total.tolist() == [7.0, 8.0]
+    changed = FunctionReward(lambda prompts, responses, answer: answer.clear() or [0, 0], "rude")
+    changed(two(columns=columns))
+    assert columns["answer"] == ["abc", "e"]
+
+
+def test_missing_columns_are_named():
+    """A function whose column the prompts lack is refused, at its call and before, alone and in a sum."""
+    reward = FunctionReward(lambda prompts, responses, answer: [0, 0], "grade")
+    says = r"reward 'grade' needs the prompts' column 'answer', and they have {}; give the field 'answer' beside"
+    with pytest.raises(ValueError, match=says.format("no columns")):
+        reward(two())
+    with pytest.raises(ValueError, match=says.format(r"\['reference'\]")):
+        check_columns(WeightedSum([(1.0, reward)]), ["reference"])
+    check_columns(WeightedSum([(1.0, reward)]), ["answer", "more"])
+
+
+def test_columns_of_the_prompts_in_the_environment(settings):
+    """Fields of the prompts reach the functions in every face; a missing one is refused when the environment is made."""
+    letters = tiny.tokenizer()
+    prompts = [{"prompt": "a", "answer": "x"}, {"prompt": "the cat", "answer": "y"}]
+    reward = {"textenv.rewards.library:exact_match": 1.0, "tests.textenv.rewards.test_functions:letters": 0.1}
+    settings = {**settings, "prompts": prompts, "reward": reward, "kl_coef": 0}
+    env = gym.make("TextGen-v0", **settings)
+    for index, right in enumerate("xy"):
+        for text in "xy":
+            env.reset(options={"prompt_index": index})
+            env.step(letters(text).input_ids[0])
+            *_, info = env.step(tiny.END)
+            assert info["score_parts"] == dict(zip(reward, (float(text == right), 1.0), strict=True))
+    task = build_task(TextGenConfig(**{**settings, "stop_token_ids": [tiny.END, *letters("xyz").input_ids]}))
+    check_faces(task, rows=2)
+    with pytest.raises(ValueError, match=r"'textenv.rewards.library:exact_match' needs the prompts' column 'answer'"):
+        gym.make("TextGen-v0", **{**settings, "prompts": ["a", "b"]})
+
+
+@pytest.mark.parametrize("function", [lambda: [], lambda responses: [], per_response()(lambda *, prompt: 0)])
+def test_functions_of_too_few_arguments(function):
+    """A function that cannot take prompts and responses is refused when the reward is made."""
+    with pytest.raises(ValueError, match="reward 'f' must take two arguments, prompts and responses, got the"):
+        FunctionReward(function, "f")
+
+
+# ---- what goes wrong
+
+
+BROKEN = threading.Event()  # set: row 7's response goes wrong
+HANG = threading.Event()
+
+
+@per_response(workers=4)
+def raises(prompt, response):
+    """Raises for the response "x"."""
+    if BROKEN.is_set() and response == "x":
+        json.loads("lost")  # raised deep in a library; the line that is named must be this one
+    return len(response)
+
+
+@per_response(workers=2)
+def hangs(prompt, response):
+    """Hangs for the response "x"."""
+    if BROKEN.is_set() and response == "x":
+        HANG.wait(FOREVER)
+    return len(response)
+
+
+def batch_of(wrong):
+    """A function of a batch that, when broken, hands its list of numbers to `wrong(numbers, place of "x")`."""
+
+    def function(prompts, responses):
+        numbers = [float(len(response)) for response in responses]
+        return wrong(numbers, responses.index("x")) if BROKEN.is_set() else numbers
+
+    return function
+
+
+def put(value):
+    """A list with a wrong value in the place of "x"."""
+    return batch_of(lambda numbers, place: [*numbers[:place], value, *numbers[place + 1 :]])
+
+
+async def hangs_async(prompts, responses):
+    """Waits for ever, politely."""
+    if BROKEN.is_set():
+        await asyncio.sleep(FOREVER)
+    return [float(len(response)) for response in responses]
+
+
+@reads_episodes
+def raises_on_tokens(episodes):
+    """Raises for a whole batch."""
+    if BROKEN.is_set():
+        raise RuntimeError("no tokens")
+    return episodes.state.length - episodes.stopped.long()
+
+
+THIS = r"row 7 \(prompt '{prompt}', response 'x'\)"
+BATCH = r"a batch of 3 responses, the first of them row 5 \(prompt '[^']+', response 'o'\)"
+WRONG = {
+    "raises": (raises, r"raised JSONDecodeError: .*\(/.*test_functions.py, line \d+\) for " + THIS),
+    "hangs": (hangs, "took longer than reward_timeout=0.5 seconds for " + THIS + "; make it faster"),
+    "nan": (put(math.nan), "returned nan for " + THIS + "; return a finite number"),
+    "type": (put(None), "must return a list of 3 numbers.*first that is no number is None, for " + THIS),
+    "text": (put("1"), "must return a list of 3 numbers.*first that is no number is '1', for " + THIS),
+    "length": (
+        batch_of(lambda numbers, place: numbers[1:]),
+        r"must return one number a response, 3 in all, got shape \(2,\)",
+    ),
+    "nothing": (batch_of(lambda numbers, place: None), "must return a list of 3 numbers, got NoneType"),
+    "batch": (batch_of(lambda numbers, place: 1 / 0), "raised ZeroDivisionError: .* for " + BATCH),
+    "async": (hangs_async, "took longer than reward_timeout=0.5 seconds for " + BATCH),
+    "tokens": (raises_on_tokens, "raised RuntimeError: no tokens .* for " + BATCH),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_row_7_of_64(settings, wrong):
+    """A reward that goes wrong in one of 64 rows is named, with the row's prompt and response where they are known.
+
+    The step is undone: tried again it gives what it would have given, and after `reset` everything works.
+    """
+    function, says = WRONG[wrong]
+    settings = {**settings, "reward": shared(function), "reward_timeout": 0.5, "max_new_tokens": 4}
+    env, untouched = (TextGenVectorEnv(64, **{**settings, "reward_timeout": limit}) for limit in (0.5, None))
+    letters = np.full((3, 64), tiny.tokenizer()("o").input_ids[0])
+    letters[0, 7] = tiny.tokenizer()("x").input_ids[0]
+    letters[1, [5, 7, 9]] = tiny.END
+    BROKEN.clear()
+    for one in (env, untouched):
+        one.reset(seed=3)
+        one.step(letters[0])
+    BROKEN.set()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="reward '[a-z_]+' " + says.format(prompt=env.dynamics.played[7].text)):
+            env.step(letters[1])
+    BROKEN.clear()
+    HANG.set()
+    for actions in letters[1:]:
+        same(env.step(actions), untouched.step(actions))
+    HANG.clear()
+    same(env.reset(seed=4), untouched.reset(seed=4))
+    for _ in range(4):
+        got, wanted = env.step(letters[2]), untouched.step(letters[2])
+        same(got, wanted)
+    assert got[2].all() and got[4]["score"].tolist() == [4.0] * 64
+
+
+def same(got, wanted):
+    """Equal to the bit, all the way down."""
+    if isinstance(wanted, dict):
+        assert got.keys() == wanted.keys()
+        got, wanted = list(got.values()), list(wanted.values())
+    if isinstance(wanted, list | tuple):
+        for one, other in zip(got, wanted, strict=True):
+            same(one, other)
+    else:
+        assert np.array_equal(got, wanted)
+
+
+def test_after_a_broken_reward_without_retry(settings):
+    """The single environment, through all of Gymnasium's wrappers, is usable after `reset` as well."""
+    env = gym.make("TextGen-v0", **{**settings, "reward": shared(put(math.nan))})
+    BROKEN.set()
+    env.reset(seed=0)
+    env.step(tiny.tokenizer()("x").input_ids[0])
+    with pytest.raises(ValueError, match=r"returned nan for row 0 \(prompt"):
+        env.step(tiny.END)
+    BROKEN.clear()
+    env.reset(seed=1)
+    *_, terminated, _, info = env.step(tiny.END)
+    assert terminated and info["score"] == 0.0
+
+
+async def raises_async(prompts, responses):
+    """Raises inside a coroutine."""
+    raise RuntimeError("no network")
+
+
+def test_the_line_that_is_named_is_the_users():
+    """The message names the line of the user's function, in a coroutine too, and that of a ready-made reward."""
+    for function in (raises_async, per_response()(raises_async), reads_episodes(lambda episodes: 1 / 0)):
+        for timeout in (None, FOREVER):
+            with pytest.raises(ValueError, match=r"\(/[^ ]*test_functions.py, line \d+\) for "):
+                FunctionReward(function, "f", timeout=timeout)(two())
+    with pytest.raises(ValueError, match=r"holds no number \(/[^ ]*library.py, line \d+\) for row 1"):
+        FunctionReward(library.numeric_match, "f")(two(columns={"answer": ["1", "none"]}))
+
+
+def test_long_texts_are_cut_in_messages():
+    """An error message quotes the beginning of a long response, not all of it."""
+    long = written([[65]], [tiny.tokenizer()("word " * 200).input_ids], tiny.tokenizer())
+    with pytest.raises(ValueError, match="returned nan for row 0") as raised:
+        read_scores(FunctionReward(lambda prompts, responses: [math.nan], "f"), long)
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "3", True])
+def test_bad_reward_timeout(settings, value):
+    """reward_timeout is seconds above 0, or None."""
+    with pytest.raises(ValueError, match=r"reward_timeout must be (a finite number or None|above 0)"):
+        build_task(TextGenConfig(**{**settings, "reward_timeout": value}))
+
+
+def test_a_time_limit_longer_than_threads_can_wait():
+    """Any finite number of seconds is a limit."""
+    assert FunctionReward(lambda prompts, responses: [1, 2], "f", timeout=1e300)(two()).total.tolist() == [1.0, 2.0]
+
+
+def test_numbers_of_a_function_may_need_gradients():
+    """A function may compute with tensors that want gradients; the score does not."""
+    weight = torch.ones(2, requires_grad=True)
+    assert not FunctionReward(lambda prompts, responses: 2 * weight, "f")(two()).total.requires_grad

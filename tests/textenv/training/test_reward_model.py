@@ -1,0 +1,325 @@
+"""Stages 1 and 2 of RLHF learn known answers, read their data strictly, and do not mind pad == end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+import textenv.training.reward_model
+from textenv.rewards.reward_model import last_token_scores
+from textenv.training.reward_model import (
+    Labelled,
+    Pairs,
+    RewardConfig,
+    accuracy,
+    encode_rows,
+    load_base,
+    read_rows,
+    score_tokens,
+    split_rows,
+    train_reward_model,
+)
+from textenv.training.supervised import SupervisedConfig, encode_prompt, encode_response, fine_tune
+
+WORDS = ["good", "bad", "a", "b", "c", "d"]
+FAST = RewardConfig(learning_rate=1e-2, epochs=2, batch_size=16, max_length=16, held_out=0.25)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Six words, an end token that is also the pad token, and a space that is a token of nothing."""
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*WORDS, "<unk>", "</s>"])}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>", unk_token="<unk>")
+
+
+def _base(folder: Path, family: str = "llama") -> Path:
+    """A tiny untrained language model with dropout in its config, whose pad token is its end token."""
+    torch.manual_seed(0)
+    tokenizer = _tokenizer()
+    if family == "llama":
+        config = LlamaConfig(
+            vocab_size=8,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            attention_dropout=0.1,
+            eos_token_id=7,
+        )
+        model: LlamaForCausalLM | GPT2LMHeadModel = LlamaForCausalLM(config)
+    else:
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, n_positions=32, eos_token_id=7)
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _write(path: Path, rows: list[dict] | list[str]) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def _text(rng: random.Random, word: str) -> str:
+    filler = rng.choices("abcd", k=rng.randint(1, 6))
+    filler.insert(rng.randrange(len(filler) + 1), word)
+    return " ".join(filler)
+
+
+# ---------------------------------------------------------------- known answers
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_pairs_are_learnt(tmp_path: Path, family: str) -> None:
+    """Good beats bad after a few steps, with pad == end; the saved folder is stock and centred near 0."""
+    rng = random.Random(1)
+    rows = [
+        {"prompt": _text(rng, "a"), "chosen": _text(rng, "good"), "rejected": _text(rng, "bad")} for _ in range(400)
+    ]
+    report = train_reward_model(
+        _base(tmp_path / "base", family), _write(tmp_path / "d.jsonl", rows), tmp_path / "rm", FAST
+    )
+    assert (report.kind, report.train_rows + report.held_out_rows) == ("pairs", 400)
+    assert report.held_out_accuracy > 0.95  # chance is 0.5, with a standard error of 0.05
+    assert abs(report.score_mean) < 0.3 * report.score_deviation
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+    config = model.config
+    assert (config.num_labels, config.id2label, config.pad_token_id) == (1, {0: "score"}, 7)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert (tmp_path / "rm" / "model.safetensors").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "rm").eos_token == "</s>"
+    good, bad = score_tokens(model, [[2, 0, 3, 7], [2, 1, 3, 7]]).tolist()
+    assert good > bad
+
+
+def test_labels_are_learnt(tmp_path: Path) -> None:
+    """Texts without prompts, labels 0 and 1: a positive score means label 1."""
+    rng = random.Random(2)
+    rows = [{"text": _text(rng, WORDS[1 - label]), "label": label} for label in (0, 1) for _ in range(300)]
+    report = train_reward_model(_base(tmp_path / "base"), _write(tmp_path / "d.jsonl", rows), tmp_path / "rm", FAST)
+    assert report.kind == "labelled" and report.held_out_accuracy > 0.95
+    model, _ = load_base(tmp_path / "rm", seed=0)
+    good, bad = score_tokens(model, [[2, 0, 3, 7], [2, 1, 3, 7]]).tolist()
+    assert good > 0 > bad
+
+
+def test_training_repeats_with_its_seed(tmp_path: Path) -> None:
+    """Equal seeds give equal reward models; another seed gives another."""
+    rng = random.Random(3)
+    rows = [{"chosen": _text(rng, "good"), "rejected": _text(rng, "bad")} for _ in range(60)]
+    base, data = _base(tmp_path / "base"), _write(tmp_path / "d.jsonl", rows)
+    scores = [
+        train_reward_model(base, data, tmp_path / f"rm{run}", RewardConfig(seed=seed, max_length=16)).score_mean
+        for run, seed in enumerate((5, 5, 6))
+    ]
+    assert scores[0] == scores[1] != scores[2]
+
+
+def test_fine_tuning_learns_the_response(tmp_path: Path) -> None:
+    """After training on "a" -> "good", the model writes "good" and then the end token after "a"."""
+    torch.manual_seed(0)
+    tokenizer = _tokenizer()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=32, n_layer=1, n_head=2, n_positions=32, eos_token_id=7))
+    pairs = [("a", "good"), ("b", "bad")] * 100
+    fine_tune(model, tokenizer, pairs, SupervisedConfig(learning_rate=1e-2, epochs=2, batch_size=16, max_length=16))
+    model.eval()
+    log_probs = model(input_ids=torch.tensor([[2, 0, 7], [3, 1, 7]])).logits.log_softmax(-1)
+    assert log_probs[0, 0, 0] > math.log(0.9) and log_probs[1, 0, 1] > math.log(0.9)
+    assert (log_probs[:, 1, 7] > math.log(0.9)).all()
+
+
+# ---------------------------------------------------------------- sequences and scores
+
+
+def test_sequences() -> None:
+    """Prompt tokens, text tokens, end token; the last `max_length` of them; no prompt, no space."""
+    tokenizer = _tokenizer()
+    assert encode_prompt(tokenizer, "a b") == [2, 3]
+    assert encode_response(tokenizer, "good") == [0, 7]
+    pairs = encode_rows(tokenizer, [{"prompt": "a b", "chosen": "good", "rejected": "bad c d"}], max_length=5)
+    assert isinstance(pairs, Pairs) and pairs.rows == [([2, 3, 0, 7], [3, 1, 4, 5, 7])]
+    labelled = encode_rows(tokenizer, [{"text": "good a", "label": 1}], max_length=8)
+    assert isinstance(labelled, Labelled) and labelled.rows == [([0, 2, 7], 1)]
+
+
+def test_padding_changes_no_score(tmp_path: Path) -> None:
+    """Left padding, right padding and none give one score, though pad and end are one token."""
+    model, _ = load_base(_base(tmp_path), seed=0)
+    model.eval()
+    end = 7
+    alone = last_token_scores(model, torch.tensor([[2, 0, end]]), torch.ones(1, 3))
+    ids = torch.tensor([[end, end, 2, 0, end], [2, 0, end, end, end]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    both = last_token_scores(model, ids, mask)
+    torch.testing.assert_close(both, alone.expand(2, 1), atol=1e-5, rtol=1e-5)  # float32 rounding
+    other = last_token_scores(model, ids, torch.tensor([[0, 0, 1, 1, 0], [1, 1, 0, 0, 0]]))
+    assert (other - both).abs().min() > 1e-4  # the end token does count where the mask says so
+
+
+def test_dropout_is_off(tmp_path: Path) -> None:
+    """Reward models train and run without dropout, whatever their base had."""
+    model, _ = load_base(_base(tmp_path, "gpt2"), seed=0)
+    config = model.config
+    assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == 0.0
+    ids, mask = torch.tensor([[2, 0, 7]]), torch.ones(1, 3)
+    torch.testing.assert_close(
+        last_token_scores(model.train(), ids, mask),
+        last_token_scores(model.train(), ids, mask),
+        atol=0,
+        rtol=0,
+    )
+
+
+def test_accuracy_by_hand(tmp_path: Path) -> None:
+    """A model that always says 0 is right on half of a pair, and on no text with label 1."""
+    model, _ = load_base(_base(tmp_path), seed=0)
+    torch.nn.init.zeros_(model.score.weight)  # type: ignore[union-attr]
+    assert accuracy(model, Pairs([([0, 7], [1, 7])])) == 0.5
+    assert score_tokens(model, [[0, 7]]).tolist() == [0.0]
+
+
+def test_held_out_prompts_stay_together() -> None:
+    """No prompt is on both sides of the split, and the split repeats with its seed."""
+    rows = [{"prompt": f"p{i % 20}", "chosen": str(i), "rejected": "x"} for i in range(100)]
+    train, held_out = split_rows(rows, 0.25, seed=1)
+    assert (len(train), len(held_out)) == (75, 25)
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert split_rows(rows, 0.25, seed=1) == (train, held_out)
+    assert split_rows(rows, 0.25, seed=2) != (train, held_out)
+
+
+# ---------------------------------------------------------------- strictness
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"chosen": "a", "rejected": "b"}', "{oops"], "line 2: not JSON"),
+        (['{"chosen": "a"}'], "line 1: needs chosen and rejected, or text and label"),
+        (["[1, 2]"], "line 1: needs chosen and rejected.*got list"),
+        (['{"text": "a", "label": 2}'], "line 1: label must be 0 or 1, got 2"),
+        (
+            ['{"text": "a", "label": true}', '{"text": 3, "label": 0}'],
+            "line 1: label must be 0 or 1, got True",
+        ),
+        (['{"chosen": "a", "rejected": null}'], "line 1: rejected must be a string, got None"),
+        (
+            ['{"chosen": "a", "rejected": "b"}', "", '{"text": "a", "label": 1}'],
+            "line 3: rows of pairs and rows with",
+        ),
+        ([""], "holds no rows"),
+    ],
+)
+def test_malformed_rows(tmp_path: Path, lines: list[str], message: str) -> None:
+    """A wrong line is named by file and number, with what to do about it."""
+    path = _write(tmp_path / "rows.jsonl", lines)
+    with pytest.raises(ValueError, match=message) as error:
+        read_rows(path)
+    assert "rows.jsonl" in str(error.value)
+
+
+def test_a_base_without_a_backbone(tmp_path: Path) -> None:
+    """A base whose layers were never saved would be random: refused, while a head of another width is drawn anew."""
+    folder = _base(tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no weights for model.layers.0.mlp.up_proj.weight of a Llama.*random"):
+        load_base(folder, seed=0)
+    wide = AutoModelForSequenceClassification.from_pretrained(_base(tmp_path / "wide"), num_labels=3)
+    wide.save_pretrained(tmp_path / "wide")
+    assert load_base(tmp_path / "wide", seed=0)[0].score.weight.shape == (1, 16)  # type: ignore[union-attr]
+
+
+def test_a_new_head_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The head is new by intent, so Transformers' table of missing weights is not shown; later warnings are."""
+    folder, logger = _base(tmp_path), transformers_logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        load_base(folder, seed=0)
+        assert caplog.text == ""
+        logger.warning("heard")
+        assert "heard" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+def _pairs() -> list[dict]:
+    rng = random.Random(4)
+    return [{"chosen": _text(rng, "good"), "rejected": _text(rng, "bad")} for _ in range(8)]
+
+
+def test_data_and_output_come_before_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would end the training is found before a model is read, and leaves nothing behind."""
+    monkeypatch.setattr(textenv.training.reward_model, "load_base", lambda *given: pytest.fail("work was done"))
+    rows, full, file = _write(tmp_path / "d.jsonl", _pairs()), tmp_path / "full", tmp_path / "file"
+    full.mkdir()
+    file.write_text("")
+    (full / "model.safetensors").write_text("precious")
+    for data, output, says in [
+        (tmp_path / "none.jsonl", tmp_path / "rm", "no training data at .*none.jsonl'; give a .jsonl"),
+        (tmp_path, tmp_path / "rm", "no training data at "),
+        (_write(tmp_path / "one.jsonl", _pairs()[:1]), tmp_path / "rm", "1 rows of 1 prompts leave none to train on"),
+        (rows, full, "full' exists already and is not empty; choose another output"),
+        (rows, file, "file' cannot be written: .*file' is no folder; choose another output"),
+        (rows, file / "rm", "rm' cannot be written: .*file' is no folder"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            train_reward_model("base", data, output, FAST)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    with pytest.raises(ValueError, match=f"cannot be written: {str(tmp_path)!r} is closed to you"):
+        train_reward_model("base", rows, tmp_path / "deep" / "rm", FAST)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "file", "full", "one.jsonl"]
+
+
+def test_an_unknown_base_gets_a_sentence(tmp_path: Path) -> None:
+    """A base that is not there is named with the remedy; the output is not begun."""
+    rows = _write(tmp_path / "d.jsonl", _pairs())
+    for base in ("nobody/such-model", "/no/such/folder", tmp_path / "none"):
+        with pytest.raises(ValueError, match=f"no model configuration in '{base}': .* Give a folder"):
+            train_reward_model(base, rows, tmp_path / "rm", FAST)
+    assert not (tmp_path / "rm").exists()
+
+
+def test_an_empty_output_folder_is_used(tmp_path: Path) -> None:
+    """A folder that somebody made for the result is taken."""
+    (tmp_path / "rm").mkdir()
+    train_reward_model(_base(tmp_path / "base"), _write(tmp_path / "d.jsonl", _pairs()), tmp_path / "rm", FAST)
+    assert (tmp_path / "rm" / "model.safetensors").exists()
+
+
+def test_data_that_are_not_utf_8(tmp_path: Path) -> None:
+    """Bytes of another encoding are named by their line."""
+    path = tmp_path / "d.jsonl"
+    path.write_bytes('{"text": "a", "label": 1}\n{"text": "naïve", "label": 0}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"d.jsonl, line 2: not UTF-8 .*byte 0xef.*save the file as UTF-8"):
+        read_rows(path)
+
+
+def test_configs_refuse_nonsense() -> None:
+    """Values that cannot work are refused where they are written."""
+    for wrong in ({"epochs": 0}, {"held_out": 1.0}, {"centering": -1.0}, {"batch_size": -3}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            RewardConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="learning_rate"):
+        SupervisedConfig(learning_rate=0.0)

@@ -1,0 +1,1 @@
+"""The environment as other libraries' clients need it."""

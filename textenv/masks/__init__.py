@@ -1,0 +1,1 @@
+"""Action masks: which tokens may come next."""

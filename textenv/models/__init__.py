@@ -1,0 +1,1 @@
+"""Language models of Transformers: loaded or refused, decoded from a cache, sampled from."""

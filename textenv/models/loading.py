@@ -1,0 +1,251 @@
+"""From names to objects: models, tokenizers and functions, with errors that say the remedy.
+
+Weights are read as safetensors only, and no code from a model's folder is run. Frozen models are shared:
+a second environment on the same folder costs no memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+
+class Shared:
+    """A live object that passes through `gym.make` without being copied."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __copy__(self) -> Shared:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> Shared:
+        return self
+
+    def __repr__(self) -> str:
+        return f"shared({type(self.value).__name__})"
+
+
+def shared(value: Any) -> Shared:
+    """Hands a live model, reward or list to `gym.make` without the copies that Gymnasium makes."""
+    return Shared(value)
+
+
+def unwrap(value: Any) -> Any:
+    """What a user passed, out of its `shared` handle if it is in one."""
+    return value.value if isinstance(value, Shared) else value
+
+
+def load_function(name: str) -> Callable:
+    """The callable that `"module:function"` names."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{name!r} names no importable function ({error}); write 'module:function', with the module "
+            "on the Python path or in the working directory."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{name!r} must name a function, got a {type(found).__name__}.")
+    return found
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Where each line of a text file is, and the line; blank ones are left out. Raises ValueError for no UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{place}: not UTF-8 ({error.reason}, byte {line[error.start]:#x}); save the file as UTF-8."
+                ) from error
+            if text.strip():
+                yield place, text
+
+
+_frozen: weakref.WeakValueDictionary[tuple, PreTrainedModel] = weakref.WeakValueDictionary()
+
+
+def load_frozen(auto_class: type, name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """`load_model` for a model nobody trains: loaded once a process, in eval mode, without gradients."""
+    key = (auto_class, name, _stamp(name), device, dtype)
+    model = _frozen.get(key)
+    if model is None:
+        model = load_model(auto_class, name, device, dtype).eval().requires_grad_(False)
+        _frozen[key] = model
+    return model
+
+
+def load_model(auto_class: type, name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model from a folder or hub name, without dropout, so that train mode computes what eval mode does."""
+    config = load_config(name)
+    switch_off_dropout(config)
+    model, report = load_weights(auto_class, name, config, dtype)
+    refuse_random(name, model, report["missing_keys"])
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def load_weights(
+    auto_class: type, name: str, config: transformers.PretrainedConfig, dtype: torch.dtype, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model of safetensors weights, and Transformers' report of what they lacked; options: of from_pretrained.
+
+    Raises ValueError for pickles, and for a model that only code from its folder could read.
+    """
+    with quietly():
+        try:
+            return auto_class.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no model could be loaded from {name!r}: {_reason(name, error)} Give a folder or hub name that "
+                "holds config.json and safetensors weights (pickles are refused: re-save with "
+                "save_pretrained, which writes safetensors)."
+            ) from error
+
+
+def refuse_random(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Refuses a model that has weights nobody trained; missing: their names."""
+    if missing:
+        raise ValueError(
+            f"{name!r} holds no weights for {', '.join(sorted(missing)[:3])} of a "
+            f"{type(model).__name__}: they would be random. Give a model that was trained as one."
+        )
+
+
+def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A frozen causal language model."""
+    return load_frozen(AutoModelForCausalLM, name, device, dtype)
+
+
+def load_classifier(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A frozen sequence-classification model. Refuses a folder that has no trained head."""
+    config = load_config(name)
+    heads = [architecture for architecture in config.architectures or [] if "SequenceClassification" in architecture]
+    if not heads:
+        raise ValueError(
+            f"{name!r} is no sequence-classification model (its architectures are {config.architectures}): its "
+            "head would be random. Train one with `python -m agents reward-model`."
+        )
+    return load_frozen(AutoModelForSequenceClassification, name, device, dtype)
+
+
+def load_config(name: str) -> transformers.PretrainedConfig:
+    """The configuration of the model of that name."""
+    _refuse_run(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no model configuration in {name!r}: {_reason(name, error)} Give a folder with a config.json, or a "
+            "hub name that can be reached."
+        ) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model of that name."""
+    _refuse_run(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer in {name!r}: {_reason(name, error)} Save one beside the model with "
+            "tokenizer.save_pretrained."
+        ) from error
+
+
+def check_room(role: str, model_config: Any, length: int) -> None:
+    """Refuses a model that cannot read a whole prompt and response, of `length` tokens together."""
+    text_config = model_config.get_text_config()
+    room = getattr(text_config, "max_position_embeddings", None)
+    if room is not None and length > room:
+        raise ValueError(
+            f"max_prompt_tokens + max_new_tokens = {length}, more than the {role}'s {room} positions; lower one "
+            "of them."
+        )
+    layer_types = getattr(text_config, "layer_types", None)
+    slides = layer_types is None or "sliding_attention" in layer_types  # Mistral's layers all do, and name no type
+    window = getattr(text_config, "sliding_window", None)
+    if slides and window is not None and window < length:
+        raise ValueError(
+            f"the {role} attends to {window} tokens only (sliding_window), fewer than max_prompt_tokens + "
+            f"max_new_tokens = {length}; lower one of them."
+        )
+
+
+def switch_off_dropout(config: Any) -> None:
+    """Sets every dropout of a model's configuration to zero."""
+    for field, value in config.to_dict().items():
+        if isinstance(value, float) and "drop" in field:
+            setattr(config, field, 0.0)
+
+
+def _refuse_run(name: str) -> None:
+    """Refuses the folder that training wrote, whose model is one deeper."""
+    own, actor = Path(name, "config.json"), Path(name, "actor")
+    if not (actor / "config.json").is_file() or (own.is_file() and '"model_type"' in own.read_text(encoding="utf-8")):
+        return
+    raise ValueError(f"{name!r} is the folder of a run, not of a model; did you mean {str(actor)!r}?")
+
+
+def _stamp(name: str) -> tuple:
+    """Changes when the files of a local folder do, so that a retrained model is read anew."""
+    folder = Path(name)
+    return tuple(sorted((file.name, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors")))
+
+
+def _reason(name: str, error: Exception) -> str:
+    """Why a name could not be loaded, in a sentence; Transformers takes a missing folder for a hub name."""
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        return "there is no such folder."
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if line.endswith(".") else f"{line}."
+
+
+@contextmanager
+def quietly():
+    """No bars for models that are read or written in a moment."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def without_report():
+    """No table of the weights that a folder lacks, for callers who expect some to be new and look at the rest."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)

@@ -1,0 +1,1 @@
+"""The life of a prompt: where it comes from, its tokens, when it is played."""

@@ -1,0 +1,1 @@
+"""Episodes as text and as pictures."""

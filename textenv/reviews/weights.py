@@ -1,0 +1,8 @@
+"""Where the weights of the embedded task lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SUPERVISED = Path(__file__).parent / "supervised"  # causal language model and tokenizer
+REWARD_MODEL = Path(__file__).parent / "reward_model"  # sequence classifier with one label, and tokenizer

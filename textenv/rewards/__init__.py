@@ -1,0 +1,1 @@
+"""Rewards: models, functions, ready-made ones and sums of them, and what is paid of a score."""

@@ -1,0 +1,115 @@
+"""Sequence-classification models as reward models: one number for prompt and whole response."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from textenv.rewards.base import Episodes, Scores
+from textenv.state import position_ids
+
+
+class RewardModel:
+    """A frozen classifier as a reward. The score is its only output, or the log-odds of one label.
+
+    With the policy's own tokenizer it reads the tokens; with another one (`tokenizer` given) it reads the
+    decoded text, and a response that ended by itself is followed by the reward model's own end token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        label: str | None = None,
+        name: str = "reward_model",
+    ) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.part_names = (name,)
+        self.label = _label_index(model, label)
+
+    @torch.no_grad()
+    def __call__(self, episodes: Episodes) -> Scores:
+        """Scores of B finished responses."""
+        if self.tokenizer is None:
+            state = episodes.state
+            outputs = self._read(state.input_ids, state.attention_mask)
+        else:
+            outputs = self._read(*self._encode(episodes, self.tokenizer))
+        scores = log_odds(outputs.float(), self.label)
+        return Scores(scores, {self.name: scores})
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if reads_every_position(self.model):
+            return last_token_scores(self.model, input_ids, attention_mask)
+        return self.model(input_ids=input_ids, attention_mask=attention_mask.long()).logits
+
+    def _encode(self, episodes: Episodes, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+        rows = [list(ids) for ids in tokenizer(episodes.texts).input_ids]
+        end = tokenizer.eos_token_id
+        if reads_every_position(self.model) and end is not None:
+            stopped = episodes.stopped.tolist()
+            rows = [[*ids, end] if stop else ids for ids, stop in zip(rows, stopped, strict=True)]
+        width = max(map(len, rows))
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = min(tokenizer.model_max_length, positions or width)
+        if width > limit:
+            raise ValueError(
+                f"reward {self.name!r} reads {limit} tokens, and a text of prompt and response has {width} "
+                f"({max(episodes.texts, key=len)[:60]!r}...); lower max_prompt_tokens or max_new_tokens."
+            )
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for index, ids in enumerate(rows):
+            input_ids[index, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+            mask[index, : len(ids)] = True
+        return input_ids.to(self.model.device), mask.to(self.model.device)
+
+
+def reads_every_position(model: PreTrainedModel) -> bool:
+    """Whether the model is a decoder with a linear head `score` over its hidden states."""
+    return "score" in dict(model.named_children())
+
+
+def last_token_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The head's output at the last real token of each row, wherever the padding is.
+
+    The stock classifiers of Transformers find that token by comparing ids with the pad id, which
+    goes wrong when the pad token is also the end token. Here the mask decides.
+
+    input_ids: int64 [B, T]; attention_mask: [B, T], true or one = real. Returns [B, labels].
+    """
+    hidden = model.base_model(
+        input_ids=input_ids,
+        attention_mask=attention_mask.long(),
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    ).last_hidden_state  # [B, T, H]
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask.long() * columns).argmax(1)  # [B]
+    return model.score(hidden[torch.arange(len(last), device=last.device), last])  # type: ignore[operator]
+
+
+def log_odds(outputs: Tensor, label: int | None) -> Tensor:
+    """The single output, or `log p(label) − log (1 − p(label))`.
+
+    outputs: [B, labels]. Returns [B].
+    """
+    if label is None:
+        return outputs[:, 0]
+    others = torch.cat([outputs[:, :label], outputs[:, label + 1 :]], 1)
+    return outputs[:, label] - others.logsumexp(1)
+
+
+def _label_index(model: PreTrainedModel, label: str | None) -> int | None:
+    names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
+    if model.config.num_labels == 1:
+        return None
+    for index, name in names.items():
+        if label == name:
+            return index
+    raise ValueError(
+        f"the reward model has {model.config.num_labels} labels ({sorted(names.values())}), and reward_label is "
+        f"{label!r}; name the one whose log-odds are the score, as reward_label='{names[max(names)]}'."
+    )

@@ -1,0 +1,340 @@
+"""Stage 2 of RLHF: a reward model from preference pairs or from labelled texts.
+
+Owns the reading of the JSONL, the two losses and the command. The loop is the stock Trainer, the result
+a stock sequence-classification folder. Scores are read at the last real token, found by the mask, so a
+pad token that is also the end token does no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+
+from textenv.models.loading import (
+    load_config,
+    load_tokenizer,
+    load_weights,
+    read_lines,
+    refuse_random,
+    switch_off_dropout,
+    without_report,
+)
+from textenv.rewards.reward_model import last_token_scores
+from textenv.training.supervised import STOCK_ARGUMENTS, encode_prompt, encode_response, end_with, pad_right
+
+Tokens = Sequence[int]
+Row = dict[str, Any]  # a line of the JSONL
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """How to train a reward model."""
+
+    learning_rate: float = 1e-4  # peak; a short warm-up, then cosine decay to zero
+    epochs: float = 2.0  # passes over the training rows
+    batch_size: int = 32  # rows (pairs or labelled texts) in an optimiser step
+    weight_decay: float = 0.01  # decoupled, AdamW
+    seed: int = 0  # of the new head, the order of the rows and the choice of held-out rows
+    max_length: int = 512  # tokens in a sequence, less if the model has fewer positions; longer ones lose their start
+    held_out: float = 0.1  # share of the rows (whole prompts at a time) kept for the reported accuracy
+    centering: float = 0.01  # weight of the squared scores of pairs, whose zero is otherwise anywhere
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epochs", "batch_size", "max_length"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is a share of the rows and must lie in (0, 1), got {self.held_out}.")
+        if self.centering < 0:
+            raise ValueError(f"centering must not be negative, got {self.centering}.")
+
+
+DEFAULT = RewardConfig()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Tokenised preferences: in each row the first sequence was preferred to the second."""
+
+    rows: list[tuple[Tokens, Tokens]]
+
+    def sequences(self) -> list[Tokens]:
+        """The preferred sequences, then the others."""
+        return [chosen for chosen, _ in self.rows] + [rejected for _, rejected in self.rows]
+
+    def targets(self) -> Tensor:
+        """What the logits should say, 0 or 1. Returns [B]."""
+        return torch.ones(len(self.rows))
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """Log-odds of the preference under Bradley-Terry. scores: [2B], preferred first. Returns [B]."""
+        preferred, other = scores.chunk(2)
+        return preferred - other
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Tokenised texts with label 0 (bad) or 1 (good)."""
+
+    rows: list[tuple[Tokens, int]]
+
+    def sequences(self) -> list[Tokens]:
+        """The sequences."""
+        return [tokens for tokens, _ in self.rows]
+
+    def targets(self) -> Tensor:
+        """What the logits should say, 0 or 1. Returns [B]."""
+        return torch.tensor([float(label) for _, label in self.rows])
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """Log-odds of label 1. scores: [B]. Returns [B]."""
+        return scores
+
+
+Examples = Pairs | Labelled
+
+
+def load_base(base: str | Path, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A scalar-headed model and its tokenizer from a folder or hub name of a causal or classification model."""
+    base = str(base)
+    config = load_config(base)
+    tokenizer = load_tokenizer(base)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {base} has no end token; add one (eos_token) and save it again.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config.id2label, config.label2id = {0: "score"}, {"score": 0}  # one label
+    config.pad_token_id = tokenizer.pad_token_id
+    switch_off_dropout(config)
+    torch.manual_seed(seed)  # the new head is drawn here
+    with without_report():
+        model, report = load_weights(
+            AutoModelForSequenceClassification, base, config, torch.float32, ignore_mismatched_sizes=True
+        )
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ValueError(
+            f"{base} is a {type(model).__name__}, which has no linear head named 'score' over a decoder. "
+            "Use a decoder-only base, such as GPT-2 or Llama."
+        )
+    new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    refuse_random(base, model, {name for name in new if not name.startswith("score.")})
+    return model, tokenizer
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a JSONL of {prompt?, chosen, rejected} or of {prompt?, text, label}, all of one kind."""
+    path, rows = Path(path), []
+    if not path.is_file():
+        raise ValueError(f"no training data at {str(path)!r}; give a .jsonl of lines such as {_EXAMPLE}.")
+    for place, line in read_lines(path):
+        rows.append(_checked_row(line, place))
+        if _kind(rows[-1]) != _kind(rows[0]):
+            raise ValueError(f"{place}: rows of pairs and rows with labels in one file. Split the file.")
+    if not rows:
+        raise ValueError(f"{path} holds no rows. Write one JSON object a line, such as {_EXAMPLE}.")
+    return rows
+
+
+_FIELDS = {"pairs": ("chosen", "rejected"), "labelled": ("text", "label")}
+_EXAMPLE = '{"prompt": "...", "chosen": "...", "rejected": "..."} or {"text": "...", "label": 1}'
+
+
+def _kind(row: Mapping[str, Any]) -> str | None:
+    return next((kind for kind, fields in _FIELDS.items() if all(name in row for name in fields)), None)
+
+
+def _checked_row(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}). Write one JSON object a line, such as {_EXAMPLE}.") from error
+    kind = _kind(row) if isinstance(row, dict) else None
+    if kind is None:
+        got = f"fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"{where}: needs chosen and rejected, or text and label; got {got}. Write {_EXAMPLE}.")
+    for name in {"prompt", "chosen", "rejected", "text"} & row.keys():
+        if not isinstance(row[name], str):
+            raise ValueError(f"{where}: {name} must be a string, got {row[name]!r}. Put it in quotes.")
+    if kind == "labelled" and (isinstance(row["label"], bool) or row["label"] not in (0, 1)):
+        raise ValueError(f"{where}: label must be 0 or 1, got {row['label']!r}. Map your labels to 0 (bad), 1 (good).")
+    return row
+
+
+def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> Examples:
+    """Tokenised rows: prompt, then text after a space, then the end token; at most the last `max_length`."""
+
+    def encode(row: Row, name: str) -> list[int]:
+        if "prompt" in row:
+            tokens = encode_prompt(tokenizer, row["prompt"]) + encode_response(tokenizer, row[name])
+        else:
+            tokens = end_with(tokenizer, encode_prompt(tokenizer, row[name]))
+        return tokens[-max_length:]
+
+    if _kind(rows[0]) == "pairs":
+        return Pairs([(encode(row, "chosen"), encode(row, "rejected")) for row in rows])
+    return Labelled([(encode(row, "text"), int(row["label"])) for row in rows])
+
+
+def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows; rows of one prompt stay together, so nothing leaks."""
+    keys = [row.get("prompt") or json.dumps(row, sort_keys=True) for row in rows]
+    distinct = sorted(set(keys))
+    held_out = set(random.Random(seed).sample(distinct, max(1, round(share * len(distinct)))))
+    if len(held_out) == len(distinct):
+        raise ValueError(f"{len(rows)} rows of {len(distinct)} prompts leave none to train on. Give more rows.")
+    paired = list(zip(keys, rows, strict=True))
+    return [row for key, row in paired if key not in held_out], [row for key, row in paired if key in held_out]
+
+
+class _Scorer(nn.Module):
+    """The model's scores as a module's forward, so that the Trainer may wrap it as it likes."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return last_token_scores(self.model, input_ids, attention_mask).squeeze(-1)  # [B]
+
+
+class _RewardTrainer(Trainer):
+    """The stock loop with the loss of a reward model."""
+
+    examples: Examples
+    centering: float
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        scores = model(inputs["input_ids"], inputs["attention_mask"])
+        loss = F.binary_cross_entropy_with_logits(self.examples.logits(scores), inputs["targets"])
+        if isinstance(self.examples, Pairs):
+            loss = loss + self.centering * scores.square().mean()
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+
+def fit(model: PreTrainedModel, examples: Examples, config: RewardConfig, optimizer: Optimizer | None = None) -> None:
+    """Train the model in place, by Bradley-Terry on pairs or by the logistic loss on labels.
+
+    optimizer: of the model's parameters, in place of AdamW; the schedule scales its learning rates.
+    """
+
+    def collate(rows: list) -> dict[str, Tensor]:
+        batch = replace(examples, rows=rows)
+        input_ids, mask = pad_right(batch.sequences())  # [B or 2B, T]
+        return {"input_ids": input_ids, "attention_mask": mask, "targets": batch.targets()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            learning_rate=config.learning_rate,
+            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.batch_size,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+            **STOCK_ARGUMENTS,
+        )
+        trainer = _RewardTrainer(
+            _Scorer(model),
+            arguments,
+            collate,
+            examples.rows,  # type: ignore[arg-type]
+            optimizers=(optimizer, None),
+        )
+        trainer.examples, trainer.centering = examples, config.centering
+        trainer.train()
+
+
+@torch.inference_mode()
+def score_tokens(model: PreTrainedModel, sequences: Sequence[Tokens], batch_size: int = 128) -> Tensor:
+    """Score of each tokenised sequence, float32 [N]."""
+    model.eval()
+    batches = [pad_right(sequences[start : start + batch_size]) for start in range(0, len(sequences), batch_size)]
+    scores = [last_token_scores(model, ids.to(model.device), mask.to(model.device)) for ids, mask in batches]
+    return torch.cat(scores).squeeze(-1).float().cpu()
+
+
+def accuracy(model: PreTrainedModel, examples: Examples) -> float:
+    """Share of the rows that the model gets right; a pair with equal scores counts half."""
+    logits = examples.logits(score_tokens(model, examples.sequences()))
+    right = torch.where(logits == 0, 0.5, ((logits > 0) == (examples.targets() > 0.5)).float())
+    return right.mean().item()
+
+
+@dataclass(frozen=True)
+class RewardReport:
+    """What training a reward model gave."""
+
+    kind: str  # "pairs" or "labelled"
+    train_rows: int
+    held_out_rows: int
+    held_out_accuracy: float  # share of held-out rows that the model gets right
+    score_mean: float  # over the training texts
+    score_deviation: float  # over the training texts
+
+
+def check_output(folder: Path) -> None:
+    """Refuses a folder that holds something already, and one that could not be written. Makes nothing."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not parent.is_dir() or not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
+        why = "is closed to you" if parent.is_dir() else "is no folder"
+        raise ValueError(f"{str(folder)!r} cannot be written: {str(parent)!r} {why}; choose another output folder.")
+    if parent == folder and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} exists already and is not empty; choose another output folder.")
+
+
+def train_reward_model(
+    base: str | Path, data: str | Path, output: str | Path, config: RewardConfig = DEFAULT
+) -> RewardReport:
+    """Train a reward model, save it as a stock folder and report its accuracy on held-out rows.
+
+    Args:
+        base: Folder or hub name of a decoder-only causal or sequence-classification model.
+        data: JSONL of {prompt?, chosen, rejected} or of {prompt?, text, label} with label 0 or 1.
+        output: New or empty folder for the reward model and its tokenizer.
+        config: How to train.
+
+    Raises ValueError, before any work, for data or a base that cannot be read and an output that cannot be written.
+    """
+    rows = read_rows(data)
+    parts = split_rows(rows, config.held_out, config.seed)
+    check_output(Path(output))
+    model, tokenizer = load_base(base, config.seed)
+    limit = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
+    train, held_out = (encode_rows(tokenizer, part, limit) for part in parts)
+    fit(model, train, config)
+    scores = score_tokens(model, train.sequences())
+    report = RewardReport(
+        kind=_kind(rows[0]) or "",
+        train_rows=len(train.rows),
+        held_out_rows=len(held_out.rows),
+        held_out_accuracy=accuracy(model, held_out),
+        score_mean=scores.mean().item(),
+        score_deviation=scores.std().item(),
+    )
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    print(f"held-out accuracy {report.held_out_accuracy:.3f} on {report.held_out_rows} rows; saved to {output}")
+    return report
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(train_reward_model)
