@@ -22,7 +22,7 @@ from agents.text.config import GenerateConfig
 from agents.text.experiment import TextExperiment
 from agents.text.networks import language_model_of
 from agents.text.shading import shaded_responses
-from textenv.generation import generate, judge
+from textenv.generation import generate, score_responses
 from textenv.models.sampling import Sampling
 from textenv.training.reward_model import DEFAULT, RewardConfig, train_reward_model
 
@@ -106,22 +106,22 @@ def generate_command(
     task, model = experiment.task, language_model_of(trainer.algorithm.policy)
     prompts = task.read_prompts([config.prompt] * config.samples)
     generator = torch.Generator(task.device).manual_seed(config.seed)
-    if config.colour != "none":
-        scale, texts = shaded_responses(trainer, prompts, generator, config.colour)
-        print(f"[{config.colour}: blue below zero, red above, strongest at {scale:.2g}]", *texts, sep="\n")
+    if config.color != "none":
+        scale, texts = shaded_responses(trainer, prompts, generator, config.color)
+        print(f"[{config.color}: blue below zero, red above, strongest at {scale:.2g}]", *texts, sep="\n")
         return
     temperature = task.config.temperature if config.temperature is None else config.temperature
     sampling = Sampling(temperature=temperature, top_k=config.top_k, top_p=config.top_p)
     state = generate(task, model, prompts, sampling, generator).state
-    judged = judge(task.measured(), state, prompts.texts, columns=prompts.columns)
-    for score, response in zip(judged.score.tolist(), judged.responses, strict=True):
+    scored = score_responses(task.without_normalization(), state, prompts.texts, fields=prompts.fields)
+    for score, response in zip(scored.score.tolist(), scored.responses, strict=True):
         print(f"[score {score:+.2f}] {config.prompt}{response}")
 
 
 def reward_model_command(
     base: str, data: Path, output: Path, config: tyro.conf.OmitArgPrefixes[RewardConfig] = DEFAULT
 ) -> None:
-    """Train a reward model from preference pairs or labelled texts.
+    """Train a reward model from preference pairs or labeled texts.
 
     Args:
         base: Folder or hub name of a causal language model or a sequence-classification model.

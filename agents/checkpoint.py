@@ -17,7 +17,7 @@ from agents.config import TrainConfig
 from agents.domains import domain_of
 from agents.trainer import Trainer
 
-NOT_COMPARED = {"run", "resume", "micro_batch"}  # settings that do not change what is learned
+NOT_COMPARED = {"run", "resume", "micro_batch_size"}  # settings that do not change what is learned
 
 
 def refuse(folder: Path) -> None:

@@ -26,7 +26,7 @@ class TrainConfig:
     run: str | None = None  # folder to write; default runs/ENV-ALGORITHM-seedN-DATE
     resume: bool = False  # go on with the run in that folder
     iterations: int = 30  # rollouts, each followed by its updates
-    minibatch: int = 32  # responses, or steps of another environment, in an optimiser step
+    minibatch_size: int = 32  # responses, or steps of another environment, in an optimizer step
     learning_rate: float = 1e-4  # of the actor
     critic_learning_rate: float = 3e-4  # of critics and Q-networks
     schedule: str = "linear"  # of both learning rates: linear, falling to zero, or constant
@@ -34,7 +34,7 @@ class TrainConfig:
     checkpoint_every: int = 10  # iterations between checkpoints; the last one is always kept
 
     def __post_init__(self) -> None:
-        check_counts(self, ("iterations", "minibatch", "checkpoint_every"))
+        check_counts(self, ("iterations", "minibatch_size", "checkpoint_every"))
         for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")

@@ -37,11 +37,11 @@ class Rollout(Protocol):
         ...
 
 
-class Networks(Protocol):
+class NetworkFactory(Protocol):
     """Makes the networks that an algorithm asks for, new at every call."""
 
     discrete: bool  # whether an action is one of a list
-    group: int  # neighbouring rows that start from the same state; 1 where there are no groups
+    group: int  # neighboring rows that start from the same state; 1 where there are no groups
     temperature: float  # β of the penalty, which a maximum-entropy learner takes for its temperature; 0 without
 
     def actor(self) -> ProbabilisticTensorDictSequential:
@@ -105,7 +105,9 @@ class Algorithm(Protocol):
     """What the trainer asks of a learner: three verbs and a flag, and its networks."""
 
     on_policy: bool  # learns from each rollout and forgets it; else from a replay buffer
-    config: Any  # has `epochs`, passes over each rollout; off policy `buffer`, `updates` and `warm_up`
+    config: (
+        Any  # has `epochs`, passes over each rollout; off policy `buffer_size`, `gradient_steps` and `learning_starts`
+    )
     policy: nn.Module  # what plays
     trained: dict[str, nn.Module]  # `actor` has `learning_rate`, the others `critic_learning_rate`
     targets: dict[str, nn.Module]  # follow the trained ones; kept in checkpoints
@@ -136,7 +138,7 @@ class Experiment(Protocol):
         ...
 
     @property
-    def networks(self) -> Networks:
+    def networks(self) -> NetworkFactory:
         """What makes networks for it."""
         ...
 

@@ -79,7 +79,7 @@ def check_memory(size: int, row: int, device: torch.device) -> None:
     if size * row > available:
         raise ValueError(
             f"a replay buffer of {size} rows of {row} bytes takes {size * row / GIB:.1f} GiB, and {device.type} has "
-            f"{available / GIB:.1f} GiB available; lower buffer to at most {available // row} rows."
+            f"{available / GIB:.1f} GiB available; lower buffer_size to at most {available // row} rows."
         )
 
 

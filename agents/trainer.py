@@ -27,14 +27,14 @@ class Iteration:
 
 
 class Trainer:
-    """An algorithm, its optimiser and what plays for it, and the loop over them."""
+    """An algorithm, its optimizer and what plays for it, and the loop over them."""
 
     def __init__(self, config: TrainConfig, algorithm: Algorithm, collector: Collector) -> None:
         self.config, self.algorithm, self.collector = config, algorithm, collector
         self.parameters = {name: list(network.parameters()) for name, network in algorithm.trained.items()}
         self.optimizer = make_optimizer(config, self.parameters)
         self.generator = torch.Generator().manual_seed(config.seed)  # of the minibatches
-        self.replay = None if algorithm.on_policy else Replay(algorithm.config.buffer, self.device)
+        self.replay = None if algorithm.on_policy else Replay(algorithm.config.buffer_size, self.device)
         self.iteration = 0  # passes of the loop so far
         self.steps = 0  # tokens or frames gathered so far
         self.seconds = 0.0  # spent in the loop so far
@@ -107,24 +107,25 @@ class Trainer:
 
     def _replayed(self, replay: Replay, rows: TensorDict) -> Iterator[TensorDict]:
         config = self.algorithm.config
-        if self.iteration == 0 and len(rows) * self.config.iterations < config.warm_up:
+        if self.iteration == 0 and len(rows) * self.config.iterations < config.learning_starts:
             raise ValueError(
                 f"nothing would be learned: {self.config.iterations} iterations of {len(rows)} rows, as in the first, "
-                f"end before warm_up={config.warm_up} rows are there; lower warm_up, or raise iterations."
+                f"end before learning_starts={config.learning_starts} rows are there; lower learning_starts, or raise "
+                "iterations."
             )
         replay.extend(rows)
-        if len(replay) >= config.warm_up:
-            for _ in range(config.updates):
-                yield replay.sample(self.config.minibatch, self.generator)
+        if len(replay) >= config.learning_starts:
+            for _ in range(config.gradient_steps):
+                yield replay.sample(self.config.minibatch_size, self.generator)
 
     def _shuffled(self, rows: TensorDict) -> Iterator[TensorDict]:
         for _ in range(self.algorithm.config.epochs):
             shuffled = rows[torch.randperm(len(rows), generator=self.generator).to(rows.device)]
-            parts: Any = shuffled.chunk(max(1, round(len(rows) / self.config.minibatch)))
+            parts: Any = shuffled.chunk(max(1, round(len(rows) / self.config.minibatch_size)))
             yield from parts
 
     def _step(self, minibatch: TensorDict) -> dict[str, float]:
-        """One optimiser step on the mean over a minibatch, however it is split."""
+        """One optimizer step on the mean over a minibatch, however it is split."""
         minibatch["weight"] = self.algorithm.weights(minibatch["mask"])  # [B, R]
         valid, totals = minibatch["mask"].sum(), defaultdict[str, Any](float)
         for batch in self.collector.split(minibatch):
@@ -158,7 +159,7 @@ class Trainer:
 def make_optimizer(config: TrainConfig, trained: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
     """AdamW without decay; the actor has a learning rate of its own. trained: parameters by the network's name.
 
-    Networks of one rate are one group: another takes 3 to 4% of a small network's update (benchmarks/LOG.md).
+    NetworkFactory of one rate are one group: another takes 3 to 4% of a small network's update (benchmarks/LOG.md).
     """
     rates: dict[float, list[nn.Parameter]] = defaultdict(list)
     for name, parameters in trained.items():

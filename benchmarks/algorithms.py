@@ -21,7 +21,7 @@ from benchmarks import rows
 from benchmarks.statistics import interquartile_mean, interval
 from benchmarks.text_jobs import by_name, run_all
 
-COLOURS = ("#1f6fb4", "#e08a1e", "#2e8b57", "#c23b3b", "#7a4fb5", "#8c6d46", "#d26ab0")
+COLORS = ("#1f6fb4", "#e08a1e", "#2e8b57", "#c23b3b", "#7a4fb5", "#8c6d46", "#d26ab0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +66,14 @@ def table(found: list[dict[str, Any]], tokens: int) -> str:
 def draw_frontier(found: list[dict[str, Any]]) -> None:
     """Score and gold score of every run against the KL that they cost."""
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for (name, group), colour in zip(by_name(found).items(), COLOURS, strict=False):
+    for (name, group), color in zip(by_name(found).items(), COLORS, strict=False):
         for index, row in enumerate(group):
             kl = [max(point["kl_per_response"], 0.0) for point in row["curve"]]
             for axis, key in zip(axes, ("score", "gold"), strict=True):
                 values = [point[key] for point in row["curve"]]
                 label = name if index == 0 else None
-                axis.plot(kl, values, color=colour, linewidth=1.2, marker=".", alpha=0.8, label=label)
-    for axis, title in zip(axes, ("score: what is optimised", "gold score: what is true"), strict=True):
+                axis.plot(kl, values, color=color, linewidth=1.2, marker=".", alpha=0.8, label=label)
+    for axis, title in zip(axes, ("score: what is optimized", "gold score: what is true"), strict=True):
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("KL to the reference, nats a response")
         axis.grid(alpha=0.25)
@@ -82,7 +82,7 @@ def draw_frontier(found: list[dict[str, Any]]) -> None:
     pyplot.close(figure)
 
 
-def draw_over_optimisation(found: list[dict[str, Any]]) -> None:
+def draw_over_optimization(found: list[dict[str, Any]]) -> None:
     """Proxy and gold score against √KL, a panel a weight of the penalty."""
     groups = by_name(found)
     figure, axes = pyplot.subplots(
@@ -91,17 +91,17 @@ def draw_over_optimisation(found: list[dict[str, Any]]) -> None:
     for axis, (name, group) in zip(axes[0], groups.items(), strict=True):
         for index, row in enumerate(group):
             root = [max(point["kl_per_response"], 0.0) ** 0.5 for point in row["curve"]]
-            for key, label, colour in (("score", "proxy", COLOURS[0]), ("gold", "gold", COLOURS[1])):
+            for key, label, color in (("score", "proxy", COLORS[0]), ("gold", "gold", COLORS[1])):
                 start = row["curve"][0][key]
                 values = [point[key] - start for point in row["curve"]]
-                axis.plot(root, values, color=colour, marker=".", alpha=0.8, label=label if index == 0 else None)
+                axis.plot(root, values, color=color, marker=".", alpha=0.8, label=label if index == 0 else None)
         axis.set_title(name, fontsize=11)
         axis.set_xlabel("√KL, √nats a response")
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("gain over the reference")
     axes[0][0].legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(rows.RESULTS / "over_optimisation.png", dpi=110)
+    figure.savefig(rows.RESULTS / "over_optimization.png", dpi=110)
     pyplot.close(figure)
 
 
@@ -133,8 +133,8 @@ def main(settings: Settings) -> None:
         for seed in settings.seeds
     ]
     if long:
-        run_all("over_optimisation", long, settings.workers)
-        draw_over_optimisation(rows.measured("over_optimisation"))
+        run_all("over_optimization", long, settings.workers)
+        draw_over_optimization(rows.measured("over_optimization"))
 
 
 if __name__ == "__main__":

@@ -102,10 +102,10 @@ def draw() -> None:
     for axis, env in zip(axes[0], shown, strict=True):
         keys = [key for key in found if key[0] == env]
         for place, key in enumerate(keys):
-            returns, colour = found[key], "#1f6fb4" if key[2] == "ours" else "#e08a1e"
+            returns, color = found[key], "#1f6fb4" if key[2] == "ours" else "#e08a1e"
             low, high = interval([returns])
-            axis.plot([place] * 2, [low, high], color=colour, linewidth=6, alpha=0.35, solid_capstyle="butt")
-            axis.plot(place, interquartile_mean(returns), "_", color=colour, markersize=22, markeredgewidth=2.5)
+            axis.plot([place] * 2, [low, high], color=color, linewidth=6, alpha=0.35, solid_capstyle="butt")
+            axis.plot(place, interquartile_mean(returns), "_", color=color, markersize=22, markeredgewidth=2.5)
             axis.plot([place] * len(returns), returns, ".", color="black", markersize=5, alpha=0.6)
         for index, (name, mean, _, frames) in enumerate(PUBLISHED[env]):
             axis.axhline(mean, color="#888888", linewidth=0.8, linestyle=(":", "--")[index], label=f"{name}, {frames}")

@@ -47,8 +47,8 @@ def sb3(config: TrainConfig, settings: ControlConfig, algorithm: Any) -> dict[st
 
     frames = config.iterations * settings.num_envs * settings.steps
     env: Any = make_vec_env(config.env, settings.num_envs, seed=config.seed)
-    normalised = settings.normalize_observation or settings.normalize_reward
-    if normalised:
+    normalized = settings.normalize_observation or settings.normalize_reward
+    if normalized:
         env = VecNormalize(
             env,
             norm_obs=settings.normalize_observation,
@@ -60,7 +60,7 @@ def sb3(config: TrainConfig, settings: ControlConfig, algorithm: Any) -> dict[st
     model.learn(frames)
     seconds = time.perf_counter() - started
     measured: Any = make_vec_env(config.env, 1, seed=1_000_000)
-    if normalised:
+    if normalized:
         measured = VecNormalize(measured, norm_obs=settings.normalize_observation, training=False, norm_reward=False)
         if settings.normalize_observation:
             measured.obs_rms = env.obs_rms
@@ -111,7 +111,7 @@ def _ppo(env: Any, config: TrainConfig, settings: ControlConfig, algorithm: Any)
     return PPO(
         **_common(env, config, settings),
         n_steps=settings.steps,
-        batch_size=config.minibatch,
+        batch_size=config.minibatch_size,
         n_epochs=algorithm.epochs,
         gamma=algorithm.gamma,
         gae_lambda=algorithm.lmbda,
@@ -140,18 +140,18 @@ def _dqn(env: Any, config: TrainConfig, settings: ControlConfig, algorithm: Any)
     from stable_baselines3 import DQN
 
     frames, per_rollout = config.iterations * settings.num_envs * settings.steps, settings.num_envs * settings.steps
-    explored = algorithm.epsilon_updates / algorithm.updates * per_rollout
+    explored = algorithm.epsilon_updates / algorithm.gradient_steps * per_rollout
     return DQN(
         **(_common(env, config, settings) | {"learning_rate": config.critic_learning_rate}),
-        buffer_size=algorithm.buffer,
-        learning_starts=algorithm.warm_up,
-        batch_size=config.minibatch,
+        buffer_size=algorithm.buffer_size,
+        learning_starts=algorithm.learning_starts,
+        batch_size=config.minibatch_size,
         tau=algorithm.tau,
         gamma=algorithm.gamma,
         train_freq=settings.steps,
-        gradient_steps=algorithm.updates,
-        target_update_interval=algorithm.target_every * per_rollout // algorithm.updates,
-        exploration_fraction=min(1.0, (algorithm.warm_up + explored) / frames),
+        gradient_steps=algorithm.gradient_steps,
+        target_update_interval=algorithm.target_update_interval * per_rollout // algorithm.gradient_steps,
+        exploration_fraction=min(1.0, (algorithm.learning_starts + explored) / frames),
         exploration_initial_eps=algorithm.epsilon_start,
         exploration_final_eps=algorithm.epsilon_end,
         max_grad_norm=config.max_grad_norm,

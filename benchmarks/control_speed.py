@@ -34,7 +34,7 @@ def job(learner: str, num_envs: int, minibatch: int, settings: Settings, repeat:
         "algorithm": "ppo",
         "learner": learner,
         "seed": repeat,
-        "train": {"iterations": settings.frames // (num_envs * settings.steps), "minibatch": minibatch},
+        "train": {"iterations": settings.frames // (num_envs * settings.steps), "minibatch_size": minibatch},
         "settings": {"num_envs": num_envs, "steps": settings.steps},
         "algorithm_settings": {"epochs": settings.epochs},
     }
@@ -51,7 +51,7 @@ def main(settings: Settings) -> None:
                 values.append(row["frames_per_second"])
         ratio = median(speeds["ours"]) / median(speeds["sb3"])
         ratios = [ours / theirs for ours, theirs in zip(speeds["ours"], speeds["sb3"], strict=True)]
-        found.append({"num_envs": num_envs, "minibatch": minibatch, "ratio": ratio, "ratios": ratios, **speeds})
+        found.append({"num_envs": num_envs, "minibatch_size": minibatch, "ratio": ratio, "ratios": ratios, **speeds})
         numbers = "  ".join(f"{learner} {median(values):,.0f}" for learner, values in speeds.items())
         print(f"{num_envs} environments: frames a second {numbers}  ratio {ratio:.2f}", flush=True)
     print(f"written to {rows.write('control_speed', found, vars(settings))}")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import rows
 from textenv import TextGenConfig, build_task
-from textenv.generation import generate, judge, response_kl
+from textenv.generation import generate, response_kl, score_responses
 from textenv.kl import ESTIMATORS
 from textenv.models.sampling import Sampling
 from textenv.task import Task
@@ -48,7 +48,7 @@ def measure(task: Task, policy: PreTrainedModel, settings: Settings) -> list[dic
     generation = generate(task, policy, prompts, Sampling(temperature=task.config.temperature), generator)
     state = generation.state
     mask = state.response_mask
-    reference = judge(task, state, prompts.texts).reference_log_prob[mask]
+    reference = score_responses(task, state, prompts.texts).reference_log_prob[mask]
     exact = response_kl(policy, task.load_reference().model, generation, task.config.temperature)[mask]
     found = []
     for name, estimate in ESTIMATORS.items():

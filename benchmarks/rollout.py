@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 import textenv  # registers TextGen-v0
 from benchmarks import rows
 from textenv.env import TextGenEnv
-from textenv.generation import generate, judge
+from textenv.generation import generate, score_responses
 from textenv.models.sampling import Sampling
 from textenv.state import position_ids
 
@@ -67,7 +67,7 @@ def main(settings: Settings) -> None:
 
     def fast() -> int:
         state = generate(task, model, prompts, Sampling(temperature=temperature), generator).state
-        judge(task, state, prompts.texts)
+        score_responses(task, state, prompts.texts)
         return int(state.length.sum())
 
     ways: dict[str, Callable[[], int]] = {

@@ -18,11 +18,11 @@ def says_because(prompts: list[str], responses: list[str]) -> list[float]:
 
 task = build_task(TextGenConfig(reward=says_because, kl_coef=0.02, max_new_tokens=32))
 config = TrainConfig(iterations=15)
-experiment = TextExperiment(config, TextConfig(rollout=64), task)
+experiment = TextExperiment(config, TextConfig(rollout_size=64), task)
 trainer = Trainer(config, PPO(PPOConfig(), experiment.networks), experiment.collector)
 for iteration in trainer.iterate():
     numbers = iteration.metrics
     print(
         f"{iteration.number:3}  said it {numbers['score']:4.0%}  KL {numbers['kl_per_response']:5.2f}  "
-        f"{iteration.rollout.judgement.responses[0][:80]!r}"
+        f"{iteration.rollout.scored.responses[0][:80]!r}"
     )

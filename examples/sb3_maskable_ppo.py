@@ -3,7 +3,7 @@
 `pip install textenv[sb3]`, then `python examples/sb3_maskable_ppo.py` (a minute and a half on one core)
 
 That is the mask of NLPO (Ramamurthy et al. 2023), here without refreshing it. It needs no entropy bonus or penalty to
-keep texts well-formed, so `kl_coef=0`; the score is all that is optimised.
+keep texts well-formed, so `kl_coef=0`; the score is all that is optimized.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tyro
 from sb3_contrib import MaskablePPO
 from sb3_ppo import policy_settings
 from stable_baselines3.common.vec_env import VecMonitor
-from warm_start import SETTINGS, Comparison, Reader, compare
+from warm_start import SETTINGS, CachedDecoder, Comparison, compare
 
 from textenv.adapters.stable_baselines import VecEnvAdapter
 
@@ -24,7 +24,7 @@ def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 1
     torch.manual_seed(seed)
     settings = {**SETTINGS, "kl_coef": 0, "action_mask": "top_k:20"}
     env = VecMonitor(VecEnvAdapter(gym.make_vec("TextGen-v0", num_envs=rows, autoreset_mode="SameStep", **settings)))
-    reader = Reader()
+    reader = CachedDecoder()
     model = MaskablePPO(
         "MultiInputPolicy",
         env,

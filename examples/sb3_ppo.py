@@ -2,7 +2,7 @@
 
 `pip install textenv[sb3]`, then `python examples/sb3_ppo.py` (a minute and a half on one core)
 
-What it optimises: the environment pays the score and `kl_coef · log π_ref`; SB3's reward cannot hold `log π`, so its
+What it optimizes: the environment pays the score and `kl_coef · log π_ref`; SB3's reward cannot hold `log π`, so its
 entropy bonus stands for the policy's own half of the penalty, at the present token only.
 """
 
@@ -15,7 +15,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecMonitor
 from torch import Tensor
-from warm_start import SETTINGS, Comparison, Reader, compare
+from warm_start import SETTINGS, CachedDecoder, Comparison, compare
 
 from textenv.adapters.stable_baselines import VecEnvAdapter
 
@@ -23,7 +23,7 @@ from textenv.adapters.stable_baselines import VecEnvAdapter
 class Features(BaseFeaturesExtractor):
     """The language model's hidden state, as SB3's policies want it."""
 
-    def __init__(self, observation_space: gym.Space, reader: Reader) -> None:
+    def __init__(self, observation_space: gym.Space, reader: CachedDecoder) -> None:
         super().__init__(observation_space, features_dim=reader.width)
         self.reader = reader
 
@@ -32,7 +32,7 @@ class Features(BaseFeaturesExtractor):
         return self.reader(observation["input_ids"], observation["attention_mask"])
 
 
-def policy_settings(reader: Reader) -> dict[str, object]:
+def policy_settings(reader: CachedDecoder) -> dict[str, object]:
     """SB3's `policy_kwargs` for a policy whose output layers read the hidden state itself."""
     features = dict(features_extractor_class=Features, features_extractor_kwargs=dict(reader=reader))
     return dict(**features, net_arch=[], ortho_init=False)
@@ -42,7 +42,7 @@ def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 1
     """Learns from `steps` tokens, `rows` episodes side by side."""
     torch.manual_seed(seed)
     env = VecMonitor(VecEnvAdapter(gym.make_vec("TextGen-v0", num_envs=rows, autoreset_mode="SameStep", **SETTINGS)))
-    reader = Reader()
+    reader = CachedDecoder()
     model = PPO(
         "MultiInputPolicy",
         env,

@@ -1,6 +1,6 @@
 """PPO in one short file, on Gymnasium's vector interface and PyTorch alone: the shape of CleanRL's scripts.
 
-It knows its log-probabilities, so it optimises the whole `score − kl_coef · KL`. A row that ended starts anew in the
+It knows its log-probabilities, so it optimizes the whole `score − kl_coef · KL`. A row that ended starts anew in the
 following step (autoreset mode NEXT_STEP): that step takes no action of ours and is not learned from.
 """
 
@@ -22,7 +22,7 @@ def play(env, agent, observation, valid, rollout):
         step["reward"] = torch.from_numpy(reward).float() - SETTINGS["kl_coef"] * step["log_prob"]
         steps.append(step | {"goes_on": torch.from_numpy(~terminated), "same_episode": valid})
     following = agent(observation)[1]
-    for step in reversed(steps):  # generalised advantage estimation (Schulman et al. 2016)
+    for step in reversed(steps):  # generalized advantage estimation (Schulman et al. 2016)
         error = step["reward"] + following * step["goes_on"] - step["value"]
         step["advantage"] = advantage = error + 0.95 * advantage * step["same_episode"]
         following = step["value"]

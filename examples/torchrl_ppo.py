@@ -2,7 +2,7 @@
 
 `python examples/torchrl_ppo.py` (two minutes on one core)
 
-The log-probability travels in the TensorDict beside the action, so the whole `score − kl_coef · KL` is optimised. For
+The log-probability travels in the TensorDict beside the action, so the whole `score − kl_coef · KL` is optimized. For
 long training `python -m agents` is many times faster: it reads each response once, and not each of its beginnings.
 """
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 
 import textenv
-from textenv.generation import generate, judge
+from textenv.generation import generate, score_responses
 from textenv.models.sampling import Sampling
 from textenv.state import position_ids
 
@@ -33,7 +33,7 @@ HELD_OUT = "textenv.reviews.prompts:held_out_prompts"
 SETTINGS: dict[str, Any] = {"max_new_tokens": 24, "kl_coef": 0.05, "device": "cpu"}
 
 
-class Reader(nn.Module):
+class CachedDecoder(nn.Module):
     """The reference's transformer: texts [..., L] to hidden states [..., H]; the last `trainable` layers learn."""
 
     def __init__(self, trainable: int = 1) -> None:
@@ -73,7 +73,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reader = Reader()
+        self.reader = CachedDecoder()
         self.actor, self.critic = self.reader.output_layer(), nn.Linear(self.reader.width, 1)
 
     @torch.no_grad()
@@ -146,5 +146,5 @@ def score_reference(episodes: int, settings: Mapping[str, Any]) -> Scores:
     prompts = task.prompts.select([row % len(task.prompts) for row in range(episodes)])
     sampling, generator = Sampling(temperature=task.config.temperature), torch.Generator().manual_seed(0)
     state = generate(task, task.load_reference().model, prompts, sampling, generator).state
-    judged = judge(task, state, prompts.texts)
-    return Scores(judged.score.double().numpy(), judged.responses)
+    scored = score_responses(task, state, prompts.texts)
+    return Scores(scored.score.double().numpy(), scored.responses)

@@ -31,7 +31,7 @@ TOLERANCE = 1e-4  # cached and whole forwards add the same float32 numbers in an
 
 @pytest.fixture(autouse=True)
 def examples_on_path(monkeypatch):
-    """`python examples/x.py` finds its neighbours; so must we. Tianshou's compiler would take longer than all tests."""
+    """`python examples/x.py` finds its neighbors; so must we. Tianshou's compiler would take longer than all tests."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
 
@@ -50,7 +50,7 @@ def no_accelerator_taken(monkeypatch):
 
 @pytest.fixture
 def steps_taken():
-    """For every optimiser step of any client: whether it moved a weight, and left all of them finite."""
+    """For every optimizer step of any client: whether it moved a weight, and left all of them finite."""
     taken, before = [], []
 
     def weights(optimizer):
@@ -71,7 +71,7 @@ def steps_taken():
 
 @pytest.mark.parametrize(("name", "library", "settings"), CLIENTS, ids=[client[0] for client in CLIENTS])
 def test_client(name, library, settings, steps_taken, capsys):
-    """Each example plays, takes optimiser steps that move its weights, and reports finite scores and its texts."""
+    """Each example plays, takes optimizer steps that move its weights, and reports finite scores and its texts."""
     pytest.importorskip(library)
     torch.set_num_threads(1)
     found = importlib.import_module(name).main(**settings)

@@ -5,23 +5,23 @@ from gymnasium.envs.registration import register
 from textenv.config import TextGenConfig
 from textenv.models.language_model import LanguageModel
 from textenv.models.loading import shared
-from textenv.rewards.base import Episodes, Reward, Scores
-from textenv.rewards.functions import per_response, reads_episodes
+from textenv.rewards.base import ResponseBatch, Reward, Scores
+from textenv.rewards.functions import per_batch, per_response
 from textenv.rewards.per_token import per_token
 from textenv.task import Task, build_task
 
 __version__ = "0.1.0"
 __all__ = [
-    "Episodes",
     "LanguageModel",
+    "ResponseBatch",
     "Reward",
     "Scores",
     "Task",
     "TextGenConfig",
     "build_task",
+    "per_batch",
     "per_response",
     "per_token",
-    "reads_episodes",
     "shared",
 ]
 

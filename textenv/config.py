@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PROMPT_SAMPLING = ("uniform", "shuffle", "weighted", "prioritised")
+PROMPT_SAMPLING = ("uniform", "shuffle", "weighted", "prioritized")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +22,12 @@ class TextGenConfig:
     reward: str | Callable | Mapping[str, float] | Any = None  # reward model, function, or {name: weight}
     reward_label: str | None = None  # which label's log-odds to use, if the reward model has several
     reward_timeout: float | None = None  # seconds a reward function may take a call; None waits for ever
-    score_normalisation: str = "none"  # of the score that is paid: "none", "fixed" (mean and std below) or "running"
+    score_normalization: str = "none"  # of the score that is paid: "none", "fixed" (mean and std below) or "running"
     score_mean: float = 0.0  # subtracted by "fixed"
     score_std: float = 1.0  # divided by, by "fixed"
     score_clip: float | None = None  # the score that is paid stays within ± this
     prompts: str | Sequence[Any] | Any = None  # list, .jsonl path (field "prompt"), or "module:function"
-    prompt_sampling: str | None = None  # their order: "uniform", "shuffle", "weighted", "prioritised"; None is
+    prompt_sampling: str | None = None  # their order: "uniform", "shuffle", "weighted", "prioritized"; None is
     # each user's own habit: uniform in the environment, shuffled rounds for the learners
     group_size: int = 1  # G, episodes in a row on the same prompt
     chat: bool = False  # put prompts through the tokenizer's chat template
@@ -95,14 +95,14 @@ def _check_scores(config: TextGenConfig) -> None:
             raise ValueError(f"{name} must be a finite number{' or None' if optional else ''}, got {value!r}.")
         if name != "score_mean" and value is not None and value <= 0:
             raise ValueError(f"{name} must be above 0{', or None for no limit' if optional else ''}, got {value}.")
-    if config.score_normalisation not in ("none", "fixed", "running"):
+    if config.score_normalization not in ("none", "fixed", "running"):
         raise ValueError(
-            f"score_normalisation must be 'none', 'fixed' or 'running', got {config.score_normalisation!r}."
+            f"score_normalization must be 'none', 'fixed' or 'running', got {config.score_normalization!r}."
         )
-    if config.score_normalisation != "fixed" and (config.score_mean, config.score_std) != (0, 1):
+    if config.score_normalization != "fixed" and (config.score_mean, config.score_std) != (0, 1):
         raise ValueError(
-            f"score_mean={config.score_mean} and score_std={config.score_std} count with score_normalisation='fixed' "
-            f"only, got {config.score_normalisation!r}; set it, or leave them out."
+            f"score_mean={config.score_mean} and score_std={config.score_std} count with score_normalization='fixed' "
+            f"only, got {config.score_normalization!r}; set it, or leave them out."
         )
 
 

@@ -1,7 +1,7 @@
 """Do all faces tell one story? Drives each with random tokens and compares what it shows with the fast path.
 
 Run it on your own reward and prompts: `check_faces(build_task(TextGenConfig(reward=..., prompts=...)))`. A reward
-that is random, that looks at its neighbours in the batch, or that pays a token for what comes after it, fails here.
+that is random, that looks at its neighbors in the batch, or that pays a token for what comes after it, fails here.
 A face of your own can be checked too:
 write a `play_...` function for it and hand what it yields to `check_face`.
 """
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from textenv.env import TextGenEnv
-from textenv.generation import judge
+from textenv.generation import score_responses
 from textenv.state import FINISH_REASONS, start
 from textenv.task import Task
 from textenv.vector_env import TextGenVectorEnv, row_info
@@ -38,10 +38,10 @@ def check_faces(
     `torchrl_env` is a `TextGenTorchEnv(task, rows)`; without it that face, and torchrl, are left out. Frozen models in
     half precision need a larger `tolerance`: theirs are the rounding errors of their dtype.
     """
-    if task.config.score_normalisation == "running":
+    if task.config.score_normalization == "running":
         raise ValueError(
-            "running normalisation pays a response by what was scored before it, so no two faces can agree; check the "
-            "same task with score_normalisation='none'."
+            "running normalization pays a response by what was scored before it, so no two faces can agree; check the "
+            "same task with score_normalization='none'."
         )
     tokens = _draw_tokens(task, rows, seed)  # [N, rows]
     hidden = set() if task.reference is not None else {"reference_log_prob"}
@@ -136,7 +136,7 @@ def _fast_path(task: Task, starts: list[int], episodes: Sequence[list[Event]]) -
     for step in range(budget):
         column = torch.tensor([row[step] if step < len(row) else -1 for row in written], device=task.device)
         state = state.append(column, column >= 0)
-    judged = judge(task, state, prompts.texts, columns=prompts.columns)
+    scored = score_responses(task, state, prompts.texts, fields=prompts.fields)
     stories = []
     for row, (index, tokens) in enumerate(zip(starts, written, strict=True)):
         prompt = _text(vars(prompts), row)
@@ -146,12 +146,12 @@ def _fast_path(task: Task, starts: list[int], episodes: Sequence[list[Event]]) -
             story.append({"tokens": prompt["tokens"] + tokens[:length], "mask": mask})
         story[0]["prompt_index"] = index
         for step, shown in enumerate(story[1:]):
-            shown["reward"] = judged.reward[row, step].item()
-            shown["reference_log_prob"] = judged.reference_log_prob[row, step].item()
+            shown["reward"] = scored.reward[row, step].item()
+            shown["reference_log_prob"] = scored.reference_log_prob[row, step].item()
             shown["terminated"] = step == len(tokens) - 1
-        end = {"finish_reason": judged.finish_reason(row), "response": judged.responses[row]}
-        parts = {name: part[row].item() for name, part in judged.score_parts.items()}
-        story[-1] |= {"score": judged.score[row].item(), "score_parts": parts, **end}
+        end = {"finish_reason": scored.finish_reason(row), "response": scored.responses[row]}
+        parts = {name: part[row].item() for name, part in scored.score_parts.items()}
+        story[-1] |= {"score": scored.score[row].item(), "score_parts": parts, **end}
         stories.append(story)
     return stories
 

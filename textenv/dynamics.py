@@ -16,11 +16,19 @@ from torch import Tensor
 
 from textenv.kl import environment_reward
 from textenv.masks.masks import Masker
-from textenv.models.language_model import Reader
+from textenv.models.language_model import CachedDecoder
 from textenv.models.sampling import chosen_log_probs
 from textenv.prompts.tokenized import Prompts
-from textenv.rewards.base import Episodes, Scores, concatenate, last_token_rewards, newest, read_scores, token_members
-from textenv.rewards.normalization import normalise
+from textenv.rewards.base import (
+    ResponseBatch,
+    Scores,
+    concatenate,
+    last_token_rewards,
+    newest,
+    read_scores,
+    token_members,
+)
+from textenv.rewards.normalization import normalize
 from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
 from textenv.task import Task
 
@@ -44,15 +52,15 @@ class Transition:
 
 
 @dataclass(frozen=True)
-class Played:
+class EpisodePrompt:
     """The prompt of one row's episode."""
 
     index: int = -1  # which of the task's prompts it is; -1 is one from elsewhere
     text: str = ""
-    columns: Mapping[str, Any] = field(default_factory=dict)  # its further fields
+    fields: Mapping[str, Any] = field(default_factory=dict)  # its further fields
 
 
-Batch = tuple[Tensor, Episodes]  # indices of rows, int64 [b], and these rows as rewards see them
+Batch = tuple[Tensor, ResponseBatch]  # indices of rows, int64 [b], and these rows as rewards see them
 
 
 class TextDynamics:
@@ -60,7 +68,7 @@ class TextDynamics:
 
     def __init__(self, task: Task, rows: int) -> None:
         self.task, self.rows = task, rows
-        self.played = [Played() for _ in range(rows)]
+        self.episode_prompts = [EpisodePrompt() for _ in range(rows)]
         self.token_members = token_members(task.reward)
         self.samplers = [task.prompt_sampler(task.prompts, "uniform") for _ in range(rows)]
         self.stop_token_ids = torch.tensor(task.stop_token_ids, device=task.device)
@@ -73,7 +81,7 @@ class TextDynamics:
         )
         self.running = torch.zeros(rows, dtype=torch.bool, device=task.device)  # [B]
         shape = (rows, task.width, task.vocabulary)
-        self.reference = None if task.reference is None else Reader(task.reference.model, *shape)
+        self.reference = None if task.reference is None else CachedDecoder(task.reference.model, *shape)
         self.masker = Masker(task.masks, task.stop_token_ids, shape) if task.masks else None
         every = torch.ones((), dtype=torch.bool, device=task.device).expand(rows, task.vocabulary)
         self.allowed = every  # bool [B, V], which tokens may come next; takes room only where masks are set
@@ -81,7 +89,7 @@ class TextDynamics:
     @property
     def prompt_index(self) -> list[int]:
         """Which of the task's prompts each row plays; -1 is one from elsewhere."""
-        return [one.index for one in self.played]
+        return [one.index for one in self.episode_prompts]
 
     def seed(self, row: int) -> None:
         """Lets a row's order of prompts begin anew, so that it is decided by the seed alone."""
@@ -103,8 +111,8 @@ class TextDynamics:
         index = torch.tensor(list(rows), dtype=torch.long, device=self.task.device)
         self.running = self.running.index_fill(0, index, False)
         for place, (row, prompt_index) in enumerate(zip(rows, prompt_indices, strict=True)):
-            columns = {name: values[place] for name, values in prompts.columns.items()}
-            self.played[row] = Played(prompt_index, prompts.texts[place], columns)
+            fields = {name: values[place] for name, values in prompts.fields.items()}
+            self.episode_prompts[row] = EpisodePrompt(prompt_index, prompts.texts[place], fields)
         budget = self.task.config.max_new_tokens
         fresh = start(prompts.input_ids, prompts.attention_mask, budget, self.task.pad_token_id)
         self.state = self.state.restart(index, fresh)
@@ -168,11 +176,11 @@ class TextDynamics:
 
     def _tell_samplers(self, ended: Tensor, score: Tensor) -> None:
         for row in ended.nonzero()[:, 0].tolist():
-            if self.played[row].index >= 0:
-                self.samplers[row].update([self.played[row].index], [float(score[row])])
+            if self.episode_prompts[row].index >= 0:
+                self.samplers[row].update([self.episode_prompts[row].index], [float(score[row])])
 
     def _masks(self, masker: Masker, state: TextState, rows: Tensor) -> Tensor:
-        return masker.allowed(state, [one.text for one in self.played], rows)
+        return masker.allowed(state, [one.text for one in self.episode_prompts], rows)
 
     def _masks_after(self, state: TextState, running: Tensor) -> Tensor:
         """Bool [B, V], once this state is reached."""
@@ -193,18 +201,18 @@ class TextDynamics:
         """The rows of `chosen` (bool [B]) as rewards see them, apart where their prompts have other fields.
 
         The task's prompts have the same ones. Prompts of the caller's own may have others, and what a reward sees of
-        a prompt must not depend on its neighbours.
+        a prompt must not depend on its neighbors.
         """
         groups: dict[frozenset[str], list[int]] = {}
         for row in chosen.nonzero()[:, 0].tolist():
-            groups.setdefault(frozenset(self.played[row].columns), []).append(row)
+            groups.setdefault(frozenset(self.episode_prompts[row].fields), []).append(row)
         return [self._batch(state, code, rows) for rows in groups.values()]
 
     def _batch(self, state: TextState, code: Tensor, rows: list[int]) -> Batch:
-        index, played = torch.tensor(rows, device=code.device), [self.played[row] for row in rows]
-        columns = {name: [one.columns[name] for one in played] for name in played[0].columns}
+        index, played = torch.tensor(rows, device=code.device), [self.episode_prompts[row] for row in rows]
+        fields = {name: [one.fields[name] for one in played] for name in played[0].fields}
         texts, stopped = [one.text for one in played], code[index] == STOP
-        return index, Episodes(texts, state.select(index), stopped, self.task.tokenizer, columns, rows)
+        return index, ResponseBatch(texts, state.select(index), stopped, self.task.tokenizer, fields, rows)
 
     def _token_reward(self, ended: Sequence[Batch], given: Sequence[Scores], unfinished: Sequence[Batch]) -> Tensor:
         """What rewards of single tokens pay for the newest token of each row, float32 [B]."""
@@ -224,7 +232,7 @@ class TextDynamics:
             zero, *parts = torch.zeros(1 + len(names), self.rows, device=self.task.device)
             return Scores(zero, dict(zip(names, parts, strict=True)))
         rows = torch.cat([rows for rows, _ in batches])
-        scores = normalise(self.task.normaliser, concatenate(given))
+        scores = normalize(self.task.normalizer, concatenate(given))
         return Scores(
             final=self._spread(scores.final, rows),
             parts={name: self._spread(part, rows) for name, part in scores.parts.items()},

@@ -62,7 +62,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     ## Rewards
     `kl_coef · log π_ref(a|s)` at each token, and the score at the last one, save what rewards of single tokens
     (`textenv.per_token`) have paid before. A learner that subtracts
-    `kl_coef · log π(a|s)` of its own policy optimises `score − kl_coef · KL(π, π_ref)`.
+    `kl_coef · log π(a|s)` of its own policy optimizes `score − kl_coef · KL(π, π_ref)`.
 
     ## Starting State
     A prompt drawn from `prompts` as `prompt_sampling` says, and an empty response. A seed decides all prompts that
@@ -90,18 +90,18 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     * `reward=None`: a reward model's folder or hub name, `"module:function"`, a function
       `f(prompts, responses) -> list of floats`, `"evaluate:METRIC:KEY"`, or `{name: weight}` of these; ready-made
       ones are in `textenv.rewards.library`, other forms of functions under `textenv.per_response`, `per_token` and
-      `reads_episodes`.
+      `per_batch`.
     * `reward_label=None`: which label of the reward model counts, if it has several.
     * `reward_timeout=None`: seconds that a reward function may take.
-    * `score_normalisation="none"`: what becomes of the score before it is paid: `"fixed"` (by `score_mean` and
+    * `score_normalization="none"`: what becomes of the score before it is paid: `"fixed"` (by `score_mean` and
       `score_std`) or `"running"` (by all scores so far).
     * `score_mean=0.0`: subtracted by `"fixed"`.
     * `score_std=1.0`: divided by, in `"fixed"`.
-    * `score_clip=None`: the greatest size of a normalised score.
+    * `score_clip=None`: the greatest size of a normalized score.
     * `prompts=None`: a list, a `.jsonl` path (field `prompt`), a `datasets.Dataset`, or `"module:function"`; of texts,
       chats (lists of `{"role", "content"}`), or rows with a field `prompt` and others, which reward functions may read.
     * `prompt_sampling=None`: `"uniform"` (with replacement; what None means here), `"shuffle"` (rounds without),
-      `"weighted"` (by the field `weight`), or `"prioritised"` (by low recent scores, Jiang et al. 2021; each row of a
+      `"weighted"` (by the field `weight`), or `"prioritized"` (by low recent scores, Jiang et al. 2021; each row of a
       vector environment by its own).
     * `group_size=1`: episodes in a row on the same prompt.
     * `chat=False`: put prompts through the tokenizer's chat template.
@@ -133,7 +133,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     * `reference_log_prob` (every step, if `kl_coef > 0`): float, log π_ref of the token just written.
     * `score` (last step): float, all that the reward paid for the response.
     * `score_parts` (last step): dict of floats, what each reward gave under its name, before weights and
-      normalisation; with normalisation also `raw`, their sum.
+      normalization; with normalization also `raw`, their sum.
     * `finish_reason` (last step): `"stop"` or `"length"`.
     * `response` (last step): its text, without special tokens.
     * `action_mask` (reset and every step, if `action_mask is not None`): int8 [V], 1 = may come next;

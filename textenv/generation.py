@@ -1,6 +1,6 @@
 """The fast path: whole responses at once, then one teacher-forced pass of each frozen model.
 
-Two verbs. `generate` writes responses with any language model, one cached token at a time. `judge` gives
+Two verbs. `generate` writes responses with any language model, one cached token at a time. `score_responses` gives
 finished responses their reference log-probabilities, scores and rewards: the numbers that stepping through
 dynamics.py gives, at a fraction of the cost.
 """
@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from textenv.kl import environment_reward, exact_kl
 from textenv.masks.masks import Masker
 from textenv.masks.token_sets import TokenSets
-from textenv.models.language_model import Reader, response_logits
+from textenv.models.language_model import CachedDecoder, response_logits
 from textenv.models.sampling import Sampling, chosen_log_probs, sample
 from textenv.prompts.tokenized import Prompts
-from textenv.rewards.base import Episodes, Scores, concatenate, read_scores
-from textenv.rewards.normalization import normalise
+from textenv.rewards.base import ResponseBatch, Scores, concatenate, read_scores
+from textenv.rewards.normalization import normalize
 from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
 from textenv.task import Task
 
@@ -37,7 +37,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ScoredResponses:
     """What the environment says of finished responses."""
 
     reward: Tensor  # float32 [B, R], what the environment pays at each token
@@ -65,7 +65,7 @@ def generate(
     code = torch.full((rows,), RUNNING, device=task.device)
     cached = torch.arange(rows, device=task.device)  # the rows that are still being read
     shape = (rows, width, task.vocabulary)
-    reader = Reader(model, *shape)
+    reader = CachedDecoder(model, *shape)
     masker = Masker(task.masks, task.stop_token_ids, shape) if task.masks else None
     readers = [one for one in (reader, masker) if one is not None]
     for one in readers:
@@ -106,35 +106,36 @@ def _padded(sets: list[TokenSets], rows: int, budget: int) -> TokenSets:
 
 
 @torch.no_grad()
-def judge(
+def score_responses(
     task: Task,
     state: TextState,
     prompt_texts: Sequence[str],
     rows_per_pass: int = 64,
-    columns: Mapping[str, Sequence[Any]] | None = None,
-) -> Judgement:
+    fields: Mapping[str, Sequence[Any]] | None = None,
+) -> ScoredResponses:
     """Scores and rewards of finished responses, some rows at a time.
 
-    columns: the prompts' further fields (`Prompts.columns`), one value a response, for rewards that read them.
+    fields: the prompts' further fields (`Prompts.fields`), one value a response, for rewards that read them.
     """
     rows_given = len(state.length)
     if len(prompt_texts) != rows_given:
         raise ValueError(
-            f"judge got {rows_given} responses and {len(prompt_texts)} prompt texts; give one text a response."
+            f"score_responses got {rows_given} responses and {len(prompt_texts)} prompt texts; give one "
+            "text a response."
         )
     read = []
     for rows in torch.arange(rows_given, device=task.device).split(rows_per_pass):
         indices: list[int] = rows.tolist()
-        own = {name: [values[index] for index in indices] for name, values in (columns or {}).items()}
+        own = {name: [values[index] for index in indices] for name, values in (fields or {}).items()}
         texts = [prompt_texts[index] for index in indices]
         read.append(_read(task, state.select(rows), texts, own, indices))
     # All rows at once: what a score is measured by must not depend on how many are read at a time.
-    scores = normalise(task.normaliser, concatenate([one.scores for one in read]))
+    scores = normalize(task.normalizer, concatenate([one.scores for one in read]))
     reference_log_prob = torch.cat([one.reference_log_prob for one in read])
     mask = state.response_mask  # [B, R]
     last = mask & (mask.long().cumsum(1) == state.length[:, None])  # [B, R], true at t = T
     reward = environment_reward(scores.final[:, None], last, reference_log_prob, task.config.kl_coef)
-    return Judgement(
+    return ScoredResponses(
         reward=reward if scores.tokens is None else reward + scores.tokens,
         reference_log_prob=reference_log_prob,
         score=scores.total,
@@ -200,7 +201,7 @@ class _Reading:
 
 
 def _read(
-    task: Task, state: TextState, prompt_texts: list[str], columns: dict[str, list[Any]], rows: list[int]
+    task: Task, state: TextState, prompt_texts: list[str], fields: dict[str, list[Any]], rows: list[int]
 ) -> _Reading:
     """Some rows read by all frozen models; rows: which of all they are."""
     stops = torch.tensor(task.stop_token_ids, device=task.device)
@@ -209,10 +210,10 @@ def _read(
     code = finish(last_tokens, state.length, stops, task.config.max_new_tokens).where(state.length > 0, RUNNING)
     if bool((code == RUNNING).any()):
         raise ValueError(
-            f"judge reads finished responses, and row {rows[int((code == RUNNING).nonzero()[0])]} has neither a stop "
-            "token at its end nor the whole budget of tokens; write it to its end first."
+            f"score_responses reads finished responses, and row {rows[int((code == RUNNING).nonzero()[0])]} has "
+            "neither a stop token at its end nor the whole budget of tokens; write it to its end first."
         )
-    episodes = Episodes(prompt_texts, state, code == STOP, task.tokenizer, columns, rows)
+    episodes = ResponseBatch(prompt_texts, state, code == STOP, task.tokenizer, fields, rows)
     scores = read_scores(task.reward, episodes)
     if task.reference is None:
         reference_log_prob = torch.zeros(mask.shape, device=mask.device)

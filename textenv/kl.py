@@ -40,7 +40,7 @@ def environment_reward(score: Tensor, ended: Tensor, reference_log_prob: Tensor,
 
 
 def shaped_reward(reward: Tensor, reference_log_prob: Tensor, kl_coef: float, penalty: Tensor) -> Tensor:
-    """What the learner optimises: the environment's reward with the whole penalty in the place of its half.
+    """What the learner optimizes: the environment's reward with the whole penalty in the place of its half.
 
     reward, reference_log_prob: what the environment paid under its `kl_coef`; penalty: β times an estimate of the
     KL; float [...] each. With k1 and β = kl_coef it is `reward − β · log π(a_t | s_t)`, and summed over a response

@@ -10,18 +10,18 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from textenv.config import DTYPES, TextGenConfig
-from textenv.masks.build import MaskParts, build_masks
+from textenv.masks.build import MaskContext, build_masks
 from textenv.masks.masks import TokenMask
 from textenv.models.language_model import LanguageModel
 from textenv.models.loading import check_room, load_causal_lm, load_config, load_tokenizer, unwrap
 from textenv.prompts.samplers import PromptSampler, make_sampler
 from textenv.prompts.sources import PromptRows, read_prompts
-from textenv.prompts.tokenized import Prompts, pad_token_id, tokenise, tokenise_chats
+from textenv.prompts.tokenized import Prompts, pad_token_id, tokenize, tokenize_chats
 from textenv.reviews.prompts import train_prompts
 from textenv.reviews.weights import REWARD_MODEL, SUPERVISED
 from textenv.rewards.base import Reward
-from textenv.rewards.build import Surroundings, build_reward, check_columns
-from textenv.rewards.normalization import Normaliser, make_normaliser, paid_part_names
+from textenv.rewards.build import RewardContext, build_reward, check_fields
+from textenv.rewards.normalization import Normalizer, make_normalizer, paid_part_names
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Task:
     stop_token_ids: tuple[int, ...]
     reference: LanguageModel | None  # None where kl_coef is 0
     reward: Reward
-    normaliser: Normaliser | None  # None where scores are paid as the reward gives them
+    normalizer: Normalizer | None  # None where scores are paid as the reward gives them
     prompts: Prompts
     device: torch.device
     masks: tuple[TokenMask, ...] = ()  # which tokens may come next; all must agree
@@ -52,15 +52,15 @@ class Task:
     @property
     def score_part_names(self) -> tuple[str, ...]:
         """The keys of `score_parts`."""
-        return paid_part_names(self.reward, self.normaliser)
+        return paid_part_names(self.reward, self.normalizer)
 
-    def measured(self) -> Task:
+    def without_normalization(self) -> Task:
         """The same task with scores as the reward gives them: running statistics neither move nor blur a comparison."""
-        return replace(self, normaliser=None)
+        return replace(self, normalizer=None)
 
-    def frozen(self) -> Task:
+    def with_frozen_statistics(self) -> Task:
         """The same task with scores as they are paid now: running statistics stay what they are."""
-        return self if self.normaliser is None else replace(self, normaliser=self.normaliser.frozen())
+        return self if self.normalizer is None else replace(self, normalizer=self.normalizer.with_frozen_statistics())
 
     def load_reference(self) -> LanguageModel:
         """The reference, loaded even where `kl_coef` is 0 and the environment never runs it."""
@@ -69,19 +69,19 @@ class Task:
     def read_prompts(self, source: Any) -> Prompts:
         """Prompts from any source that the argument `prompts` takes, as this task's models and reward read them."""
         rows = read_prompts(source)
-        check_columns(self.reward, rows.columns)
-        return _tokenise(rows, self.config, self.tokenizer).to(self.device)
+        check_fields(self.reward, rows.fields)
+        return _tokenize(rows, self.config, self.tokenizer).to(self.device)
 
     def prompt_sampler(self, prompts: Prompts, default: str) -> PromptSampler:
         """The strategy that the settings name, or else the default, over these prompts."""
         strategy = self.config.prompt_sampling or default
-        return make_sampler(strategy, len(prompts), prompts.columns.get("weight"), self.config.group_size)
+        return make_sampler(strategy, len(prompts), prompts.fields.get("weight"), self.config.group_size)
 
 
 def build_task(config: TextGenConfig) -> Task:
     """Loads models and prompts. Raises ValueError for all that would fail later."""
     rows = read_prompts(train_prompts if config.prompts is None else config.prompts)
-    make_sampler(config.prompt_sampling or "uniform", len(rows.prompts), rows.columns.get("weight"), 1)  # may refuse
+    make_sampler(config.prompt_sampling or "uniform", len(rows.prompts), rows.fields.get("weight"), 1)  # may refuse
     given = unwrap(config.reference)
     device = config.torch_device()
     if isinstance(given, LanguageModel) and config.device == "auto":
@@ -99,11 +99,11 @@ def build_task(config: TextGenConfig) -> Task:
         reference = None
     _check_stop_token_ids(stops, vocabulary)
     default = (str(REWARD_MODEL), "reviews")
-    reward = build_reward(config.reward, Surroundings(config, tokenizer, vocabulary, device, default))
-    normaliser = make_normaliser(config)
-    paid_part_names(reward, normaliser)  # refuses names that collide
-    check_columns(reward, rows.columns)
-    parts = MaskParts(
+    reward = build_reward(config.reward, RewardContext(config, tokenizer, vocabulary, device, default))
+    normalizer = make_normalizer(config)
+    paid_part_names(reward, normalizer)  # refuses names that collide
+    check_fields(reward, rows.fields)
+    parts = MaskContext(
         tokenizer, stops, vocabulary, reference=lambda: (reference or _load_reference(config, device)).model
     )
     return Task(
@@ -113,7 +113,7 @@ def build_task(config: TextGenConfig) -> Task:
         stop_token_ids=stops,
         reference=reference if config.kl_coef > 0 else None,
         reward=reward,
-        normaliser=normaliser,
+        normalizer=normalizer,
         prompts=_task_prompts(rows, config, tokenizer).to(device),
         device=device,
         masks=build_masks(config.action_mask, parts),
@@ -121,9 +121,9 @@ def build_task(config: TextGenConfig) -> Task:
 
 
 def _task_prompts(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    """`_tokenise`, whose errors say whose prompts they are about where the user gave a reference and no prompts."""
+    """`_tokenize`, whose errors say whose prompts they are about where the user gave a reference and no prompts."""
     try:
-        return _tokenise(rows, config, tokenizer)
+        return _tokenize(rows, config, tokenizer)
     except ValueError as error:
         if config.prompts is not None or config.reference is None:
             raise
@@ -133,9 +133,9 @@ def _task_prompts(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrained
         ) from error
 
 
-def _tokenise(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    read = tokenise_chats if config.chat else tokenise
-    return replace(read(rows.prompts, tokenizer, config.max_prompt_tokens, rows.places), columns=rows.columns)
+def _tokenize(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    read = tokenize_chats if config.chat else tokenize
+    return replace(read(rows.prompts, tokenizer, config.max_prompt_tokens, rows.places), fields=rows.fields)
 
 
 def _reference_name(given: Any) -> str:

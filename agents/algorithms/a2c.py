@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrl.objectives import A2CLoss
 
 from agents.config import check_not_negative, check_shares
-from agents.interfaces import Networks
+from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import add_advantages, add_whitened, policy_of
 from agents.objectives.advantages import token_weights
 
@@ -39,7 +39,7 @@ class A2C:
 
     on_policy = True
 
-    def __init__(self, config: A2CConfig, networks: Networks) -> None:
+    def __init__(self, config: A2CConfig, networks: NetworkFactory) -> None:
         self.config, self.networks = config, networks
         self.actor, self.critic = networks.actor(), networks.critic()
         self.policy = policy_of(self.actor)

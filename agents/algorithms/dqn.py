@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from agents.config import check_counts, check_not_negative, check_shares
-from agents.interfaces import Networks
+from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import ends_of, inside
 from agents.objectives.advantages import token_weights
 from agents.objectives.soft_q import (
@@ -33,19 +33,19 @@ from agents.objectives.soft_q import (
 class DQNConfig:
     """Settings of DQN."""
 
-    buffer: int = 2048  # rows that are remembered: responses, or steps of another environment
-    warm_up: int = 128  # rows before the first update
-    updates: int = 16  # optimiser steps after each rollout
+    buffer_size: int = 2048  # rows that are remembered: responses, or steps of another environment
+    learning_starts: int = 128  # rows before the first update
+    gradient_steps: int = 16  # optimizer steps after each rollout
     temperature: float | None = None  # α; default the KL penalty's β, or 0, epsilon-greedy, where there is no penalty
     gamma: float = 1.0  # discount per step
     lmbda: float = 0.95  # mix of one-step targets (0) and whole returns (1), within a row
     double: bool = True  # the online network chooses the next action, the target network says its worth
-    target_every: int = 1  # optimiser steps between updates of the target network
+    target_update_interval: int = 1  # optimizer steps between updates of the target network
     tau: float = 0.05  # share of the online weights that it takes then
     loss_function: str = "l2"  # of TD errors: l2, their square, or smooth_l1, linear where they are above 1
     epsilon_start: float = 1.0  # share of random actions to begin with; at temperature 0 alone
     epsilon_end: float = 0.05  # and in the end
-    epsilon_updates: int = 10_000  # optimiser steps from the one to the other
+    epsilon_updates: int = 10_000  # optimizer steps from the one to the other
 
     def __post_init__(self) -> None:
         check_replay(self)
@@ -60,13 +60,13 @@ class DQN:
 
     on_policy = False
 
-    def __init__(self, config: DQNConfig, networks: Networks) -> None:
+    def __init__(self, config: DQNConfig, networks: NetworkFactory) -> None:
         check_discrete(networks)
         self.config = config
         self.temperature = networks.temperature if config.temperature is None else config.temperature
         self.q_network = networks.q_network(self.temperature)
         self.policy = inside(self.q_network)
-        self.target = Target(self.q_network, config.target_every, config.tau)
+        self.target = Target(self.q_network, config.target_update_interval, config.tau)
         self.trained: dict[str, nn.Module] = {"q_network": self.q_network}
         self.targets: dict[str, nn.Module] = {"q_network": self.target}
         self.weights = token_weights

@@ -1,8 +1,8 @@
-"""Group relative policy optimisation (GRPO: Shao et al. 2024): no critic, returns are standardised within a group.
+"""Group relative policy optimization (GRPO: Shao et al. 2024): no critic, returns are standardized within a group.
 
 The advantage of a response is its return in standard deviations from the mean of the responses to its prompt, and
 every token of it gets the whole. The KL to the reference is a term of the loss. Later papers change two things:
-`aggregation` token lets long responses weigh more (DAPO: Yu et al. 2025), and `normalise` off divides by no deviation
+`aggregation` token lets long responses weigh more (DAPO: Yu et al. 2025), and `normalize` off divides by no deviation
 (Dr. GRPO: Liu et al. 2025, who divide by a constant length besides, where `token` takes the minibatch's own).
 """
 
@@ -14,9 +14,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from agents.config import check_choice, check_counts
-from agents.interfaces import Networks
+from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import distribution_of, policy_of
-from agents.objectives.advantages import group_centred, group_normalised, sequence_weights, token_weights
+from agents.objectives.advantages import group_centered, group_normalized, sequence_weights, token_weights
 from agents.objectives.group import group_metrics, group_of, returns, spread_advantages
 from agents.objectives.losses import KL_LOSSES, clipped_terms, kl_loss_of, reward_key
 
@@ -30,7 +30,7 @@ class GRPOConfig:
     epochs: int = 1  # passes over each rollout
     clip: float = 0.2  # the ratio of new to old probability counts within 1 ± clip
     aggregation: str = "sequence"  # what counts the same in a minibatch: each sequence (response), or each token
-    normalise: bool = True  # divide by the standard deviation of a group's returns
+    normalize: bool = True  # divide by the standard deviation of a group's returns
     kl_loss: str = "k3"  # none: the KL is a part of the reward; k2 or k3: this estimator is a term of the loss
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class GRPO:
 
     on_policy = True
 
-    def __init__(self, config: GRPOConfig, networks: Networks) -> None:
+    def __init__(self, config: GRPOConfig, networks: NetworkFactory) -> None:
         self.config, self.group = config, group_of(networks)
         self.actor = networks.actor()
         self.policy = policy_of(self.actor)
@@ -58,7 +58,7 @@ class GRPO:
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
         """Adds `advantage` [B, R, 1]."""
         total = returns(rollout, reward_key(self.kl_loss))  # [B]
-        compare = group_normalised if self.config.normalise else group_centred
+        compare = group_normalized if self.config.normalize else group_centered
         spread_advantages(rollout, compare(total, self.group))
         return group_metrics(total, self.group)
 

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation (Schulman et al. 2017), as RLHF uses it (Ziegler et al. 2019).
+"""Proximal policy optimization (Schulman et al. 2017), as RLHF uses it (Ziegler et al. 2019).
 
 Whole sequences, one forward pass a network and batch, padding masked out.
 """
@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from agents.config import check_choice, check_counts, check_not_negative, check_shares
-from agents.interfaces import Networks
+from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import (
     add_advantages,
     add_whitened,
@@ -62,7 +62,7 @@ class PPO:
 
     on_policy = True
 
-    def __init__(self, config: PPOConfig, networks: Networks) -> None:
+    def __init__(self, config: PPOConfig, networks: NetworkFactory) -> None:
         self.config, self.networks = config, networks
         self.actor, self.critic = networks.actor(), networks.critic()
         self.policy = policy_of(self.actor)

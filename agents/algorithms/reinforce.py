@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrl.objectives import ReinforceLoss
 
 from agents.config import check_shares
-from agents.interfaces import Networks
+from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import add_advantages, add_whitened, policy_of
 from agents.objectives.advantages import token_weights
 
@@ -38,7 +38,7 @@ class Reinforce:
 
     on_policy = True
 
-    def __init__(self, config: ReinforceConfig, networks: Networks) -> None:
+    def __init__(self, config: ReinforceConfig, networks: NetworkFactory) -> None:
         self.config, self.networks = config, networks
         self.actor, self.critic = networks.actor(), networks.critic()
         self.policy = policy_of(self.actor)

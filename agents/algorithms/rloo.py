@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from agents.config import check_choice, check_counts
-from agents.interfaces import Networks
+from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import distribution_of, policy_of
 from agents.objectives.advantages import leave_one_out, token_weights
 from agents.objectives.group import group_metrics, group_of, returns, spread_advantages
@@ -40,7 +40,7 @@ class RLOO:
 
     on_policy = True
 
-    def __init__(self, config: RLOOConfig, networks: Networks) -> None:
+    def __init__(self, config: RLOOConfig, networks: NetworkFactory) -> None:
         self.config, self.group = config, group_of(networks)
         self.actor = networks.actor()
         self.policy = policy_of(self.actor)

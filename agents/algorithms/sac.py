@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from agents.config import check_shares
-from agents.interfaces import Networks
+from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import ends_of, policy_of
 from agents.objectives.advantages import token_weights
 from agents.objectives.soft_q import (
@@ -35,14 +35,14 @@ from agents.objectives.soft_q import (
 class SACConfig:
     """Settings of SAC."""
 
-    buffer: int = 2048  # rows that are remembered: responses, or steps of another environment
-    warm_up: int = 128  # rows before the first update
-    updates: int = 16  # optimiser steps after each rollout
+    buffer_size: int = 2048  # rows that are remembered: responses, or steps of another environment
+    learning_starts: int = 128  # rows before the first update
+    gradient_steps: int = 16  # optimizer steps after each rollout
     temperature: float | None = None  # α; default the KL penalty's β, or learned where there is no penalty
     target_entropy: float = 0.5  # share of the largest possible entropy that a learned temperature keeps to
     gamma: float = 1.0  # discount per step
     lmbda: float = 0.95  # mix of one-step targets (0) and whole returns (1), within a row
-    target_every: int = 1  # optimiser steps between updates of the target networks
+    target_update_interval: int = 1  # optimizer steps between updates of the target networks
     tau: float = 0.05  # share of the online weights that they take then
     loss_function: str = "l2"  # of TD errors: l2, their square, or smooth_l1, linear where they are above 1
 
@@ -69,7 +69,7 @@ class SAC:
 
     on_policy = False
 
-    def __init__(self, config: SACConfig, networks: Networks) -> None:
+    def __init__(self, config: SACConfig, networks: NetworkFactory) -> None:
         check_discrete(networks)
         self.config = config
         fixed = config.temperature or networks.temperature
@@ -78,7 +78,7 @@ class SAC:
         self.fixed = fixed
         self.learned = None if fixed > 0 else Temperature(next(self.actor.parameters()).device)
         self.q_networks = [networks.q_network(fixed) for _ in range(2)]
-        self.followers = [Target(network, config.target_every, config.tau) for network in self.q_networks]
+        self.followers = [Target(network, config.target_update_interval, config.tau) for network in self.q_networks]
         names = [f"q_network_{number}" for number in (1, 2)]
         self.trained: dict[str, nn.Module] = {"actor": self.actor, **dict(zip(names, self.q_networks, strict=True))}
         if self.learned is not None:

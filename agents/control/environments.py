@@ -1,4 +1,4 @@
-"""Gymnasium environments side by side, as the collector plays them: flat observations, returns noted, normalised."""
+"""Gymnasium environments side by side, as the collector plays them: flat observations, returns noted, normalized."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from agents.config import TrainConfig, id_of
 from agents.control.config import ControlConfig
 
-CLIP = 10.0  # normalised observations and rewards are cut off here, as by Stable-Baselines3
+CLIP = 10.0  # normalized observations and rewards are cut off here, as by Stable-Baselines3
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class NormalizeReward(VectorWrapper):
 
 
 class Environments:
-    """A vector environment and its normalisers, whose statistics go into checkpoints."""
+    """A vector environment and its normalizers, whose statistics go into checkpoints."""
 
     def __init__(self, config: TrainConfig, settings: ControlConfig, num_envs: int) -> None:
         self.limit = episode_limit(config)
@@ -113,7 +113,7 @@ class Environments:
         return self.env.reset(seed=seed)[0]
 
     def follow(self, other: Environments) -> None:
-        """Normalises observations by another's statistics, and leaves them as they are."""
+        """Normalizes observations by another's statistics, and leaves them as they are."""
         if self.observations is not None and other.observations is not None:
             self.observations.obs_rms = other.observations.obs_rms
             self.observations.update_running_mean = False
@@ -145,7 +145,7 @@ def episode_limit(config: TrainConfig) -> int | None:
 
 
 def clipped(observation: np.ndarray) -> np.ndarray:
-    """Normalised observations within the bound: early statistics make giants of small differences."""
+    """Normalized observations within the bound: early statistics make giants of small differences."""
     return np.clip(observation, -CLIP, CLIP)
 
 

@@ -13,16 +13,16 @@ from agents.config import TrainConfig
 from agents.control.collector import ControlCollector, playable
 from agents.control.config import ControlConfig
 from agents.control.environments import Environments
-from agents.control.networks import ControlNetworks
-from agents.reporting.plots import BLUE, CRITIC, GREEN, GREY, LOSSES, RED, Panel
+from agents.control.networks import ControlNetworkFactory
+from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, RED, Panel
 from agents.trainer import Trainer
 
 EVALUATION_SEED = 1_000_000  # the same episodes begin whenever a policy is measured
 LONGEST = 10_000  # steps that a measured episode may last where the environment has no time limit
 
 PANELS: tuple[Panel, ...] = (
-    ("What is optimised", "return of an episode", (("return", "return", BLUE),)),
-    ("Length", "steps an episode", (("length", "length", GREY),)),
+    ("What is optimized", "return of an episode", (("return", "return", BLUE),)),
+    ("Length", "steps an episode", (("length", "length", GRAY),)),
     ("Entropy", "nats a step", (("entropy", "entropy", GREEN),)),
     LOSSES,
     CRITIC,
@@ -32,7 +32,7 @@ PANELS: tuple[Panel, ...] = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Episodes of a policy that takes its best action always."""
+    """ResponseBatch of a policy that takes its best action always."""
 
     returns: list[float]
     lengths: list[int]
@@ -46,7 +46,9 @@ class ControlExperiment:
         self.environments = Environments(config, settings, settings.num_envs)
         check_checkpoints(config, settings, self.environments.limit)
         env = self.environments.env
-        self.networks = ControlNetworks(env.single_observation_space, env.single_action_space, settings, config.seed)
+        self.networks = ControlNetworkFactory(
+            env.single_observation_space, env.single_action_space, settings, config.seed
+        )
         self.collector = ControlCollector(self.environments, settings, config.seed, config.checkpoint_every)
 
     def describe(self) -> str:

@@ -26,7 +26,7 @@ from agents.objectives.distributions import Categorical
 LAYERS: dict[str, tuple[Any, Any]] = {"tanh": (nn.Tanh, torch.tanh_), "relu": (nn.ReLU, torch.relu_)}
 
 
-class Perceptron(nn.Module):
+class MLP(nn.Module):
     """Layers with an activation between them, orthogonal to begin with (Andrychowicz et al. 2021)."""
 
     def __init__(self, sizes: tuple[int, ...], activation: str, gain: float) -> None:
@@ -70,7 +70,7 @@ class Perceptron(nn.Module):
         return function
 
 
-class DiscreteActor(Perceptron):
+class DiscreteActor(MLP):
     """Logits of a list of actions."""
 
     def log_policy(self, outputs: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class DiscreteActor(Perceptron):
 class ContinuousActor(nn.Module):
     """Mean and standard deviation of a Gaussian over actions, which may be squashed into bounds by tanh."""
 
-    def __init__(self, body: Perceptron, log_std: float, bounds: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, body: MLP, log_std: float, bounds: tuple[Tensor, Tensor] | None) -> None:
         """bounds: low and high, [A] each, of squashed actions; None: a plain Gaussian."""
         super().__init__()
         self.body = body
@@ -178,8 +178,8 @@ class QNetwork(DiscreteActor):
         return share.scatter_add(-1, best, (1 - epsilon).expand(best.shape)).log()
 
 
-class ControlNetworks:
-    """Networks for an environment's spaces: see `agents.interfaces.Networks`."""
+class ControlNetworkFactory:
+    """NetworkFactory for an environment's spaces: see `agents.interfaces.NetworkFactory`."""
 
     group = 1
     temperature = 0.0
@@ -235,8 +235,8 @@ class ControlNetworks:
         bounds = (torch.as_tensor(self.action.low), torch.as_tensor(self.action.high)) if squashed else None
         return ContinuousActor(body, self.config.initial_log_std, bounds)
 
-    def _perceptron(self, outputs: int, gain: float) -> Perceptron:
-        return Perceptron(self._sizes(outputs), self.config.activation, gain)
+    def _perceptron(self, outputs: int, gain: float) -> MLP:
+        return MLP(self._sizes(outputs), self.config.activation, gain)
 
     def _sizes(self, outputs: int) -> tuple[int, ...]:
         return (self.inputs, *self.config.hidden, outputs)

@@ -10,7 +10,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from torch import nn
 from torch.distributions import Distribution
 
-from agents.interfaces import Networks
+from agents.interfaces import NetworkFactory
 from agents.objectives.advantages import Ends, estimate_advantages, explained_variance, td_errors, whiten
 
 
@@ -51,7 +51,7 @@ def inside(module: Any) -> nn.Module:
 @torch.no_grad()
 def add_advantages(
     rollout: TensorDict,
-    networks: Networks,
+    networks: NetworkFactory,
     critic: TensorDictModule,
     gamma: float,
     lmbda: float,

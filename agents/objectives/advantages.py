@@ -47,9 +47,9 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
     values, mask: [B, R]. The variance is the biased one, so a single valid entry gives 0 and not NaN.
     """
-    centred = values - masked_mean(values, mask)
-    variance = masked_mean(centred.square(), mask)
-    return (centred * (variance + 1e-8).rsqrt()).where(mask, 0.0)
+    centered = values - masked_mean(values, mask)
+    variance = masked_mean(centered.square(), mask)
+    return (centered * (variance + 1e-8).rsqrt()).where(mask, 0.0)
 
 
 def estimate_advantages(reward: Tensor, value: Tensor, ends: Ends, gamma: float, lmbda: float) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def leave_one_out(total: Tensor, group: int) -> Tensor:
     return (grouped - others).flatten()
 
 
-def group_centred(total: Tensor, group: int) -> Tensor:
+def group_centered(total: Tensor, group: int) -> Tensor:
     """Each response's return less its group's mean (Dr. GRPO: Liu et al. 2025). Shapes as in `leave_one_out`.
 
     A deviation to divide by would make a prompt weigh the more, the less its responses differ.
@@ -107,13 +107,13 @@ def group_centred(total: Tensor, group: int) -> Tensor:
     return (grouped - grouped.mean(1, keepdim=True)).flatten()
 
 
-def group_normalised(total: Tensor, group: int, eps: float = 1e-6) -> Tensor:
+def group_normalized(total: Tensor, group: int, eps: float = 1e-6) -> Tensor:
     """Each response's return in standard deviations from its group's mean (GRPO: Shao et al. 2024).
 
     A_i = (R_i − mean R) / (std R + ε), the unbiased deviation. Shapes as in `leave_one_out`.
     """
     deviation = in_groups(total, group).std(1)  # [B/G]
-    return group_centred(total, group) / (deviation + eps).repeat_interleave(group)
+    return group_centered(total, group) / (deviation + eps).repeat_interleave(group)
 
 
 def in_groups(total: Tensor, group: int) -> Tensor:

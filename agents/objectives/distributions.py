@@ -10,14 +10,14 @@ from torch.distributions import Distribution
 
 
 class Categorical(torch.distributions.Categorical):
-    """PyTorch's, normalised by its one kernel for that, `log_softmax`: half the time on a vocabulary of 50k.
+    """PyTorch's, normalized by its one kernel for that, `log_softmax`: half the time on a vocabulary of 50k.
 
     logits: finite, [..., A]. It cannot be expanded, and reads actions of its own shape.
     """
 
     def __init__(self, logits: Tensor) -> None:
-        normalised: Any = logits.log_softmax(-1)
-        self.logits = self._param = normalised
+        normalized: Any = logits.log_softmax(-1)
+        self.logits = self._param = normalized
         self._num_events = logits.shape[-1]
         Distribution.__init__(self, logits.shape[:-1], validate_args=False)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from tensordict import TensorDict
 from torch import Tensor
 
-from agents.interfaces import Networks
+from agents.interfaces import NetworkFactory
 from agents.objectives.advantages import in_groups
 
 
-def group_of(networks: Networks) -> int:
+def group_of(networks: NetworkFactory) -> int:
     """How many responses each prompt gets. Raises ValueError for fewer than two."""
     if networks.group < 2:
         raise ValueError(

@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.distributions import Distribution
 
-from agents.interfaces import Networks
+from agents.interfaces import NetworkFactory
 from textenv.kl import ESTIMATORS
 
 KL_LOSSES = ("none", "k2", "k3")  # estimators of the KL as a term of the loss
@@ -75,7 +75,7 @@ def clipped_terms(
     return terms | kl_terms(kl_loss, log_prob, batch), distance(log_ratio, ratio, clip)
 
 
-def kl_loss_of(estimator: str, networks: Networks) -> str:
+def kl_loss_of(estimator: str, networks: NetworkFactory) -> str:
     """The estimator, or none where the environment has no penalty and so no reference."""
     return estimator if networks.temperature > 0 else "none"
 

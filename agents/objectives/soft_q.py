@@ -2,7 +2,7 @@
 
 At a temperature α above 0 they are maximum-entropy learners: the return counts α times the policy's entropy too, and
 the best policy is softmax(Q/α). With α = β, the weight of the KL penalty, and no discount, the environment's half of
-that penalty makes this the KL-regularised objective exactly:
+that penalty makes this the KL-regularized objective exactly:
 
     Σ r_t − α log π(a_t|s_t) = score + β Σ log π_ref(a_t|s_t) − β Σ log π(a_t|s_t) = score − β KL
 
@@ -20,7 +20,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from agents.config import check_choice, check_counts, check_shares
-from agents.interfaces import Networks
+from agents.interfaces import NetworkFactory
 from agents.objectives.advantages import Ends
 
 LOSSES = {"l2": nn.functional.mse_loss, "smooth_l1": nn.functional.smooth_l1_loss}
@@ -82,7 +82,7 @@ class Target(nn.Module):
         super().__init__()
         self.every, self.tau = every, tau
         self.network = copy.deepcopy(online).requires_grad_(False)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # of the optimiser; kept in checkpoints
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # of the optimizer; kept in checkpoints
 
     @torch.no_grad()
     def follow(self, online: nn.Module) -> None:
@@ -93,7 +93,7 @@ class Target(nn.Module):
                 own.lerp_(new, self.tau)
 
 
-def check_discrete(networks: Networks) -> None:
+def check_discrete(networks: NetworkFactory) -> None:
     """Refuses actions that are no list to choose from."""
     if not networks.discrete:
         raise ValueError(
@@ -104,13 +104,13 @@ def check_discrete(networks: Networks) -> None:
 
 def check_replay(config: Any) -> None:
     """Refuses settings that no learner from a replay buffer can take."""
-    check_counts(config, ("buffer", "warm_up", "updates", "target_every"))
+    check_counts(config, ("buffer_size", "learning_starts", "gradient_steps", "target_update_interval"))
     check_shares(config, ("gamma", "lmbda", "tau"))
     check_choice(config, "loss_function", tuple(LOSSES))
-    if config.warm_up > config.buffer:
+    if config.learning_starts > config.buffer_size:
         raise ValueError(
-            f"warm_up must be at most buffer, or no update would ever come; got warm_up={config.warm_up} and "
-            f"buffer={config.buffer}."
+            f"learning_starts must be at most buffer_size, or no update would ever come; got "
+            f"learning_starts={config.learning_starts} and buffer_size={config.buffer_size}."
         )
     if config.tau == 0:
         raise ValueError("tau must be above 0, or the target network would never follow; got 0.")

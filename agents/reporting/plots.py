@@ -14,9 +14,9 @@ from matplotlib import pyplot
 
 matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in somebody's text is a dollar sign
 
-GREY, BLUE, ORANGE, RED, GREEN = "#888888", "#1f6fb4", "#e08a1e", "#c23b3b", "#2e8b57"
+GRAY, BLUE, ORANGE, RED, GREEN = "#888888", "#1f6fb4", "#e08a1e", "#c23b3b", "#2e8b57"
 
-# A panel: title, unit of the vertical axis, and (metric, label, colour) lines.
+# A panel: title, unit of the vertical axis, and (metric, label, color) lines.
 Panel = tuple[str, str, tuple[tuple[str, str, str], ...]]
 LOSSES: Panel = (
     "Losses",
@@ -32,7 +32,7 @@ class Credit:
 
     prompt: str
     tokens: Sequence[str]
-    panels: Sequence[tuple[str, Sequence[float], str]]  # name, a number a token, colour
+    panels: Sequence[tuple[str, Sequence[float], str]]  # name, a number a token, color
     score: float
 
 
@@ -42,9 +42,9 @@ def draw_curves(path: Path, rows: Sequence[dict[str, Any]], title: str, panels: 
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (name, unit, lines) in zip(axes.flat, panels, strict=True):
         shown = [line for line in lines if line[0] in measured]
-        for metric, label, colour in shown:
+        for metric, label, color in shown:
             known = [row for row in rows if metric in row]
-            axis.plot([row["iteration"] for row in known], [row[metric] for row in known], color=colour, label=label)
+            axis.plot([row["iteration"] for row in known], [row[metric] for row in known], color=color, label=label)
         axis.set_title(name, fontsize=11)
         axis.set_ylabel(unit)
         axis.grid(alpha=0.25)
@@ -70,8 +70,8 @@ def draw_credit(path: Path, credit: Credit) -> None:
         squeeze=False,
         layout="constrained",
     )
-    for axis, (name, values, colour) in zip(axes[:, 0], credit.panels, strict=True):
-        axis.bar(places, values, color=colour)
+    for axis, (name, values, color) in zip(axes[:, 0], credit.panels, strict=True):
+        axis.bar(places, values, color=color)
         axis.axhline(0, color="black", linewidth=0.6)
         axis.set_ylabel(name, fontsize=9)
         axis.grid(axis="y", alpha=0.25)

@@ -46,8 +46,8 @@ class TextCollector:
 
     def collect(self, policy: nn.Module) -> TextRollout:
         """One rollout of responses by the language model in `policy`."""
-        indices = self.sampler.draw(self.prompt_generator, self.config.rollout)
-        prompts, rows = self.prompts.select(indices), self.config.micro_batch
+        indices = self.sampler.draw(self.prompt_generator, self.config.rollout_size)
+        prompts, rows = self.prompts.select(indices), self.config.micro_batch_size
         rollout = collect(self.task, language_model_of(policy), prompts, self.sampling_generator, rows, self.penalty())
         self.sampler.update(indices, rollout.data["score"].tolist())
         if self.task.reference is not None:
@@ -55,7 +55,7 @@ class TextCollector:
             rollout.metrics.update(self.controller.update(float(kl.sum()), int(lengths.sum()), len(lengths)))
         if self.gold is not None:
             texts = list(rollout.prompts)
-            rollout.metrics["gold"] = mean(rate(self.gold, texts, rollout.judgement.responses))
+            rollout.metrics["gold"] = mean(rate(self.gold, texts, rollout.scored.responses))
         return rollout
 
     def rows(self, data: TensorDict) -> TensorDict:
@@ -64,7 +64,7 @@ class TextCollector:
 
     def split(self, minibatch: TensorDict) -> Iterator[TensorDict]:
         """Rows of like length share a micro-batch: less padding to compute."""
-        for rows in minibatch["mask"].sum(1).argsort().split(self.config.micro_batch):
+        for rows in minibatch["mask"].sum(1).argsort().split(self.config.micro_batch_size):
             yield trim(minibatch[rows])
 
     def learned(self, policy: nn.Module, iteration: int) -> None:
@@ -85,8 +85,8 @@ class TextCollector:
             "prompt_generator": json.dumps(self.prompt_generator.bit_generator.state),
             "sampling_generator": self.sampling_generator.get_state(),
         }
-        if self.task.normaliser is not None:
-            state["score_statistics"] = self.task.normaliser.statistics.state_dict()
+        if self.task.normalizer is not None:
+            state["score_statistics"] = self.task.normalizer.statistics.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -95,14 +95,14 @@ class TextCollector:
         self.sampler.load_state_dict(state["sampler"])
         self.prompt_generator.bit_generator.state = json.loads(state["prompt_generator"])
         self.sampling_generator.set_state(state["sampling_generator"].cpu())
-        if self.task.normaliser is not None:
-            self.task.normaliser.statistics.load_state_dict(state["score_statistics"])
+        if self.task.normalizer is not None:
+            self.task.normalizer.statistics.load_state_dict(state["score_statistics"])
 
 
 def check_groups(config: TextConfig, task: Task) -> None:
     """Refuses rollouts that would cut a group of responses to one prompt in two."""
-    if config.rollout % task.config.group_size:
+    if config.rollout_size % task.config.group_size:
         raise ValueError(
-            f"a rollout must hold whole groups; got rollout={config.rollout} and group_size="
-            f"{task.config.group_size}. Make rollout a multiple of group_size."
+            f"a rollout must hold whole groups; got rollout_size={config.rollout_size} and group_size="
+            f"{task.config.group_size}. Make rollout_size a multiple of group_size."
         )

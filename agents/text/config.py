@@ -14,10 +14,10 @@ CRITICS = ("auto", "reward-model", "reference", "scratch")
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """How responses are sampled, penalised and measured."""
+    """How responses are sampled, penalized and measured."""
 
-    rollout: int = 128  # responses in a rollout
-    micro_batch: int = 16  # responses that a forward pass reads at a time; changes speed and memory, not gradients
+    rollout_size: int = 128  # responses in a rollout
+    micro_batch_size: int = 16  # responses that a forward pass reads at a time; changes speed and memory, not gradients
     mask_refresh: int = 20  # iterations between refreshes of a mask policy (NLPO) by the actor; 0 is never
     critic: str = "auto"  # starts from: reward-model (auto: where it reads the same tokens), reference, scratch
     kl_estimator: str = "k1"  # of the penalty in the reward: k1, k2, k3 or exact; k1 alone has the KL's gradient
@@ -28,12 +28,12 @@ class TextConfig:
     evaluation_prompts: int = 256  # held-out prompts measured before and after
     # Where they come from, .jsonl or module:function; default the embedded task's, or a part of the prompts.
     held_out: str | None = None
-    # module:function(prompts, responses) that is measured and never optimised; default the embedded task's.
+    # module:function(prompts, responses) that is measured and never optimized; default the embedded task's.
     gold: str | None = None
 
     def __post_init__(self) -> None:
         self._check_kl()
-        check_counts(self, ("rollout", "micro_batch", "evaluation_prompts", "kl_horizon"))
+        check_counts(self, ("rollout_size", "micro_batch_size", "evaluation_prompts", "kl_horizon"))
         check_choice(self, "critic", CRITICS)
         if self.mask_refresh < 0:
             raise ValueError(f"mask_refresh must be 0 (never) or more, got {self.mask_refresh}.")
@@ -63,11 +63,11 @@ class GenerateConfig:
     top_k: int = 0  # sample among the k likeliest tokens; 0 is all, 1 is greedy
     top_p: float = 1.0  # sample among the likeliest tokens that together reach this probability
     seed: int = 0  # of the sampling
-    colour: Literal["none", "penalty", "advantage"] = "none"  # each token's, for the run's own sampling
+    color: Literal["none", "penalty", "advantage"] = "none"  # each token's, for the run's own sampling
 
     def __post_init__(self) -> None:
         check_counts(self, ("samples",))
-        if self.colour != "none" and (self.temperature, self.top_k, self.top_p) != (None, 0, 1.0):
+        if self.color != "none" and (self.temperature, self.top_k, self.top_p) != (None, 0, 1.0):
             raise ValueError(
-                "--colour shows the policy as it was trained; leave out --temperature, --top-k and --top-p."
+                "--color shows the policy as it was trained; leave out --temperature, --top-k and --top-p."
             )

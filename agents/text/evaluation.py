@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from agents.text.config import TextConfig
-from textenv.generation import generate, judge, response_log_probs
+from textenv.generation import generate, response_log_probs, score_responses
 from textenv.models.loading import load_function
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
@@ -59,10 +59,10 @@ def evaluate(
 ) -> Evaluation:
     """Samples one response a prompt at the task's temperature and measures it. Same seed, same responses.
 
-    Scores are as the reward gives them, before normalisation, so that measurements can be compared.
+    Scores are as the reward gives them, before normalization, so that measurements can be compared.
     batch: responses written at a time (it decides which random numbers they get), and read at a time.
     """
-    task = task.measured()
+    task = task.without_normalization()
     generator = torch.Generator(task.device).manual_seed(seed)
     chunks = torch.arange(len(prompts)).split(batch[0])
     reference = task.load_reference().model
@@ -97,16 +97,16 @@ def _evaluate(
     """One batch, without gold scores; models: the policy and the reference."""
     temperature = task.config.temperature
     generation = generate(task, models[0], prompts, Sampling(temperature=temperature), generator)
-    judgement = judge(task, generation.state, prompts.texts, rows_per_pass, prompts.columns)
+    scored = score_responses(task, generation.state, prompts.texts, rows_per_pass, prompts.fields)
     reference_log_prob = response_log_probs(models[1], generation.state, temperature, rows_per_pass)
     return Evaluation(
         prompts=list(prompts.texts),
-        responses=judgement.responses,
-        score=judgement.score.tolist(),
+        responses=scored.responses,
+        score=scored.score.tolist(),
         gold=None,
         kl=(generation.log_prob - reference_log_prob).sum(1).tolist(),
         length=generation.state.length.tolist(),
-        stopped=(judgement.finish_code == STOP).tolist(),
+        stopped=(scored.finish_code == STOP).tolist(),
     )
 
 
@@ -140,7 +140,7 @@ def split_prompts(task: Task, config: TextConfig, seed: int = 0) -> tuple[Prompt
 
 
 def find_gold(task: Task, config: TextConfig) -> Gold | None:
-    """The true quality that is measured and never optimised, where there is one."""
+    """The true quality that is measured and never optimized, where there is one."""
     if config.gold is not None:
         return load_function(config.gold)
     embedded = task.config.prompts is None and task.config.reference is None
@@ -153,6 +153,6 @@ def mean(values: Sequence[float]) -> float:
 
 
 def distinct_bigrams(texts: Sequence[str]) -> float:
-    """Different pairs of neighbouring words, as a share of all (distinct-2, Li et al. 2016)."""
+    """Different pairs of neighboring words, as a share of all (distinct-2, Li et al. 2016)."""
     pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
     return len(set(pairs)) / max(len(pairs), 1)

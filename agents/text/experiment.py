@@ -13,11 +13,11 @@ from torch import nn
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.reporting import plots
-from agents.reporting.plots import BLUE, CRITIC, GREEN, GREY, LOSSES, ORANGE, RED, Panel
+from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, ORANGE, RED, Panel
 from agents.text.collector import TextCollector
 from agents.text.config import TextConfig
 from agents.text.evaluation import Evaluation, evaluate, find_gold, split_prompts
-from agents.text.networks import TextNetworks, language_model_of
+from agents.text.networks import TextNetworkFactory, language_model_of
 from agents.text.rollout import collect
 from agents.text.samples import make_summary, write_samples
 from agents.trainer import Trainer
@@ -30,13 +30,13 @@ EVALUATION_SEED = 0  # the same responses are drawn whenever the same policy is 
 
 PANELS: tuple[Panel, ...] = (
     (
-        "What is optimised, and what is true",
+        "What is optimized, and what is true",
         "score",
-        (("score", "score", BLUE), ("score/raw", "score before normalisation", GREY), ("gold", "gold score", ORANGE)),
+        (("score", "score", BLUE), ("score/raw", "score before normalization", GRAY), ("gold", "gold score", ORANGE)),
     ),
     ("Distance from the reference", "nats a response", (("kl_per_response", "KL", RED),)),
     ("Entropy", "nats a token", (("entropy", "entropy", GREEN),)),
-    ("Length", "tokens a response", (("length", "length", GREY),)),
+    ("Length", "tokens a response", (("length", "length", GRAY),)),
     LOSSES,
     CRITIC,
 )
@@ -53,7 +53,7 @@ class TextExperiment:
         self.task = make_task(config) if task is None else task
         self.prompts, self.held_out = split_prompts(self.task, settings, config.seed)
         self.gold = find_gold(self.task, settings)
-        self.networks = TextNetworks(self.task, settings.critic, settings.micro_batch, config.seed)
+        self.networks = TextNetworkFactory(self.task, settings.critic, settings.micro_batch_size, config.seed)
         self.collector = TextCollector(self.task, self.prompts, settings, config.seed, self.gold)
 
     def describe(self) -> str:
@@ -62,12 +62,12 @@ class TextExperiment:
         return (
             f"({task.device}): {len(self.prompts)} prompts, {len(self.held_out)} held out; reward {task.reward.name}, "
             f"kl_coef {task.config.kl_coef:g} ({describe_kl(self.settings)}); {self.config.iterations} iterations of "
-            f"{self.settings.rollout} responses."
+            f"{self.settings.rollout_size} responses."
         )
 
     def evaluate(self, policy: nn.Module) -> Evaluation:
         """Held-out prompts, with the seed that every measurement shares."""
-        batch = (self.settings.rollout, self.settings.micro_batch)
+        batch = (self.settings.rollout_size, self.settings.micro_batch_size)
         return evaluate(self.task, language_model_of(policy), self.held_out, self.gold, EVALUATION_SEED, batch)
 
     def numbers(self, evaluation: Evaluation) -> dict[str, float]:
@@ -113,7 +113,10 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
     """Where the credit went in one response to a held-out prompt: the one of median length among those to eight."""
     collector, policy = trainer.collector, trainer.algorithm.policy
     assert isinstance(collector, TextCollector)
-    task, paid = collector.task.frozen(), collector.penalty()  # looking must not move running statistics
+    task, paid = (
+        collector.task.with_frozen_statistics(),
+        collector.penalty(),
+    )  # looking must not move running statistics
     generator = torch.Generator(task.device).manual_seed(EVALUATION_SEED)
     # Whole groups of one prompt, for the learners that compare its responses.
     prompts = held_out.select(
@@ -134,8 +137,8 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
         prompt=prompts.texts[row],
         tokens=[repr(task.tokenizer.decode([token]))[1:-1] for token in data["action"][:length].tolist()],
         panels=[
-            (name, values.flatten()[:length].tolist(), colour)
-            for name, (values, colour) in known.items()
+            (name, values.flatten()[:length].tolist(), color)
+            for name, (values, color) in known.items()
             if values is not None
         ],
         score=float(data["score"]),
@@ -157,10 +160,10 @@ def make_task(config: TrainConfig) -> Task:
 def check_minibatch(config: TrainConfig, settings: TextConfig) -> None:
     """Refuses rollouts that minibatches do not divide."""
     algorithm: Any = find_algorithm(config.algorithm)[1]
-    if algorithm.on_policy and settings.rollout % config.minibatch:
+    if algorithm.on_policy and settings.rollout_size % config.minibatch_size:
         raise ValueError(
-            f"minibatch must divide rollout, so that every optimiser step sees as many responses; got rollout="
-            f"{settings.rollout} and minibatch={config.minibatch}."
+            f"minibatch_size must divide rollout_size, so that every optimizer step sees as many responses; got "
+            f"rollout_size={settings.rollout_size} and minibatch_size={config.minibatch_size}."
         )
 
 

@@ -164,8 +164,8 @@ def language_model_of(policy: nn.Module) -> PreTrainedModel:
     return model
 
 
-class TextNetworks:
-    """Networks for a task: see `agents.interfaces.Networks`."""
+class TextNetworkFactory:
+    """NetworkFactory for a task: see `agents.interfaces.NetworkFactory`."""
 
     discrete = True
 
@@ -228,7 +228,7 @@ def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TensorDictMod
     """A critic that starts from the reward model, head included, or from another network with a zero head.
 
     start: `reward-model`, `reference`, `scratch` (the reference's architecture with random weights drawn from the
-    seed), or `auto`: the reward model where it reads the same tokens, else the reference. Where scores are normalised
+    seed), or `auto`: the reward model where it reads the same tokens, else the reference. Where scores are normalized
     the head is zero too, since it would begin in another unit than that of its targets.
     """
     reward, reference = task.reward, task.load_reference().model
@@ -241,7 +241,7 @@ def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TensorDictMod
     if start in ("auto", "reward-model") and fits:
         assert isinstance(reward, RewardModel)
         backbone = _trainable_copy(reward.model.base_model)
-        head = _head(reward.model, reward.label) if task.normaliser is None else _zero_head(backbone)
+        head = _head(reward.model, reward.label) if task.normalizer is None else _zero_head(backbone)
     else:
         backbone = _trainable_copy(_random(reference, seed) if start == "scratch" else reference.base_model)
         head = _zero_head(backbone)

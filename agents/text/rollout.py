@@ -1,4 +1,4 @@
-"""Whole responses as TensorDicts: sampled by the actor on the fast path, judged by the environment.
+"""Whole responses as TensorDicts: sampled by the actor on the fast path, scored by the environment.
 
 Keys of a rollout, batch size [B]: `input_ids` and `attention_mask` [B, L]; `action`, `action_log_prob`, `mask`,
 `done`, `terminated`, `reference_log_prob`, `kl` and three rewards [B, R]: the environment's `reward`, `task_reward`,
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from agents.objectives.advantages import masked_mean, response_ends
 from agents.text.config import TextConfig
-from textenv.generation import Generation, Judgement, generate, judge, response_kl
+from textenv.generation import Generation, ScoredResponses, generate, response_kl, score_responses
 from textenv.kl import ESTIMATORS, EXACT, AdaptiveKL, Controller, FixedKL, shaped_reward
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
@@ -42,7 +42,7 @@ class TextRollout:
     data: TensorDict
     metrics: dict[str, float]
     prompts: tuple[str, ...]
-    judgement: Judgement
+    scored: ScoredResponses
 
 
 def collect(
@@ -58,10 +58,10 @@ def collect(
     sampling = Sampling(temperature=task.config.temperature)
     generation = generate(task, model, prompts, sampling, generator)
     state = generation.state
-    judgement = judge(task, state, prompts.texts, rows_per_pass, prompts.columns)
+    scored = score_responses(task, state, prompts.texts, rows_per_pass, prompts.fields)
     mask = state.response_mask
-    kl = estimate_kl(task, model, generation, judgement.reference_log_prob, penalty.estimator, rows_per_pass)
-    paid = (judgement.reward, judgement.reference_log_prob, task.config.kl_coef)
+    kl = estimate_kl(task, model, generation, scored.reference_log_prob, penalty.estimator, rows_per_pass)
+    paid = (scored.reward, scored.reference_log_prob, task.config.kl_coef)
     ends = response_ends(mask)
     data = TensorDict(
         {
@@ -72,23 +72,23 @@ def collect(
             "mask": mask,
             "done": ends.done,
             "terminated": ends.terminated,
-            "reference_log_prob": judgement.reference_log_prob,
+            "reference_log_prob": scored.reference_log_prob,
             "kl": kl,
-            "reward": judgement.reward,
+            "reward": scored.reward,
             "task_reward": shaped_reward(*paid, torch.zeros_like(kl)),
             "shaped_reward": shaped_reward(*paid, penalty.coef * kl),
-            "score": judgement.score,
-            "kl_coef": torch.full_like(judgement.score, penalty.coef),
+            "score": scored.score,
+            "kl_coef": torch.full_like(scored.score, penalty.coef),
         },
         batch_size=[len(prompts)],
         device=task.device,
     )
     if generation.allowed is not None:
         data["allowed_ids"], data["allowed_inside"] = generation.allowed.ids, generation.allowed.inside
-    metrics = rollout_metrics(data) | part_metrics(judgement.score_parts)
+    metrics = rollout_metrics(data) | part_metrics(scored.score_parts)
     if task.reference is not None:
         metrics |= kl_metrics(data) | {"kl_coef": penalty.coef}
-    return TextRollout(data, metrics, prompts.texts, judgement)
+    return TextRollout(data, metrics, prompts.texts, scored)
 
 
 def trim(batch: TensorDict) -> TensorDict:

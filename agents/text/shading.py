@@ -1,4 +1,4 @@
-"""Responses coloured token by token, by what the learner makes of each: the penalty it costs, or its advantage."""
+"""Responses colored token by token, by what the learner makes of each: the penalty it costs, or its advantage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from agents.text.collector import TextCollector
 from agents.text.networks import language_model_of
 from agents.text.rollout import collect
 from agents.trainer import Trainer
-from textenv.generation import judge
+from textenv.generation import score_responses
 from textenv.prompts.tokenized import Prompts
 from textenv.rendering.text import ansi
 from textenv.state import TextState
@@ -18,28 +18,28 @@ from textenv.state import TextState
 def shaded_responses(
     trainer: Trainer, prompts: Prompts, generator: torch.Generator, by: str
 ) -> tuple[float, list[str]]:
-    """One response to each prompt by a trainer's policy, with its score, its tokens coloured by a shade.
+    """One response to each prompt by a trainer's policy, with its score, its tokens colored by a shade.
 
-    by: `penalty` or `advantage`. Returns the number from which colours are at their strongest, and the texts.
+    by: `penalty` or `advantage`. Returns the number from which colors are at their strongest, and the texts.
     """
     collector = trainer.collector
     assert isinstance(collector, TextCollector)
     task, paid = collector.task, collector.penalty()
     if by == "penalty" and task.reference is None:
-        raise ValueError("the run has kl_coef=0, so its tokens cost no penalty; colour them by advantage.")
+        raise ValueError("the run has kl_coef=0, so its tokens cost no penalty; color them by advantage.")
     model = language_model_of(trainer.algorithm.policy)
-    rollout = collect(task.frozen(), model, prompts, generator, len(prompts), paid)
+    rollout = collect(task.with_frozen_statistics(), model, prompts, generator, len(prompts), paid)
     trainer.algorithm.prepare(rollout.data)
     data = rollout.data
     values = paid.coef * data["kl"] if by == "penalty" else _advantages(data.get("raw_advantage", None))
     state = TextState(data["input_ids"], data["attention_mask"], data["mask"].sum(1), task.config.max_prompt_tokens)
     scale = float(values.where(data["mask"], 0.0).abs().max())
-    scores = judge(task.measured(), state, prompts.texts, columns=prompts.columns).score.tolist()
+    scores = score_responses(task.without_normalization(), state, prompts.texts, fields=prompts.fields).score.tolist()
     texts = [ansi(state, row, task.tokenizer, values[row], scale or 1.0) for row in range(len(prompts))]
     return scale, [f"[score {score:+.2f}] {text}" for score, text in zip(scores, texts, strict=True)]
 
 
 def _advantages(raw: Tensor | None) -> Tensor:
     if raw is None:
-        raise ValueError("this run's algorithm gives tokens no advantage; colour them by penalty.")
+        raise ValueError("this run's algorithm gives tokens no advantage; color them by penalty.")
     return raw[..., 0]

@@ -170,13 +170,13 @@ def _configuration(algorithm: str, scale: Scale, *arguments: str, iterations: in
     train, settings, algorithm_config = defaults("TextGen-v0", algorithm)
     fields = vars(train) | {
         "iterations": iterations,
-        "minibatch": 16,
+        "minibatch_size": 16,
         "schedule": "constant",
         "env_arg": (*train.env_arg, *arguments),
     }
     if not _on_policy(algorithm):
-        algorithm_config = type(algorithm_config)(**vars(algorithm_config) | {"warm_up": 32})
-    text = vars(settings) | {"rollout": 32, "evaluation_prompts": 8}
+        algorithm_config = type(algorithm_config)(**vars(algorithm_config) | {"learning_starts": 32})
+    text = vars(settings) | {"rollout_size": 32, "evaluation_prompts": 8}
     return type(train)(**fields), type(settings)(**text), algorithm_config
 
 

@@ -45,7 +45,7 @@ def scale_of(device: torch.device) -> Scale:
     """Full sizes on CUDA, small ones elsewhere."""
     if device.type == "cuda":
         return Scale(device, ("124M", "1B"), (50_257, 151_936), (64, 256), 32, 128, 1, 64, (), 60.0)
-    job = ("--iterations", "1", "--rollout", "8", "--minibatch", "8", "--evaluation-prompts", "4")
+    job = ("--iterations", "1", "--rollout-size", "8", "--minibatch-size", "8", "--evaluation-prompts", "4")
     return Scale(device, ("tiny",), (512,), (2,), 4, 4, 1, 4, job, 5.0)
 
 

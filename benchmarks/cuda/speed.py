@@ -26,7 +26,7 @@ from benchmarks.cuda.scale import (
     seconds_of,
     task_for,
 )
-from textenv.generation import generate, judge
+from textenv.generation import generate, score_responses
 from textenv.models.sampling import Sampling
 from textenv.task import Task
 
@@ -70,7 +70,7 @@ def _decoders(case: str, task: Task, model: PreTrainedModel, rows: int, scale: S
         speed = _speed(call, scale)
         row: Row = {"case": f"{case}: {way}", "tokens_per_second": speed}
         yield row | ({"share_of_roofline": speed / bound} if fixed and bound else {})
-    seconds, _ = seconds_of(lambda: judge(task, state, prompts.texts), scale.device)
+    seconds, _ = seconds_of(lambda: score_responses(task, state, prompts.texts), scale.device)
     yield {"case": f"{case}: scoring", "tokens_per_second": int(state.length.sum()) / seconds}
 
 
@@ -119,8 +119,10 @@ def update(scale: Scale) -> Iterator[Row]:
 def _iteration(name: str, vocabulary: int, precision: str, scale: Scale) -> Row:
     model = random_model(name, vocabulary, scale.device, torch.bfloat16)
     task = task_for(model, scale, scale.update_rows, (0,))
-    config = TrainConfig(iterations=2, minibatch=scale.update_rows // 2)
-    settings = TextConfig(rollout=scale.update_rows, micro_batch=max(scale.update_rows // 4, 1), evaluation_prompts=1)
+    config = TrainConfig(iterations=2, minibatch_size=scale.update_rows // 2)
+    settings = TextConfig(
+        rollout_size=scale.update_rows, micro_batch_size=max(scale.update_rows // 4, 1), evaluation_prompts=1
+    )
     experiment = TextExperiment(config, settings, task)
     with peak_memory(scale.device) as memory, _precision(precision, scale):
         trainer = Trainer(config, PPO(PPOConfig(epochs=1), experiment.networks), experiment.collector)

@@ -46,12 +46,14 @@ def sums(scale: Scale, folder: Path) -> Iterator[Row]:
     rollout = 4 if small else 128
     train = TrainConfig(
         iterations=ITERATIONS,
-        minibatch=rollout // 2,
+        minibatch_size=rollout // 2,
         learning_rate=2e-6,
         critic_learning_rate=1e-5,
         schedule="constant",
     )
-    settings = TextConfig(rollout=rollout, micro_batch=min(rollout, 64), evaluation_prompts=4 if small else 256)
+    settings = TextConfig(
+        rollout_size=rollout, micro_batch_size=min(rollout, 64), evaluation_prompts=4 if small else 256
+    )
     experiment = TextExperiment(train, settings, build_task(config))
     trainer = Trainer(train, PPO(PPOConfig(epochs=2), experiment.networks), experiment.collector)
     yield {"case": "before", **_accuracy(experiment, trainer)}

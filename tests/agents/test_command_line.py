@@ -26,11 +26,11 @@ from textenv.rendering.text import ABOVE, BELOW
 SHRUNK = [
     "--iterations",
     "3",
-    "--rollout",
+    "--rollout-size",
     "16",
-    "--minibatch",
+    "--minibatch-size",
     "8",
-    "--micro-batch",
+    "--micro-batch-size",
     "8",
     "--evaluation-prompts",
     "12",
@@ -117,29 +117,29 @@ def test_generate_answers_a_prompt(trained):
     assert result.stdout.count(f"] {prompt}") == 2 and result.stdout.count("[score ") == 2
 
 
-def test_generate_colours_tokens(trained, monkeypatch, capsys):
-    """`--colour` shows the same responses, each token in the colour of its penalty or advantage, with a legend."""
+def test_generate_colors_tokens(trained, monkeypatch, capsys):
+    """`--color` shows the same responses, each token in the color of its penalty or advantage, with a legend."""
     monkeypatch.chdir(trained)
     monkeypatch.delenv("NO_COLOR", raising=False)
     shown = {}
-    for colour in ("none", "penalty", "advantage"):
-        main(["generate", "--run", "runs/whole", "--prompt", "Review of the kettle", "--colour", colour])
-        shown[colour] = capsys.readouterr().out
-    for colour in ("penalty", "advantage"):
-        first, _, rest = shown[colour].partition("\n")
-        assert first.startswith(f"[{colour}: blue below zero, red above, strongest at ")
+    for color in ("none", "penalty", "advantage"):
+        main(["generate", "--run", "runs/whole", "--prompt", "Review of the kettle", "--color", color])
+        shown[color] = capsys.readouterr().out
+    for color in ("penalty", "advantage"):
+        first, _, rest = shown[color].partition("\n")
+        assert first.startswith(f"[{color}: blue below zero, red above, strongest at ")
         assert re.sub(r"\x1b\[[0-9;]*m", "", rest) == shown["none"]
         assert any(f"38;5;{code}m" in rest for code in (BELOW[2], ABOVE[2]))  # the greatest is at full strength
     assert shown["penalty"] != shown["advantage"]
     with pytest.raises(SystemExit):
-        main(["generate", "--run", "runs/whole", "--prompt", "a", "--colour", "penalty", "--top-k", "5"])
+        main(["generate", "--run", "runs/whole", "--prompt", "a", "--color", "penalty", "--top-k", "5"])
     assert "leave out --temperature" in capsys.readouterr().err
 
 
-def test_no_penalty_has_no_colour(settings):
+def test_no_penalty_has_no_color(settings):
     """Without a penalty there is none to show: refused, with the other shade."""
     trainer = make_trainer(settings | dict(kl_coef=0))
-    with pytest.raises(ValueError, match=r"kl_coef=0.*colour them by advantage"):
+    with pytest.raises(ValueError, match=r"kl_coef=0.*color them by advantage"):
         shaded_responses(trainer, trainer.collector.prompts.select([0]), torch.Generator(), "penalty")
 
 
@@ -187,7 +187,7 @@ def test_values_of_env_arg(written, value):
         ),
         (["train", "--resume", "--run", "runs/whole", "--seed", "6"], "another configuration"),
         (
-            ["train", "--env", "CartPole-v1", "--algorithm", "dqn", "--buffer", "100000000000"],
+            ["train", "--env", "CartPole-v1", "--algorithm", "dqn", "--buffer-size", "100000000000"],
             "a replay buffer of 100000000000 rows",
         ),
         (["train", "--resume", "--run", "runs/none"], "no run in 'runs/none'"),

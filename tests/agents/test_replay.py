@@ -70,5 +70,7 @@ def test_what_does_not_fit_is_refused():
     assert 2**20 < available < 2**50
     row = 8 + 4 * 6  # a number of 8 bytes and six of 4
     size = 2 * available // row
-    with pytest.raises(ValueError, match=rf"{size} rows of 32 bytes takes .* GiB, and cpu has .* GiB .*lower buffer"):
+    with pytest.raises(
+        ValueError, match=rf"{size} rows of 32 bytes takes .* GiB, and cpu has .* GiB .*lower buffer_size"
+    ):
         Replay(size, CPU).extend(rows(0, 1))

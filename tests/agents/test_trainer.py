@@ -15,10 +15,10 @@ from textenv import TextGenConfig, build_task
 
 
 @pytest.mark.parametrize(("minibatch", "micro_batch"), [(8, 8), (4, 4), (4, 3), (2, 1)])
-def test_optimiser_steps(settings, minibatch, micro_batch):
+def test_optimizer_steps(settings, minibatch, micro_batch):
     """Steps are epochs × minibatches for every micro-batch size."""
     trainer = make_trainer(
-        settings, algorithm=dict(epochs=3), iterations=1, minibatch=minibatch, micro_batch=micro_batch
+        settings, algorithm=dict(epochs=3), iterations=1, minibatch_size=minibatch, micro_batch_size=micro_batch
     )
     steps = []
     step = trainer.optimizer.step
@@ -32,7 +32,7 @@ def test_optimiser_steps(settings, minibatch, micro_batch):
     [
         ({}, {}),
         ({}, dict(kl_controller="adaptive", kl_target=0.5, kl_horizon=20)),
-        ({"prompt_sampling": "prioritised", "group_size": 2}, {}),
+        ({"prompt_sampling": "prioritized", "group_size": 2}, {}),
     ],
     ids=["fixed", "adaptive", "curriculum"],
 )
@@ -56,7 +56,7 @@ def test_resumed_equals_uninterrupted(settings, tmp_path, task, changes):
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_order_of_prompts(settings):
-    """Shuffled rounds unless the environment's settings name another order; groups are neighbours in a rollout."""
+    """Shuffled rounds unless the environment's settings name another order; groups are neighbors in a rollout."""
     first = next(make_trainer(settings).iterate()).rollout.prompts
     assert sorted(first) == sorted(settings["prompts"] * 2) and sorted(first[:4]) == sorted(first[4:])
     rows = [{"prompt": text, "weight": float(len(text) > 7)} for text in settings["prompts"]]  # the last two
@@ -65,14 +65,16 @@ def test_order_of_prompts(settings):
     drawn = [next(iterations).rollout.prompts for _ in range(3)]
     assert {text for rollout in drawn for text in rollout} == {"two words more", "it is late"}
     assert all(rollout[start] == text for rollout in drawn for start in (0, 4) for text in rollout[start : start + 4])
-    with pytest.raises(ValueError, match=r"whole groups; got rollout=8 and group_size=3. Make rollout a multiple"):
+    with pytest.raises(
+        ValueError, match=r"whole groups; got rollout_size=8 and group_size=3. Make rollout_size a multiple"
+    ):
         make_trainer({**settings, "group_size": 3})
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_curriculum_learns_from_the_scores(settings):
     """The trainer tells its sampler what each prompt's responses scored in the rollout."""
-    trainer = make_trainer({**settings, "prompt_sampling": "prioritised", "group_size": 2})
+    trainer = make_trainer({**settings, "prompt_sampling": "prioritized", "group_size": 2})
     rollout = next(trainer.iterate()).rollout
     means: dict[str, list[float]] = {}
     for text, score in zip(rollout.prompts, rollout.data["score"].tolist(), strict=True):
@@ -107,7 +109,9 @@ def test_it_learns_a_known_answer(folders):
         temperature=1.0,
         device="cpu",
     )
-    trainer = make_trainer(settings, iterations=25, rollout=64, minibatch=32, micro_batch=32, learning_rate=3e-3)
+    trainer = make_trainer(
+        settings, iterations=25, rollout_size=64, minibatch_size=32, micro_batch_size=32, learning_rate=3e-3
+    )
     scores = [iteration.metrics["score"] for iteration in trainer.iterate()]
     assert sum(scores[:2]) / 2 < 0.2
     assert sum(scores[-3:]) / 3 > 0.6
@@ -124,7 +128,7 @@ def test_metrics_are_finite_and_mean_what_they_say(settings):
 
 
 def test_gradients_are_clipped(settings):
-    """No optimiser step sees a gradient longer than max_grad_norm."""
+    """No optimizer step sees a gradient longer than max_grad_norm."""
     trainer = make_trainer(settings, iterations=1, max_grad_norm=1e-3)
     norms = []
     step = trainer.optimizer.step
@@ -145,7 +149,7 @@ def test_every_network_has_its_learning_rate(settings, rates):
 
     The second iteration of two goes at half the rate: the schedule is linear.
     """
-    sizes = dict(iterations=2, rollout=8, minibatch=8, learning_rate=rates[0], critic_learning_rate=rates[1])
+    sizes = dict(iterations=2, rollout_size=8, minibatch_size=8, learning_rate=rates[0], critic_learning_rate=rates[1])
     trainer = make_trainer(settings, algorithm=dict(epochs=1), **sizes)
     networks = (trainer.algorithm.actor, trainer.algorithm.critic)
     before = [weights(network) for network in networks]
@@ -284,5 +288,7 @@ def test_environment_arguments():
 
 def test_minibatches_divide_rollouts():
     """A minibatch that leaves a smaller rest is refused, since its steps would not weigh the same."""
-    with pytest.raises(ValueError, match=r"minibatch must divide rollout.*rollout=8 and minibatch=3"):
-        check_minibatch(TrainConfig(minibatch=3), TextConfig(rollout=8))
+    with pytest.raises(
+        ValueError, match=r"minibatch_size must divide rollout_size.*rollout_size=8 and minibatch_size=3"
+    ):
+        check_minibatch(TrainConfig(minibatch_size=3), TextConfig(rollout_size=8))

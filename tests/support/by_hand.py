@@ -69,10 +69,10 @@ def group_advantages(total: list[float], group: int, config) -> list[float]:
     for start in range(0, len(total), group):
         own = total[start : start + group]
         for index, one in enumerate(own):
-            if not hasattr(config, "normalise"):
+            if not hasattr(config, "normalize"):
                 found.append(one - statistics.fmean(own[:index] + own[index + 1 :]))
             else:
-                deviation = statistics.stdev(own) + 1e-6 if config.normalise else 1.0
+                deviation = statistics.stdev(own) + 1e-6 if config.normalize else 1.0
                 found.append((one - statistics.fmean(own)) / deviation)
     return found
 
@@ -104,7 +104,7 @@ def kl_loss(config, log_prob: torch.Tensor, reference: float) -> torch.Tensor:
 
 
 def whole_loss(trainer, data) -> torch.Tensor:
-    """What one optimiser step on these rows minimises, with its graph."""
+    """What one optimizer step on these rows minimizes, with its graph."""
     config, (advantage, target) = trainer.algorithm.config, advantages(trainer, data)
     log_probs = distribution(trainer, data)
     lengths = [int(row.sum()) for row in data["mask"]]

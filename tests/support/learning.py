@@ -10,13 +10,15 @@ from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.text.collector import TextCollector
 from agents.text.config import TextConfig
-from agents.text.networks import TextNetworks
+from agents.text.networks import TextNetworkFactory
 from agents.text.rollout import TextRollout, collect
 from agents.trainer import Trainer
 from tests.support import tiny
 from textenv import TextGenConfig, build_task
 
-SMALL = dict(iterations=3, rollout=8, minibatch=4, micro_batch=4, learning_rate=1e-3, critic_learning_rate=1e-3)
+SMALL = dict(
+    iterations=3, rollout_size=8, minibatch_size=4, micro_batch_size=4, learning_rate=1e-3, critic_learning_rate=1e-3
+)
 # Random models rarely say the end token: a fifth of the vocabulary ends a response here, so lengths differ.
 RAGGED = dict(stop_token_ids=[tiny.END, *range(60)])
 SHARED = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -29,7 +31,7 @@ def make_trainer(settings: dict, algorithm: dict | None = None, learner: str = "
     config = TrainConfig(algorithm=learner, **{name: value for name, value in given.items() if name in SHARED})
     text = TextConfig(**{name: value for name, value in given.items() if name not in SHARED})
     settings_class, algorithm_class = find_algorithm(learner)
-    networks = TextNetworks(task, text.critic, text.micro_batch, config.seed)
+    networks = TextNetworkFactory(task, text.critic, text.micro_batch_size, config.seed)
     collector = TextCollector(task, task.prompts, text, config.seed)
     return Trainer(config, algorithm_class(settings_class(**(algorithm or {})), networks), collector)
 

@@ -1,4 +1,4 @@
-"""Networks on plain vectors, rows of one step: what TorchRL's own losses can read too."""
+"""NetworkFactory on plain vectors, rows of one step: what TorchRL's own losses can read too."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class VectorNetwork(nn.Module):
 
 
 class VectorNetworks:
-    """See `agents.interfaces.Networks`."""
+    """See `agents.interfaces.NetworkFactory`."""
 
     group = 1
 

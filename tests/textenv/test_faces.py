@@ -20,7 +20,7 @@ from tests.support.faces import STOPS, TOLERANCE, assert_same, random_tokens
 from textenv import TextGenConfig, build_task
 from textenv.conformance import check_faces
 from textenv.dynamics import TextDynamics
-from textenv.generation import judge
+from textenv.generation import score_responses
 from textenv.state import start
 from textenv.torchrl_env import TextGenTorchEnv
 from textenv.vector_env import TextGenVectorEnv
@@ -48,7 +48,7 @@ def random_reward(prompts, responses):
     return [next(COUNTER) for _ in responses]
 
 
-def neighbourly_reward(prompts, responses):
+def neighborly_reward(prompts, responses):
     """A reward that depends on who else is in the batch."""
     return [float(len(responses))] * len(responses)
 
@@ -57,7 +57,7 @@ COUNTER = itertools.count()
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-@pytest.mark.parametrize("reward", [random_reward, neighbourly_reward])
+@pytest.mark.parametrize("reward", [random_reward, neighborly_reward])
 def test_conformance_catches_dishonest_rewards(settings, reward):
     """A user's reward that is random, or depends on its batch, is named with face, row, step and quantity."""
     task = build_task(TextGenConfig(**{**settings, "reward": reward}))
@@ -195,11 +195,11 @@ def test_torchrl_rollout_with_resets(ragged):
     for step in range(12):
         column = following["input_ids"][done][:, width + step]
         state = state.append(column, step < length)
-    judged = judge(task, state, ["unread"] * len(length))
-    torch.testing.assert_close(following["score"][done][:, 0], judged.score, rtol=0, atol=TOLERANCE)
+    scored = score_responses(task, state, ["unread"] * len(length))
+    torch.testing.assert_close(following["score"][done][:, 0], scored.score, rtol=0, atol=TOLERANCE)
     assert not following["score"][~done].any()
     paid = following["reward"][done][:, 0]
-    wanted = judged.reward.gather(1, length[:, None] - 1)[:, 0]
+    wanted = scored.reward.gather(1, length[:, None] - 1)[:, 0]
     torch.testing.assert_close(paid, wanted, rtol=0, atol=TOLERANCE)
 
 

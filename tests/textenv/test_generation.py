@@ -7,7 +7,7 @@ import torch
 
 from tests.support import tiny
 from textenv import TextGenConfig, build_task
-from textenv.generation import judge
+from textenv.generation import score_responses
 from textenv.state import TextState
 
 
@@ -22,4 +22,4 @@ def test_an_unfinished_response_is_refused(settings, length):
     mask[0, width - 2 : width + length] = True
     state = TextState(ids, mask, torch.tensor([length]), width)
     with pytest.raises(ValueError, match="finished responses, and row 0"):
-        judge(task, state, ["a prompt"])
+        score_responses(task, state, ["a prompt"])

@@ -89,9 +89,9 @@ CONFIGS = st.fixed_dictionaries(
         temperature=st.sampled_from([0.1, 0.7, 1.0, 5.0]),
         stop_token_ids=st.sampled_from([[tiny.END], [tiny.END, 5, 299], list(range(150))]),
         action_mask=st.sampled_from(MASKS),
-        prompt_sampling=st.sampled_from([None, "shuffle", "prioritised"]),
+        prompt_sampling=st.sampled_from([None, "shuffle", "prioritized"]),
         group_size=st.integers(1, 2),
-        score_normalisation=st.sampled_from(["none", "fixed"]),
+        score_normalization=st.sampled_from(["none", "fixed"]),
         score_clip=st.sampled_from([None, 0.5]),
         device=st.just("cpu"),
     )

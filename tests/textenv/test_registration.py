@@ -153,12 +153,12 @@ def every_argument(tmp_path, folders):
             dtype="float32",
             render_mode="ansi",
             reward_timeout=60.0,
-            score_normalisation="fixed",
+            score_normalization="fixed",
             score_mean=1.5,
             score_std=2,
             score_clip=3.0,
         ),
-        dict(common, reward=folders["gpt2_reward"], prompts=str(lines), prompt_sampling="prioritised", kl_coef=0),
+        dict(common, reward=folders["gpt2_reward"], prompts=str(lines), prompt_sampling="prioritized", kl_coef=0),
         dict(common, reward=reward, prompts=some_prompts(), prompt_sampling="shuffle", max_episode_steps=3),
         dict(
             common, reward=reward, prompts=["a", "b"], reward_label=None, chat=False, action_mask=["special", "top_k:9"]

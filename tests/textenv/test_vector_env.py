@@ -46,7 +46,7 @@ def test_a_row_cut_by_the_limit_is_over(quick):
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 def test_one_reward_call_a_step(quick, mode):
-    """All rows that end in one step are judged in one call, and none that goes on is."""
+    """All rows that end in one step are scored in one call, and none that goes on is."""
     batches = []
 
     def counting(prompts, responses):

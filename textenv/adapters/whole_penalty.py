@@ -43,7 +43,7 @@ class WholePenalty(gym.Wrapper, RecordConstructorArgs):
     def __init__(self, env: gym.Env, estimator: str = "k1", controller: Controller | None = None) -> None:
         RecordConstructorArgs.__init__(self, estimator=estimator, controller=controller)
         gym.Wrapper.__init__(self, env)
-        self.account = _Account(_task_of(env.unwrapped), 1, estimator, controller)
+        self.account = _PenaltyLedger(_task_of(env.unwrapped), 1, estimator, controller)
         self.action_space = _with_log_prob(env.action_space)
 
     @property
@@ -80,7 +80,7 @@ class VectorWholePenalty(VectorWrapper):
 
     def __init__(self, env: VectorEnv, estimator: str = "k1", controller: Controller | None = None) -> None:
         super().__init__(env)
-        self.account = _Account(_task_of(env.unwrapped), env.num_envs, estimator, controller)
+        self.account = _PenaltyLedger(_task_of(env.unwrapped), env.num_envs, estimator, controller)
         self.single_action_space = _with_log_prob(env.single_action_space)
         self.action_space = batch_space(self.single_action_space, env.num_envs)
         self._mode = env.metadata["autoreset_mode"]
@@ -122,7 +122,7 @@ class VectorWholePenalty(VectorWrapper):
         return infos | _entry(penalties, shown) if shown.any() else infos
 
 
-class _Account:
+class _PenaltyLedger:
     """What rows owe for leaving the reference, and the KL of their episodes so far. Arrays are [B]."""
 
     def __init__(self, task: Task, rows: int, estimator: str, controller: Controller | None) -> None:

@@ -14,7 +14,7 @@ from textenv.models.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class MaskParts:
+class MaskContext:
     """What masks are built from."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ class MaskParts:
     reference: Callable[[], PreTrainedModel]  # called where a mask policy needs a model to start from
 
 
-def build_masks(given: Any, parts: MaskParts) -> tuple[TokenMask, ...]:
+def build_masks(given: Any, parts: MaskContext) -> tuple[TokenMask, ...]:
     """The masks that `action_mask` names: one, or several of which all must agree."""
     given = unwrap(given)
     if given is None:
@@ -46,7 +46,7 @@ _FORMS = (
 )
 
 
-def _named(name: str, parts: MaskParts) -> TokenMask:
+def _named(name: str, parts: MaskContext) -> TokenMask:
     kind, colon, rest = name.partition(":")
     if name == "special":
         return NoSpecialTokens(parts.tokenizer, parts.stop_token_ids, parts.vocabulary)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.models.language_model import Reader
+from textenv.models.language_model import CachedDecoder
 from textenv.models.sampling import Sampling, log_probs
 from textenv.models.token_texts import TokenTexts
 from textenv.rewards.calling import describe
@@ -187,7 +187,7 @@ class Masker:
         """shape: B, L, V."""
         self.masks, self.vocabulary = masks, shape[2]
         self.stops = list(stop_token_ids)
-        self.readers = [None if mask.model is None else Reader(mask.model, *shape) for mask in masks]
+        self.readers = [None if mask.model is None else CachedDecoder(mask.model, *shape) for mask in masks]
 
     def restart(self, state: TextState, rows: Tensor) -> None:
         """New texts in the rows of indices `rows` [b]; state: all B rows."""
@@ -229,7 +229,7 @@ class Masker:
         pairs = zip(self.masks, self.readers, strict=True)
         return any(reader is not None and reader.model is not mask.model for mask, reader in pairs)
 
-    def _current(self, state: TextState) -> list[Reader | None]:
+    def _current(self, state: TextState) -> list[CachedDecoder | None]:
         """The readers, made anew where a mask's model was refreshed; they then read the texts so far again."""
         if self.outdated():
             self.readers = [

@@ -135,7 +135,7 @@ def decode(model: PreTrainedModel, cache: KeyValueCache, state: TextState) -> Te
     return _forward(model, cache, state.input_ids[rows, columns, None], mask[:, None], positions)
 
 
-class Reader:
+class CachedDecoder:
     """Next-token logits of B texts while they are being written, from a cache of its own."""
 
     def __init__(self, model: PreTrainedModel, rows: int, columns: int, vocabulary: int) -> None:
@@ -155,10 +155,10 @@ class Reader:
         self.cache.keep(rows)
         self.logits = self.logits[rows]
 
-    def of_model(self, model: PreTrainedModel, state: TextState) -> Reader:
+    def of_model(self, model: PreTrainedModel, state: TextState) -> CachedDecoder:
         """A reader of the same texts with another model; state: the texts so far."""
         rows, vocabulary = self.logits.shape
-        other = Reader(model, rows, self.cache.columns, vocabulary)
+        other = CachedDecoder(model, rows, self.cache.columns, vocabulary)
         other._read_again(state)
         return other
 

@@ -108,7 +108,7 @@ class WeightedSampler:
         _check_size(state, self.size)
 
 
-class PrioritisedSampler:
+class PrioritizedSampler:
     """A curriculum: prompts whose recent returns are low come more often, and none is forgotten.
 
     The rank-based scheme of Prioritized Level Replay (Jiang et al. 2021), with the return where they have the value
@@ -203,12 +203,12 @@ class GroupedSampler:
         self.sampler.load_state_dict(state["sampler"])
 
 
-# A strategy from the number of prompts and their column `weight` (None where they have none).
+# A strategy from the number of prompts and their field `weight` (None where they have none).
 SAMPLERS: dict[str, Callable[[int, Sequence[float] | None], PromptSampler]] = {
     "uniform": lambda size, weights: UniformSampler(size),
     "shuffle": lambda size, weights: ShuffledSampler(size),
     "weighted": lambda size, weights: WeightedSampler(_given(weights)),
-    "prioritised": lambda size, weights: PrioritisedSampler(size),
+    "prioritized": lambda size, weights: PrioritizedSampler(size),
 }
 
 

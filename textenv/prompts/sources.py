@@ -26,7 +26,7 @@ class PromptRows:
     """What a source of prompts holds, not yet tokens."""
 
     prompts: tuple[Prompt, ...]
-    columns: dict[str, tuple[Any, ...]]  # the further fields of the rows, by name
+    fields: dict[str, tuple[Any, ...]]  # the further fields of the rows, by name
     places: tuple[str, ...] = ()  # the file and line of each, where they come from a file
 
 
@@ -41,8 +41,8 @@ def read_prompts(source: Any) -> PromptRows:
         raise ValueError("prompts are empty; give at least one.")
     rows = [_as_row(place, given) for place, given in zip(places, rows, strict=True)]
     _check_same_fields(places, rows)
-    columns = {name: tuple(row[name] for row in rows) for name in rows[0] if name != "prompt"}
-    return PromptRows(tuple(row["prompt"] for row in rows), columns, tuple(places) if _is_jsonl(source) else ())
+    fields = {name: tuple(row[name] for row in rows) for name in rows[0] if name != "prompt"}
+    return PromptRows(tuple(row["prompt"] for row in rows), fields, tuple(places) if _is_jsonl(source) else ())
 
 
 def _read(source: Any) -> tuple[list[str], list[Any]]:

@@ -24,14 +24,14 @@ class Prompts:
     texts: tuple[str, ...]  # as given; of a chat, the contents of its messages, one a line
     input_ids: Tensor  # int64 [N, P]
     attention_mask: Tensor  # bool [N, P]
-    columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # further fields by name, N values each
+    fields: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # further fields by name, N values each
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def to(self, device: torch.device) -> Prompts:
         """The same prompts on a device."""
-        return Prompts(self.texts, self.input_ids.to(device), self.attention_mask.to(device), self.columns)
+        return Prompts(self.texts, self.input_ids.to(device), self.attention_mask.to(device), self.fields)
 
     def select(self, indices: Sequence[int]) -> Prompts:
         """The prompts of these indices alone."""
@@ -40,7 +40,7 @@ class Prompts:
             tuple(self.texts[index] for index in indices),
             self.input_ids[chosen],
             self.attention_mask[chosen],
-            {name: tuple(values[index] for index in indices) for name, values in self.columns.items()},
+            {name: tuple(values[index] for index in indices) for name, values in self.fields.items()},
         )
 
 
@@ -50,7 +50,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0 if pad is None else pad
 
 
-def tokenise(
+def tokenize(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, places: Sequence[str] = ()
 ) -> Prompts:
     """Left-padded tokens of texts. Refuses a prompt that is empty, longer than the budget, or a chat.
@@ -68,12 +68,12 @@ def tokenise(
     return _pad(texts, encoded, tokenizer, max_prompt_tokens)
 
 
-def tokenise_chats(
+def tokenize_chats(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, places: Sequence[str] = ()
 ) -> Prompts:
     """Left-padded tokens of chats up to where the assistant is to speak, by the tokenizer's chat template.
 
-    A text is put as one message of the user. Refuses what `tokenise` refuses, a tokenizer without a template, and
+    A text is put as one message of the user. Refuses what `tokenize` refuses, a tokenizer without a template, and
     messages that its template does not take.
     """
     if tokenizer.chat_template is None:

@@ -1,1 +1,1 @@
-"""Episodes as text and as pictures."""
+"""ResponseBatch as text and as pictures."""

@@ -1,6 +1,6 @@
 """A page as a picture: every frame of an environment has the same size, so that frames make a video.
 
-Tokens stand on the colour of their number, from blue (below zero) over the paper's own to red (above).
+Tokens stand on the color of their number, from blue (below zero) over the paper's own to red (above).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from textenv.rendering.text import Page
+from textenv.rendering.text import EpisodeView
 
-Colour = tuple[int, int, int]
-PAPER, INK, GREY, FAINT = (252, 252, 250), (28, 30, 34), (128, 132, 140), (226, 227, 224)
+Color = tuple[int, int, int]
+PAPER, INK, GRAY, FAINT = (252, 252, 250), (28, 30, 34), (128, 132, 140), (226, 227, 224)
 BLUE, RED = (104, 164, 222), (240, 128, 108)  # behind ink, at their strongest
 WIDTH, MARGIN, LINE, FOOTER = 768, 28, 30, 52  # pixels
 BLOCK = 16  # video codecs want sides that are multiples of it
@@ -35,8 +35,8 @@ class Mark:
     text: str
     left: float  # pixels from the left margin
     line: int
-    ink: Colour
-    back: Colour | None
+    ink: Color
+    back: Color | None
 
 
 def lines_for(tokens: int) -> int:
@@ -44,7 +44,7 @@ def lines_for(tokens: int) -> int:
     return min(max(math.ceil(tokens * LETTERS_A_TOKEN / LETTERS_A_LINE), FEWEST), MOST)
 
 
-def draw(page: Page, lines: int) -> NDArray[np.uint8]:
+def draw(page: EpisodeView, lines: int) -> NDArray[np.uint8]:
     """A page as a picture, uint8 [H, W, 3]. H depends on `lines` alone; of longer texts the last lines show."""
     height = BLOCK * math.ceil((MARGIN + lines * LINE + FOOTER) / BLOCK)
     image = Image.new("RGB", (WIDTH, height), PAPER)
@@ -58,18 +58,18 @@ def draw(page: Page, lines: int) -> NDArray[np.uint8]:
     return np.array(image)
 
 
-def tint(value: float, scale: float) -> Colour:
-    """The colour behind a token: the paper's own at zero, full blue or red from `scale` on."""
+def tint(value: float, scale: float) -> Color:
+    """The color behind a token: the paper's own at zero, full blue or red from `scale` on."""
     strength = min(abs(value) / scale, 1.0)
     return _mix(PAPER, BLUE if value < 0 else RED, strength)
 
 
-def _mix(start: Colour, end: Colour, share: float) -> Colour:
+def _mix(start: Color, end: Color, share: float) -> Color:
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(start, end, strict=True))
     return red, green, blue
 
 
-def _lay_out(page: Page) -> Iterator[Mark]:
+def _lay_out(page: EpisodeView) -> Iterator[Mark]:
     """Letters in lines, broken between words where a line has a space, else wherever it is full."""
     left, line, limit = 0.0, 0, WIDTH - 2 * MARGIN
     broken = False  # whether this line began because the last one was full: then no space begins it
@@ -89,9 +89,9 @@ def _lay_out(page: Page) -> Iterator[Mark]:
                     left += _width(part)
 
 
-def _words(page: Page) -> Iterator[list[tuple[str, Colour, Colour | None]]]:
+def _words(page: EpisodeView) -> Iterator[list[tuple[str, Color, Color | None]]]:
     """Runs without a space, and spaces and line ends by themselves; a word may be of several tokens."""
-    word: list[tuple[str, Colour, Colour | None]] = []
+    word: list[tuple[str, Color, Color | None]] = []
     for text, ink, back in _inked(page):
         for part in re.findall(r"\n|[^\S\n]+|\S+", text.replace("\t", "    ")):
             if part.isspace():
@@ -103,12 +103,12 @@ def _words(page: Page) -> Iterator[list[tuple[str, Colour, Colour | None]]]:
     yield from [word] if word else []
 
 
-def _inked(page: Page) -> Iterator[tuple[str, Colour, Colour | None]]:
-    yield page.prompt, GREY, None
+def _inked(page: EpisodeView) -> Iterator[tuple[str, Color, Color | None]]:
+    yield page.prompt, GRAY, None
     for index, piece in enumerate(page.pieces):
         back = None if page.values is None else tint(page.values[index], page.scale)
         blank = len(piece) - len(piece.lstrip())
-        if blank < len(piece):  # colour begins with the letters; only a token of nothing but space shows it there
+        if blank < len(piece):  # color begins with the letters; only a token of nothing but space shows it there
             yield piece[:blank], INK, None
             piece = piece[blank:]
         yield piece, INK, back
@@ -122,29 +122,29 @@ def _draw_mark(canvas: ImageDraw.ImageDraw, mark: Mark, top: float) -> None:
     canvas.text((left, top + LINE / 2), mark.text, fill=mark.ink, font=_font(17), anchor="lm")
 
 
-def _draw_footer(canvas: ImageDraw.ImageDraw, page: Page, height: int) -> None:
-    """How far the response is, what was paid for it, and what the colours mean."""
+def _draw_footer(canvas: ImageDraw.ImageDraw, page: EpisodeView, height: int) -> None:
+    """How far the response is, what was paid for it, and what the colors mean."""
     top, middle = height - FOOTER + 10, height - FOOTER / 2 + 6
     right = WIDTH - MARGIN
     canvas.rectangle((MARGIN, top, right, top + 2), fill=FAINT)
     if page.progress > 0:
-        canvas.rectangle((MARGIN, top, MARGIN + (right - MARGIN) * min(page.progress, 1.0), top + 2), fill=GREY)
+        canvas.rectangle((MARGIN, top, MARGIN + (right - MARGIN) * min(page.progress, 1.0), top + 2), fill=GRAY)
     for index, fact in enumerate(page.footer):
         canvas.text((MARGIN + index * FACT, middle), fact, fill=INK, font=_font(15), anchor="lm")
     if page.values is not None and page.unit:
         _draw_legend(canvas, page, middle)
 
 
-def _draw_legend(canvas: ImageDraw.ImageDraw, page: Page, middle: float) -> None:
-    """The colours from the least number to the greatest; where none is below zero, from zero."""
+def _draw_legend(canvas: ImageDraw.ImageDraw, page: EpisodeView, middle: float) -> None:
+    """The colors from the least number to the greatest; where none is below zero, from zero."""
     label, width, right = f"{page.scale:.2g} {page.unit}", 72, WIDTH - MARGIN
     least = -1.0 if min(page.values or (), default=0.0) < 0 else 0.0
     left = right - canvas.textlength(label, font=_font(13)) - 8 - width
     for x in range(width):
         share = least + (1 - least) * x / (width - 1)
         canvas.line((left + x, middle - 6, left + x, middle + 6), fill=tint(share, 1.0))
-    canvas.text((left - 8, middle), f"{least * page.scale:.2g}", fill=GREY, font=_font(13), anchor="rm")
-    canvas.text((right, middle), label, fill=GREY, font=_font(13), anchor="rm")
+    canvas.text((left - 8, middle), f"{least * page.scale:.2g}", fill=GRAY, font=_font(13), anchor="rm")
+    canvas.text((right, middle), label, fill=GRAY, font=_font(13), anchor="rm")
 
 
 @lru_cache(maxsize=4096)

@@ -1,6 +1,6 @@
-"""A response as text for people: what each token adds, and each token's number as its colour in a terminal.
+"""A response as text for people: what each token adds, and each token's number as its color in a terminal.
 
-Pure functions of a `Page`, which is all that is shown of one row. Pictures are in picture.py, and what the
+Pure functions of a `EpisodeView`, which is all that is shown of one row. Pictures are in picture.py, and what the
 environments do with both in viewers.py.
 """
 
@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from textenv.state import TextState
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character, or not yet one
-PROMPT = 244  # grey of the terminal's 256 colours
-# Weak, middling and strong, of the terminal's 256 colours: each is at least 3.4 to 1 in contrast (WCAG) to black
+PROMPT = 244  # gray of the terminal's 256 colors
+# Weak, middling and strong, of the terminal's 256 colors: each is at least 3.4 to 1 in contrast (WCAG) to black
 # and to white, so that they can be read on dark and light terminals.
 BELOW, ABOVE = (67, 33, 27), (131, 167, 160)  # blues for numbers below zero, reds for those above
 # The terminal's own control codes, shown as ^C: text that a model wrote must not steer anybody's terminal.
@@ -29,19 +29,19 @@ CONTROLS |= dict.fromkeys(range(128, 160), REPLACEMENT)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Page:
+class EpisodeView:
     """One row as it is shown."""
 
     prompt: str
     pieces: Sequence[str]  # what each response token adds to the text
-    values: Sequence[float] | None = None  # one number a token, shown as its colour; None shows none
-    scale: float = 1.0  # the magnitude from which colours are at their strongest
+    values: Sequence[float] | None = None  # one number a token, shown as its color; None shows none
+    scale: float = 1.0  # the magnitude from which colors are at their strongest
     unit: str = ""  # what the numbers are, for a legend
     footer: Sequence[str] = ()  # short facts below the text
     progress: float = 0.0  # how much of the token budget is used, from 0 to 1
 
 
-class Typewriter:
+class TextStreamer:
     """Text from tokens that come one by one: what each adds, and never a part of a character."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
@@ -79,10 +79,10 @@ def ansi(
     values: Any = None,
     scale: float | None = None,
 ) -> str:
-    """One row's text for a terminal: the prompt in grey, and any number a token as the token's colour.
+    """One row's text for a terminal: the prompt in gray, and any number a token as the token's color.
 
     values: [R], or as many as there are tokens (list, array or tensor): penalties, advantages, ... Below zero
-    is blue, above is red, near zero is the terminal's own colour. scale: the magnitude from which colours are
+    is blue, above is red, near zero is the terminal's own color. scale: the magnitude from which colors are
     at their strongest, by default the greatest among the values.
     """
     return paint(make_page(state, row, tokenizer, values, scale))
@@ -90,34 +90,34 @@ def ansi(
 
 def make_page(
     state: TextState, row: int, tokenizer: PreTrainedTokenizerBase, values: Any = None, scale: float | None = None
-) -> Page:
+) -> EpisodeView:
     """One row of a state as a page; `values` and `scale` as for `ansi`. Raises ValueError for too few or NaN."""
     width, length = state.prompt_width, int(state.length[row])
     ids, mask = state.input_ids[row].cpu(), state.attention_mask[row].cpu()
-    typewriter = Typewriter(tokenizer, ids[:width][mask[:width]].tolist())
+    typewriter = TextStreamer(tokenizer, ids[:width][mask[:width]].tolist())
     pieces = [typewriter.type(token) for token in ids[width : width + length].tolist()]
     if pieces:
         pieces[-1] += typewriter.rest()
     numbers = None if values is None else _numbers(values, length)
     finite = [abs(number) for number in numbers or () if math.isfinite(number)]
     scale = max(finite, default=0.0) if scale is None else scale
-    return Page(prompt=printable(typewriter.prompt), pieces=pieces, values=numbers, scale=scale or 1.0)
+    return EpisodeView(prompt=printable(typewriter.prompt), pieces=pieces, values=numbers, scale=scale or 1.0)
 
 
-def paint(page: Page) -> str:
-    """A page for a terminal of 256 colours; plain text where the variable NO_COLOR is set (no-color.org)."""
-    return colour(page.prompt, PROMPT) + "".join(colour(text, code) for text, code in _runs(page))
+def paint(page: EpisodeView) -> str:
+    """A page for a terminal of 256 colors; plain text where the variable NO_COLOR is set (no-color.org)."""
+    return color(page.prompt, PROMPT) + "".join(color(text, code) for text, code in _runs(page))
 
 
-def colour(text: str, code: int | None) -> str:
-    """Text in one of a terminal's 256 colours, or in its own (None)."""
+def color(text: str, code: int | None) -> str:
+    """Text in one of a terminal's 256 colors, or in its own (None)."""
     if code is None or not text or os.environ.get("NO_COLOR"):
         return text
     return f"\x1b[38;5;{code}m{text}\x1b[0m"
 
 
 def shade(value: float, scale: float) -> int | None:
-    """The colour of a number among a terminal's 256: None near zero, then three steps of blue or red."""
+    """The color of a number among a terminal's 256: None near zero, then three steps of blue or red."""
     level = round(3 * min(abs(value) / scale, 1.0))
     return None if level == 0 else (BELOW if value < 0 else ABOVE)[level - 1]
 
@@ -127,8 +127,8 @@ def printable(text: str) -> str:
     return text.translate(CONTROLS)
 
 
-def _runs(page: Page) -> Iterator[tuple[str, int | None]]:
-    """Neighbouring pieces of the same colour as one."""
+def _runs(page: EpisodeView) -> Iterator[tuple[str, int | None]]:
+    """Neighboring pieces of the same color as one."""
     codes = [None] * len(page.pieces) if page.values is None else [shade(one, page.scale) for one in page.values]
     for code, run in groupby(zip(page.pieces, codes, strict=True), key=lambda pair: pair[1]):
         yield "".join(piece for piece, _ in run), code

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from textenv.dynamics import Transition
 from textenv.rendering import picture
-from textenv.rendering.text import PROMPT, Page, Typewriter, colour, paint, printable, shade
+from textenv.rendering.text import PROMPT, EpisodeView, TextStreamer, color, paint, printable, shade
 from textenv.state import TextState
 from textenv.task import Task
 
@@ -44,17 +44,17 @@ class Viewer(Protocol):
         ...
 
 
-class Gallery:
+class ImageViewer:
     """The page of every row, drawn when somebody asks for it."""
 
-    def __init__(self, task: Task, rows: int, draw: Callable[[Page], Any]) -> None:
+    def __init__(self, task: Task, rows: int, draw: Callable[[EpisodeView], Any]) -> None:
         self.task, self.draw = task, draw
-        self.stories = [Story(task, []) for _ in range(rows)]
+        self.stories = [ResponseRecord(task, []) for _ in range(rows)]
 
     def restart(self, rows: Sequence[int], state: TextState) -> None:
         """New episodes begin in these rows."""
         for row in rows:
-            self.stories[row] = Story(self.task, _prompt_ids(state, row))
+            self.stories[row] = ResponseRecord(self.task, _prompt_ids(state, row))
 
     def record(self, transition: Transition, active: Tensor) -> None:
         """A token was written in the active rows."""
@@ -69,19 +69,19 @@ class Gallery:
         """Nothing is open."""
 
 
-class Typist:
-    """Types one row into the terminal as its tokens come: prompt grey, tokens by their surprise, score last.
+class TextViewer:
+    """Types one row into the terminal as its tokens come: prompt gray, tokens by their surprise, score last.
 
-    Colours and the pace of `FPS` tokens a second are for terminals; a file or a pipe gets plain text at once.
+    Colors and the pace of `FPS` tokens a second are for terminals; a file or a pipe gets plain text at once.
     """
 
     def __init__(self, task: Task, rows: int) -> None:
-        self.task, self.story, self.open = task, Story(task, []), False
+        self.task, self.story, self.open = task, ResponseRecord(task, []), False
 
     def restart(self, rows: Sequence[int], state: TextState) -> None:
         """Types the prompt on a line of its own."""
         self.close()
-        self.story, self.open = Story(self.task, _prompt_ids(state, 0)), True
+        self.story, self.open = ResponseRecord(self.task, _prompt_ids(state, 0)), True
         self._type(self.story.prompt, PROMPT)
 
     def record(self, transition: Transition, active: Tensor) -> None:
@@ -110,15 +110,15 @@ class Typist:
             return
         encoding = sys.stdout.encoding or "utf-8"
         text = text.encode(encoding, "replace").decode(encoding)  # what the terminal has no letter for is a "?"
-        sys.stdout.write(colour(text, code) if _is_terminal(sys.stdout) else text)
+        sys.stdout.write(color(text, code) if _is_terminal(sys.stdout) else text)
         sys.stdout.flush()
 
 
-class Story:
+class ResponseRecord:
     """One row's episode so far, in the words and numbers that are shown of it."""
 
     def __init__(self, task: Task, prompt_ids: Sequence[int]) -> None:
-        self.task, self.typewriter = task, Typewriter(task.tokenizer, prompt_ids)
+        self.task, self.typewriter = task, TextStreamer(task.tokenizer, prompt_ids)
         self.prompt = printable(self.typewriter.prompt)
         self.pieces: list[str] = []
         self.values: list[float] = []  # surprise of the reference, −log π_ref, nats
@@ -135,11 +135,11 @@ class Story:
             self.pieces[-1] += self.typewriter.rest()
             self.ending = f"score {float(transition.score[row]):+.2f}, {transition.finish_reason(row)}"
 
-    def page(self) -> Page:
+    def page(self) -> EpisodeView:
         """The episode so far as it is shown."""
         budget, length = self.task.config.max_new_tokens, len(self.pieces)
         parts = [f"token {length} of {budget}", f"reward {self.paid:+.2f}", *([self.ending] if self.ending else [])]
-        return Page(
+        return EpisodeView(
             prompt=self.prompt,
             pieces=tuple(self.pieces),
             values=None if self.task.reference is None else tuple(self.values),
@@ -155,12 +155,12 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 
 def _text_viewer(task: Task, rows: int) -> Viewer:
-    return Gallery(task, rows, paint)
+    return ImageViewer(task, rows, paint)
 
 
 def _picture_viewer(task: Task, rows: int) -> Viewer:
     lines = picture.lines_for(task.width)
-    return Gallery(task, rows, lambda page: picture.draw(page, lines))
+    return ImageViewer(task, rows, lambda page: picture.draw(page, lines))
 
 
 def _prompt_ids(state: TextState, row: int) -> list[int]:
@@ -170,7 +170,7 @@ def _prompt_ids(state: TextState, row: int) -> list[int]:
 
 VIEWERS: dict[str, Callable[[Task, int], Viewer]] = {
     "ansi": _text_viewer,
-    "human": Typist,
+    "human": TextViewer,
     "rgb_array": _picture_viewer,
 }
 

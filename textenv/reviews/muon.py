@@ -1,4 +1,4 @@
-"""The build's optimiser: Muon for matrices (Jordan et al. 2024), AdamW for all else, in one object.
+"""The build's optimizer: Muon for matrices (Jordan et al. 2024), AdamW for all else, in one object.
 
 A million parameters on two CPU cores have to learn a grammar within minutes. Muon takes about half
 the steps of AdamW here; its iteration is in float32 because CPUs are slow at bfloat16.
@@ -17,7 +17,7 @@ MOMENTUM, WEIGHT_DECAY, STEPS = 0.95, 0.01, 5
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a quintic whose fixed band is about 1, from the Muon reference
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
+def orthogonalized(matrix: Tensor) -> Tensor:
     """The matrix with its singular values pushed near 1, by Newton-Schulz steps. [m, n] -> [m, n]."""
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
@@ -30,14 +30,14 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Momentum, then an orthogonalised step for every square block of a matrix stored [in, out]."""
+    """Momentum, then an orthogonalized step for every square block of a matrix stored [in, out]."""
 
     def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], lr: float, adam_lr: float) -> None:
         if not matrices or not others:
             raise ValueError("Muon needs matrices and other parameters; use AdamW for a model without one of them.")
         self._adam = AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
         super().__init__([{"params": matrices, "lr": lr}], {})
-        # The same dicts, so that the Trainer's schedule reaches both optimisers.
+        # The same dicts, so that the Trainer's schedule reaches both optimizers.
         self.param_groups += self._adam.param_groups
 
     @torch.no_grad()
@@ -57,15 +57,15 @@ class Muon(Optimizer):
 
 
 def _blocks(step: Tensor) -> Iterator[Tensor]:
-    """Orthogonalised blocks of a step: query, key and value, which GPT-2 keeps in one matrix, are three."""
+    """Orthogonalized blocks of a step: query, key and value, which GPT-2 keeps in one matrix, are three."""
     rows, columns = step.shape
     parts = step.split(rows, 1) if columns == 3 * rows else (step,)
     for part in parts:
-        yield orthogonalised(part) * max(1.0, part.shape[1] / part.shape[0]) ** 0.5
+        yield orthogonalized(part) * max(1.0, part.shape[1] / part.shape[0]) ** 0.5
 
 
 def muon_for(model: PreTrainedModel, lr: float, adam_lr: float) -> Muon:
-    """An optimiser for a GPT-2: Muon on the matrices of its blocks, AdamW on embeddings, norms and biases."""
+    """An optimizer for a GPT-2: Muon on the matrices of its blocks, AdamW on embeddings, norms and biases."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if ".h." in name and p.ndim == 2]
     others = [p for name, p in named if not (".h." in name and p.ndim == 2)]

@@ -22,7 +22,7 @@ SHOWN = 200  # characters of a prompt or response that an error message quotes
 
 
 @dataclass(frozen=True)
-class Episodes:
+class ResponseBatch:
     """Finished responses, as rewards see them: tokens, and texts decoded once, when asked for.
 
     Rewards that pay at every token see unfinished ones too, of which nothing has stopped.
@@ -32,7 +32,7 @@ class Episodes:
     state: TextState
     stopped: Tensor  # bool [B], true = ended with a stop token, false = cut by the budget
     tokenizer: PreTrainedTokenizerBase
-    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # the prompts' further fields, B values each
+    fields: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # the prompts' further fields, B values each
     rows: Sequence[int] | None = None  # which rows of the environment or the batch these are; None: 0 to B - 1
 
     @cached_property
@@ -91,7 +91,7 @@ class Scores:
 class Reward(Protocol):
     """Scores finished responses, in batches. Any object with these three is taken by `textenv.shared(it)`.
 
-    A response's scores may depend on nothing but the response, its prompt and the prompt's columns.
+    A response's scores may depend on nothing but the response, its prompt and the prompt's fields.
     """
 
     @property
@@ -104,7 +104,7 @@ class Reward(Protocol):
         """The keys of its `Scores.parts`; one reward by itself has one, its own name."""
         ...
 
-    def __call__(self, episodes: Episodes) -> Scores:
+    def __call__(self, episodes: ResponseBatch) -> Scores:
         """Scores of B finished responses."""
         ...
 
@@ -113,7 +113,7 @@ class Reward(Protocol):
 class TokenReward(Reward, Protocol):
     """A reward that pays at every token, and so is also asked about unfinished responses."""
 
-    def token_rewards(self, episodes: Episodes) -> Tensor:
+    def token_rewards(self, episodes: ResponseBatch) -> Tensor:
         """What each token so far is paid: float32 [B, R], zero outside the response.
 
         What token t is paid may depend on nothing after it.
@@ -135,7 +135,7 @@ class WeightedSum:
                     "name of its own (for a function, its 'module:function' or its def)."
                 )
 
-    def __call__(self, episodes: Episodes) -> Scores:
+    def __call__(self, episodes: ResponseBatch) -> Scores:
         """Scores of B finished responses."""
         scores = [(weight, read_scores(reward, episodes)) for weight, reward in self.members]
         tokens = [weight * one.tokens for weight, one in scores if one.tokens is not None]
@@ -146,7 +146,7 @@ class WeightedSum:
         )
 
 
-def read_scores(reward: Reward, episodes: Episodes) -> Scores:
+def read_scores(reward: Reward, episodes: ResponseBatch) -> Scores:
     """What a reward says of finished responses, checked: the one door by which scores come in.
 
     Raises ValueError that names the reward and, where a number is not finite, the prompt and the response.
@@ -181,7 +181,7 @@ def read_scores(reward: Reward, episodes: Episodes) -> Scores:
     return scores
 
 
-def refuse_unfinite(numbers: Tensor, name: str, episodes: Episodes) -> None:
+def refuse_unfinite(numbers: Tensor, name: str, episodes: ResponseBatch) -> None:
     """Raises ValueError that names the reward, the prompt and the response of a number that is not finite.
 
     numbers: [B].
@@ -217,7 +217,7 @@ def newest(tokens: Tensor, state: TextState) -> Tensor:
     return tokens.gather(1, state.length[:, None] - 1)[:, 0]
 
 
-def last_token_rewards(members: Sequence[tuple[float, TokenReward]], episodes: Episodes) -> Tensor:
+def last_token_rewards(members: Sequence[tuple[float, TokenReward]], episodes: ResponseBatch) -> Tensor:
     """What the last token of each unfinished response is paid, float32 [B]."""
     device = episodes.state.length.device
     paid = torch.zeros(len(episodes), device=device)

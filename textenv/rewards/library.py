@@ -1,7 +1,7 @@
 """Ready-made rewards, by name: `reward={"textenv.rewards.library:exact_match": 1.0}`.
 
 Penalties (`length`, `unfinished`, `repetition`) are what is to be counted, from 0 up: give them negative weights.
-Verifiable answers (`exact_match`, `numeric_match`) compare the response with the prompts' column `answer`.
+Verifiable answers (`exact_match`, `numeric_match`) compare the response with the prompts' field `answer`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textenv.rewards.base import Episodes
-from textenv.rewards.functions import per_response, reads_episodes
+from textenv.rewards.base import ResponseBatch
+from textenv.rewards.functions import per_batch, per_response
 
 TOLERANCE = 1e-6  # relative, between numbers that are not both whole
 
@@ -32,20 +32,20 @@ NUMBER = re.compile(
 )
 
 
-@reads_episodes
-def length(episodes: Episodes) -> Tensor:
+@per_batch
+def length(episodes: ResponseBatch) -> Tensor:
     """Tokens of the response, the stop token included. [B]."""
     return episodes.state.length
 
 
-@reads_episodes
-def unfinished(episodes: Episodes) -> Tensor:
+@per_batch
+def unfinished(episodes: ResponseBatch) -> Tensor:
     """1 for a response that the budget cut off, 0 for one that ended with a stop token. [B]."""
     return (~episodes.stopped).float()
 
 
-@reads_episodes
-def repetition(episodes: Episodes) -> Tensor:
+@per_batch
+def repetition(episodes: ResponseBatch) -> Tensor:
     """The share of token trigrams that occurred before in the response: 1 − different ones / all. [B].
 
     seq-rep-3 of Welleck et al. 2020 ("Neural text generation with unlikelihood training"); 0 below three tokens.

@@ -1,6 +1,6 @@
 """Metrics of Hugging Face's `evaluate` library as rewards: `"evaluate:NAME:KEY"`.
 
-Each response is measured by itself against the prompts' column `reference`. A metric is a Python script that
+Each response is measured by itself against the prompts' field `reference`. A metric is a Python script that
 `evaluate` downloads (or reads from a folder) and runs: name only those that you trust.
 """
 

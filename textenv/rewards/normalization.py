@@ -15,7 +15,7 @@ from torch import Tensor
 from textenv.config import TextGenConfig
 from textenv.rewards.base import Reward, Scores
 
-RAW = "raw"  # the part that holds the response's score before normalisation and clipping
+RAW = "raw"  # the part that holds the response's score before normalization and clipping
 SMALLEST = 1e-8  # a standard deviation below it is rounding, and would blow it up
 
 
@@ -93,7 +93,7 @@ class RunningStatistics:
         self.mean, self.squares = float(state["mean"]), float(state["squares"])
 
 
-class Normaliser:
+class Normalizer:
     """`clip((score − mean) / std, −c, c)` of what is paid at the end; running statistics learn from the batch first."""
 
     def __init__(self, statistics: Statistics, clip: float | None = None) -> None:
@@ -102,41 +102,41 @@ class Normaliser:
     def __call__(self, scores: Scores) -> Scores:
         """Scores as they are paid, with the part "raw"."""
         self.statistics.update(scores.final)
-        final = standardise(scores.final, self.statistics.mean, self.statistics.std, self.clip)
+        final = standardize(scores.final, self.statistics.mean, self.statistics.std, self.clip)
         return replace(scores, final=final, parts=scores.parts | {RAW: scores.total})
 
-    def frozen(self) -> Normaliser:
+    def with_frozen_statistics(self) -> Normalizer:
         """The same numbers from here on, whatever scores come."""
-        return Normaliser(FixedStatistics(self.statistics.mean, self.statistics.std), self.clip)
+        return Normalizer(FixedStatistics(self.statistics.mean, self.statistics.std), self.clip)
 
 
-def standardise(values: Tensor, mean: float, std: float, clip: float | None) -> Tensor:
+def standardize(values: Tensor, mean: float, std: float, clip: float | None) -> Tensor:
     """`(values − mean) / std`, within ± clip if there is one. Float32 [B]."""
     scaled = ((values.double() - mean) / std).float()
     return scaled if clip is None else scaled.clamp(-clip, clip)
 
 
-def make_normaliser(config: TextGenConfig) -> Normaliser | None:
+def make_normalizer(config: TextGenConfig) -> Normalizer | None:
     """What the settings `score_...` ask for; None where scores are paid as they are."""
-    if config.score_normalisation == "running":
-        return Normaliser(RunningStatistics(), config.score_clip)
-    if config.score_normalisation == "fixed" or config.score_clip is not None:
-        return Normaliser(FixedStatistics(config.score_mean, config.score_std), config.score_clip)
+    if config.score_normalization == "running":
+        return Normalizer(RunningStatistics(), config.score_clip)
+    if config.score_normalization == "fixed" or config.score_clip is not None:
+        return Normalizer(FixedStatistics(config.score_mean, config.score_std), config.score_clip)
     return None
 
 
-def normalise(normaliser: Normaliser | None, scores: Scores) -> Scores:
-    """Scores as they are paid; unchanged where there is no normaliser."""
-    return scores if normaliser is None else normaliser(scores)
+def normalize(normalizer: Normalizer | None, scores: Scores) -> Scores:
+    """Scores as they are paid; unchanged where there is no normalizer."""
+    return scores if normalizer is None else normalizer(scores)
 
 
-def paid_part_names(reward: Reward, normaliser: Normaliser | None) -> tuple[str, ...]:
-    """The keys of `score_parts` under this reward and normaliser."""
+def paid_part_names(reward: Reward, normalizer: Normalizer | None) -> tuple[str, ...]:
+    """The keys of `score_parts` under this reward and normalizer."""
     names = tuple(reward.part_names)
-    if normaliser is None:
+    if normalizer is None:
         return names
     if RAW in names:
         raise ValueError(
-            f"a reward is named {RAW!r}, which is where the score before normalisation is shown; give it another name."
+            f"a reward is named {RAW!r}, which is where the score before normalization is shown; give it another name."
         )
     return (*names, RAW)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from textenv.models.token_texts import TokenTexts
-from textenv.rewards.base import Episodes, Scores
-from textenv.rewards.functions import call_batch, find_columns
+from textenv.rewards.base import ResponseBatch, Scores
+from textenv.rewards.functions import call_batch, find_fields
 
 
 @dataclass(frozen=True)
 class PerToken:
-    """A function `f(prompts: list[str], tokens: list[list[str]], **columns) -> list[list[float]]`."""
+    """A function `f(prompts: list[str], tokens: list[list[str]], **fields) -> list[list[float]]`."""
 
     function: Callable[..., Any]
 
@@ -32,7 +32,7 @@ class PerToken:
 def per_token(function: Callable[..., Any]) -> PerToken:
     """A decorator for a reward function that pays every token.
 
-    `f(prompts: list[str], tokens: list[list[str]], **columns) -> list[list[float]]`: one number a token of each
+    `f(prompts: list[str], tokens: list[list[str]], **fields) -> list[list[float]]`: one number a token of each
     response; the t-th may depend on the tokens up to the t-th only.
     """
     return PerToken(function)
@@ -44,26 +44,26 @@ class TokenFunctionReward:
     def __init__(self, function: PerToken, name: str, *, timeout: float | None = None) -> None:
         self.function, self.name, self.timeout = function, name, timeout
         self.part_names = (name,)
-        self.columns = find_columns(function.function, name)
+        self.fields = find_fields(function.function, name)
         self.texts: TokenTexts | None = None
 
-    def __call__(self, episodes: Episodes) -> Scores:
+    def __call__(self, episodes: ResponseBatch) -> Scores:
         """Scores of B finished responses: nothing at the end, all of it by the token."""
         tokens = self.token_rewards(episodes)
         total = tokens.sum(1)
         return Scores(torch.zeros_like(total), {self.name: total}, tokens)
 
-    def token_rewards(self, episodes: Episodes) -> Tensor:
+    def token_rewards(self, episodes: ResponseBatch) -> Tensor:
         """What each token so far is paid: float32 [B, R], zero outside the response."""
         if self.texts is None or self.texts.tokenizer is not episodes.tokenizer:
             self.texts = TokenTexts(episodes.tokenizer)
         tokens = [self.texts(ids) for ids in episodes.response_ids]
-        columns = self.columns.of(episodes, self.name)
+        fields = self.fields.of(episodes, self.name)
         prompts = list(episodes.prompts)
-        returned = call_batch(lambda: self.function(prompts, tokens, **columns), episodes, self.name, self.timeout)
+        returned = call_batch(lambda: self.function(prompts, tokens, **fields), episodes, self.name, self.timeout)
         return self._as_tensor(returned, episodes)
 
-    def _as_tensor(self, returned: Any, episodes: Episodes) -> Tensor:
+    def _as_tensor(self, returned: Any, episodes: ResponseBatch) -> Tensor:
         if not isinstance(returned, list | tuple) or len(returned) != len(episodes):
             got = f"{len(returned)}" if isinstance(returned, list | tuple) else type(returned).__name__
             raise ValueError(
@@ -75,7 +75,7 @@ class TokenFunctionReward:
             paid[index, : len(ids)] = self._row(numbers, len(ids), index, episodes)
         return paid.to(mask.device)
 
-    def _row(self, numbers: Any, expected: int, index: int, episodes: Episodes) -> Tensor:
+    def _row(self, numbers: Any, expected: int, index: int, episodes: ResponseBatch) -> Tensor:
         try:
             row = torch.as_tensor(numbers, dtype=torch.float32).detach().cpu()
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:

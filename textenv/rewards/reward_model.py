@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.rewards.base import Episodes, Scores
+from textenv.rewards.base import ResponseBatch, Scores
 from textenv.state import position_ids
 
 
@@ -30,7 +30,7 @@ class RewardModel:
         self.label = _label_index(model, label)
 
     @torch.no_grad()
-    def __call__(self, episodes: Episodes) -> Scores:
+    def __call__(self, episodes: ResponseBatch) -> Scores:
         """Scores of B finished responses."""
         if self.tokenizer is None:
             state = episodes.state
@@ -45,7 +45,7 @@ class RewardModel:
             return last_token_scores(self.model, input_ids, attention_mask)
         return self.model(input_ids=input_ids, attention_mask=attention_mask.long()).logits
 
-    def _encode(self, episodes: Episodes, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    def _encode(self, episodes: ResponseBatch, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
         rows = [list(ids) for ids in tokenizer(episodes.texts).input_ids]
         end = tokenizer.eos_token_id
         if reads_every_position(self.model) and end is not None:

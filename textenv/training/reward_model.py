@@ -1,4 +1,4 @@
-"""Stage 2 of RLHF: a reward model from preference pairs or from labelled texts.
+"""Stage 2 of RLHF: a reward model from preference pairs or from labeled texts.
 
 Owns the reading of the JSONL, the two losses and the command. The loop is the stock Trainer, the result
 a stock sequence-classification folder. Scores are read at the last real token, found by the mask, so a
@@ -50,7 +50,7 @@ class RewardConfig:
 
     learning_rate: float = 1e-4  # peak; a short warm-up, then cosine decay to zero
     epochs: float = 2.0  # passes over the training rows
-    batch_size: int = 32  # rows (pairs or labelled texts) in an optimiser step
+    batch_size: int = 32  # rows (pairs or labeled texts) in an optimizer step
     weight_decay: float = 0.01  # decoupled, AdamW
     seed: int = 0  # of the new head, the order of the rows and the choice of held-out rows
     max_length: int = 512  # tokens in a sequence, less if the model has fewer positions; longer ones lose their start
@@ -72,7 +72,7 @@ DEFAULT = RewardConfig()
 
 @dataclass(frozen=True)
 class Pairs:
-    """Tokenised preferences: in each row the first sequence was preferred to the second."""
+    """Tokenized preferences: in each row the first sequence was preferred to the second."""
 
     rows: list[tuple[Tokens, Tokens]]
 
@@ -92,7 +92,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Tokenised texts with label 0 (bad) or 1 (good)."""
+    """Tokenized texts with label 0 (bad) or 1 (good)."""
 
     rows: list[tuple[Tokens, int]]
 
@@ -153,7 +153,7 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-_FIELDS = {"pairs": ("chosen", "rejected"), "labelled": ("text", "label")}
+_FIELDS = {"pairs": ("chosen", "rejected"), "labeled": ("text", "label")}
 _EXAMPLE = '{"prompt": "...", "chosen": "...", "rejected": "..."} or {"text": "...", "label": 1}'
 
 
@@ -173,13 +173,13 @@ def _checked_row(line: str, where: str) -> Row:
     for name in {"prompt", "chosen", "rejected", "text"} & row.keys():
         if not isinstance(row[name], str):
             raise ValueError(f"{where}: {name} must be a string, got {row[name]!r}. Put it in quotes.")
-    if kind == "labelled" and (isinstance(row["label"], bool) or row["label"] not in (0, 1)):
+    if kind == "labeled" and (isinstance(row["label"], bool) or row["label"] not in (0, 1)):
         raise ValueError(f"{where}: label must be 0 or 1, got {row['label']!r}. Map your labels to 0 (bad), 1 (good).")
     return row
 
 
 def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> Examples:
-    """Tokenised rows: prompt, then text after a space, then the end token; at most the last `max_length`."""
+    """Tokenized rows: prompt, then text after a space, then the end token; at most the last `max_length`."""
 
     def encode(row: Row, name: str) -> list[int]:
         if "prompt" in row:
@@ -263,7 +263,7 @@ def fit(model: PreTrainedModel, examples: Examples, config: RewardConfig, optimi
 
 @torch.inference_mode()
 def score_tokens(model: PreTrainedModel, sequences: Sequence[Tokens], batch_size: int = 128) -> Tensor:
-    """Score of each tokenised sequence, float32 [N]."""
+    """Score of each tokenized sequence, float32 [N]."""
     model.eval()
     batches = [pad_right(sequences[start : start + batch_size]) for start in range(0, len(sequences), batch_size)]
     scores = [last_token_scores(model, ids.to(model.device), mask.to(model.device)) for ids, mask in batches]
@@ -281,7 +281,7 @@ def accuracy(model: PreTrainedModel, examples: Examples) -> float:
 class RewardReport:
     """What training a reward model gave."""
 
-    kind: str  # "pairs" or "labelled"
+    kind: str  # "pairs" or "labeled"
     train_rows: int
     held_out_rows: int
     held_out_accuracy: float  # share of held-out rows that the model gets right

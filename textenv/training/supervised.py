@@ -1,7 +1,7 @@
 """Stage 1 of RLHF: supervised fine-tuning of a causal language model on prompts and responses.
 
 Owns the one way in which text becomes tokens for training, shared with reward training: the prompt is
-tokenised alone, the response with a space before it, so generation starts from the very tokens that
+tokenized alone, the response with a space before it, so generation starts from the very tokens that
 training saw. The loop is the stock Trainer.
 """
 
@@ -29,7 +29,7 @@ class SupervisedConfig:
 
     learning_rate: float = 5e-5  # peak; a short warm-up, then cosine decay to zero
     epochs: float = 1.0  # passes over the data
-    batch_size: int = 32  # sequences in an optimiser step
+    batch_size: int = 32  # sequences in an optimizer step
     weight_decay: float = 0.01  # decoupled, AdamW
     seed: int = 0  # of the order of the data
     max_length: int = 512  # tokens in a sequence; longer ones lose the end of the response
@@ -120,8 +120,8 @@ def grouped_by_length(rows: list[dict[str, list[int]]], batch_size: int, seed: i
     """The rows in an order whose batches hold texts of like length, and follow one another at random.
 
     Batches of the embedded corpus drawn at random are 39% padding. The Trainer's own "group_by_length" puts the
-    batches of a block in order, longest first, so that momentum averages over texts of one length; an optimiser
-    that normalises its step would then weigh short texts like long ones.
+    batches of a block in order, longest first, so that momentum averages over texts of one length; an optimizer
+    that normalizes its step would then weigh short texts like long ones.
     """
     rng = random.Random(seed)
     rows, block, batches = rng.sample(rows, len(rows)), 50 * batch_size, []

@@ -31,8 +31,8 @@ PRESETS = AGENTS / "presets.py"
 # What a learner needs to be done here in seconds; its own settings stand under `algorithm`.
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": dict(algorithm=dict(epochs=2)),
-    "dqn": dict(algorithm=dict(warm_up=8)),
-    "sac": dict(algorithm=dict(warm_up=8)),
+    "dqn": dict(algorithm=dict(learning_starts=8)),
+    "sac": dict(algorithm=dict(learning_starts=8)),
 }
 
 
@@ -61,7 +61,7 @@ def letters(folders) -> dict:
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_it_learns_a_known_answer(letters, name):
     """The rewarded letter, one of four at first in few responses, comes to fill much of each."""
-    quick = dict(iterations=14, rollout=32, minibatch=16, micro_batch=32, schedule="constant")
+    quick = dict(iterations=14, rollout_size=32, minibatch_size=16, micro_batch_size=32, schedule="constant")
     quick |= dict(learning_rate=5e-3, critic_learning_rate=3e-3)
     trainer = make_trainer(letters, learner=name, **(quick | SETTINGS.get(name, {})))
     scores = [iteration.metrics["score"] for iteration in trainer.iterate()]
@@ -95,8 +95,8 @@ def small_run(name: str, folder: Path) -> Parts:
     config, text, algorithm = defaults("TextGen-v0", name)
     env_arg = (*config.env_arg, "max_new_tokens=6", "device=cpu")
     return (
-        dataclasses.replace(config, run=str(folder), iterations=1, minibatch=8, env_arg=env_arg),
-        dataclasses.replace(text, rollout=8, micro_batch=8, evaluation_prompts=8),
+        dataclasses.replace(config, run=str(folder), iterations=1, minibatch_size=8, env_arg=env_arg),
+        dataclasses.replace(text, rollout_size=8, micro_batch_size=8, evaluation_prompts=8),
         dataclasses.replace(algorithm, **settings_of(name)),
     )
 

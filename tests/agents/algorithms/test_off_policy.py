@@ -20,7 +20,7 @@ from tests.support.learning import losses, make_rollout, make_trainer, same, wei
 from tests.support.vectors import VectorNetworks
 
 BOTH = pytest.mark.parametrize("name", ["dqn", "sac"])
-SMALL = dict(warm_up=8, updates=3, buffer=20, gamma=0.9, lmbda=0.6)
+SMALL = dict(learning_starts=8, gradient_steps=3, buffer_size=20, gamma=0.9, lmbda=0.6)
 
 
 def make(settings, name, algorithm=None, **changes):
@@ -134,10 +134,10 @@ def test_the_policy_is_the_language_model(settings, name):
 
 @BOTH
 def test_gradients_do_not_depend_on_micro_batches(settings, name):
-    """One optimiser step is a mean over all its valid tokens, however ragged rows are split."""
+    """One optimizer step is a mean over all its valid tokens, however ragged rows are split."""
     found = {}
     for size in (8, 3):
-        trainer = make(settings, name, minibatch=8, micro_batch=size, max_grad_norm=1e9)
+        trainer = make(settings, name, minibatch_size=8, micro_batch_size=size, max_grad_norm=1e9)
         data = make_rollout(trainer).data
         perturb(trainer)
         trainer.optimizer.zero_grad = lambda: None  # keeps the gradients for this test to read
@@ -195,7 +195,7 @@ def test_resumed_equals_uninterrupted(settings, tmp_path, name):
 @BOTH
 def test_updates_and_warm_up(settings, name):
     """No update before the warm-up, then so many a rollout; and an iteration without has no losses to report."""
-    trainer = make(settings, name, dict(warm_up=16, updates=5), iterations=3)
+    trainer = make(settings, name, dict(learning_starts=16, gradient_steps=5), iterations=3)
     steps, step = [], trainer.optimizer.step
     trainer.optimizer.step = lambda: (steps.append(trainer.iteration), step())
     metrics = [iteration.metrics for iteration in trainer.iterate()]
@@ -208,13 +208,14 @@ def test_updates_and_warm_up(settings, name):
 @BOTH
 def test_a_run_shorter_than_its_warm_up(settings, name):
     """What would end before the first update is refused in its first iteration; later ones may bring few rows."""
-    trainer = make(settings, name, dict(warm_up=16), iterations=1)
+    trainer = make(settings, name, dict(learning_starts=16), iterations=1)
     with pytest.raises(
-        ValueError, match=r"1 iterations of 8 rows, as in the first, end before warm_up=16 rows are there; lower warm_"
+        ValueError,
+        match=r"1 iterations of 8 rows, as in the first, end before learning_starts=16 rows are there; lower learn",
     ):
         next(trainer.iterate())
-    assert len(list(make(settings, name, dict(warm_up=16), iterations=2).iterate())) == 2
-    trainer = make(settings, name, dict(warm_up=20), iterations=2)
+    assert len(list(make(settings, name, dict(learning_starts=16), iterations=2).iterate())) == 2
+    trainer = make(settings, name, dict(learning_starts=20), iterations=2)
     trainer.iteration = 1
     assert "q_loss" not in next(trainer.iterate()).metrics
 
@@ -234,8 +235,8 @@ def test_it_learns_a_known_answer(folders, name):
         temperature=3.0,  # this model's own distribution is all but certain of other letters
         device="cpu",
     )
-    sizes = dict(iterations=16, schedule="constant", rollout=64, minibatch=32, micro_batch=32)
-    own = dict(warm_up=64, updates=8, gamma=1.0, lmbda=0.95, buffer=512)
+    sizes = dict(iterations=16, schedule="constant", rollout_size=64, minibatch_size=32, micro_batch_size=32)
+    own = dict(learning_starts=64, gradient_steps=8, gamma=1.0, lmbda=0.95, buffer_size=512)
     trainer = make(settings, name, own, **sizes, learning_rate=5e-3, critic_learning_rate=5e-3)
     scores = [iteration.metrics["score"] for iteration in trainer.iterate()]
     assert sum(scores[:2]) / 2 < 0.2
@@ -245,8 +246,12 @@ def test_it_learns_a_known_answer(folders, name):
 @pytest.mark.parametrize(
     ("kind", "changes", "says"),
     [
-        (DQNConfig, dict(buffer=0), "buffer must be at least 1, got 0"),
-        (SACConfig, dict(warm_up=300, buffer=200), "warm_up must be at most buffer.*warm_up=300 and buffer=200"),
+        (DQNConfig, dict(buffer_size=0), "buffer_size must be at least 1, got 0"),
+        (
+            SACConfig,
+            dict(learning_starts=300, buffer_size=200),
+            "learning_starts must be at most buffer_size.*learning_starts=300 and buffer_size=200",
+        ),
         (DQNConfig, dict(tau=0.0), "tau must be above 0"),
         (SACConfig, dict(gamma=1.5), r"gamma must lie in \[0, 1\], got 1.5"),
         (DQNConfig, dict(temperature=-1.0), "temperature must be 0 or more, got -1"),

@@ -60,7 +60,7 @@ def all_gradients(trainer) -> torch.Tensor:
         ("rloo", dict(clip=0.1)),
         ("rloo", dict(kl_loss="k2")),
         ("grpo", dict(clip=0.1)),
-        ("grpo", dict(aggregation="token", normalise=False)),
+        ("grpo", dict(aggregation="token", normalize=False)),
         ("grpo", dict(kl_loss="none")),
     ],
     ids=str,
@@ -87,10 +87,10 @@ def test_loss_and_gradient_equal_the_loop(task, name, settings):
     ("name", "settings"), [(name, {}) for name in ON_POLICY] + [("grpo", dict(aggregation="token"))], ids=str
 )
 def test_gradients_do_not_depend_on_micro_batches(task, name, settings):
-    """One optimiser step is the same mean however its ragged rows are split into micro-batches."""
+    """One optimizer step is the same mean however its ragged rows are split into micro-batches."""
     found = {}
     for size in (8, 3):
-        trainer, data = moved(task, name, settings, minibatch=8, micro_batch=size, max_grad_norm=1e9)
+        trainer, data = moved(task, name, settings, minibatch_size=8, micro_batch_size=size, max_grad_norm=1e9)
         trainer.optimizer.zero_grad = lambda: None  # keeps the gradients for this test to read
         trainer._step(data)
         found[size] = all_gradients(trainer)

@@ -198,10 +198,10 @@ def test_rloo(at_start):
     close(log_prob_gradient(algorithm), torch.tensor(expected))
 
 
-@pytest.mark.parametrize(("normalise", "advantage"), [(False, 1.5), (True, math.sqrt(0.5))])
-def test_grpo_advantages(normalise, advantage):
+@pytest.mark.parametrize(("normalize", "advantage"), [(False, 1.5), (True, math.sqrt(0.5))])
+def test_grpo_advantages(normalize, advantage):
     """Scores alone, 2 and −1: ±1.5 from their mean, and ±√½ in units of their deviation 3/√2."""
-    rollout, algorithm = make_rollout(), GRPO(GRPOConfig(normalise=normalise), Tables())
+    rollout, algorithm = make_rollout(), GRPO(GRPOConfig(normalize=normalize), Tables())
     algorithm.prepare(rollout)
     close(rollout["advantage"][..., 0], advantage * torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 0.0]]))
 
@@ -217,7 +217,7 @@ def test_grpo_losses(aggregation, policy_loss, kl_loss, shares):
     2.74342, 0.30982 and 0.30339, with slopes 1 − e^−d of 0.59565, −4.43656, 0.59565 and 0.59125.
     """
     rollout = make_rollout()
-    algorithm = GRPO(GRPOConfig(clip=0.2, normalise=False, aggregation=aggregation, kl_loss="k3"), Tables())
+    algorithm = GRPO(GRPOConfig(clip=0.2, normalize=False, aggregation=aggregation, kl_loss="k3"), Tables())
     algorithm.prepare(rollout)
     means, _ = step(algorithm, rollout)
     assert means == dict(policy_loss=pytest.approx(policy_loss, abs=1e-6), kl_loss=pytest.approx(kl_loss, abs=1e-5))

@@ -22,7 +22,7 @@ from textenv.rewards.reward_model import last_token_scores
 
 
 def test_first_ratios_are_one(settings):
-    """Before the first optimiser step every ratio is 1 and KL(actor, reference) is 0, in train mode, at τ = 0.7."""
+    """Before the first optimizer step every ratio is 1 and KL(actor, reference) is 0, in train mode, at τ = 0.7."""
     trainer = make_trainer(settings)
     assert trainer.algorithm.actor.training and settings["temperature"] == 0.7
     data = make_rollout(trainer).data
@@ -73,10 +73,10 @@ def test_losses_equal_the_loop(settings):
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
 def test_gradients_do_not_depend_on_micro_batches(settings, micro_batch):
-    """One optimiser step is a mean over all its valid tokens, however ragged rows are split."""
+    """One optimizer step is a mean over all its valid tokens, however ragged rows are split."""
     found = {}
     for size in (8, micro_batch):
-        trainer = make_trainer(settings, minibatch=8, micro_batch=size, max_grad_norm=1e9)
+        trainer = make_trainer(settings, minibatch_size=8, micro_batch_size=size, max_grad_norm=1e9)
         data = make_rollout(trainer).data
         assert len(set(data["mask"].sum(1).tolist())) > 1
         perturb(trainer.algorithm.actor)

@@ -22,7 +22,7 @@ LETTERS, END, STEPS, BETA = "abc", 256, 3, 0.5
 
 
 def score(response: str) -> float:
-    """Different for every response; two neighbours may be worlds apart."""
+    """Different for every response; two neighbors may be worlds apart."""
     return 1.5 * math.sin(sum((3 + place) * ord(one) for place, one in enumerate(response)))
 
 
@@ -44,7 +44,7 @@ def solve(log_prob_of, response: str = "") -> tuple[float, dict[str, float]]:
 
 
 def reader(tokenizer, model):
-    """A model's log-probabilities of the next character after a prefix, unnormalised over the mask."""
+    """A model's log-probabilities of the next character after a prefix, unnormalized over the mask."""
     prompt = tokenizer("a").input_ids
     ids = {one: tokenizer(one).input_ids[0] for one in LETTERS} | {"": END}
 
@@ -90,7 +90,7 @@ def reference():
 
 @pytest.mark.parametrize("name", ["dqn", "sac"])
 def test_the_best_policy_is_learned(reference, name):
-    """The environment's half of the penalty with temperature β is the KL-regularised objective: the policy over all
+    """The environment's half of the penalty with temperature β is the KL-regularized objective: the policy over all
     40 responses becomes the one that recursion finds from the reference and the scores alone.
     """
     settings = dict(
@@ -105,9 +105,9 @@ def test_the_best_policy_is_learned(reference, name):
         temperature=1.0,
         device="cpu",
     )
-    sizes = dict(iterations=24, rollout=32, minibatch=32, micro_batch=32)
+    sizes = dict(iterations=24, rollout_size=32, minibatch_size=32, micro_batch_size=32)
     rates = dict(learning_rate=5e-3, critic_learning_rate=5e-3)
-    own = dict(warm_up=32, updates=10, tau=0.5)
+    own = dict(learning_starts=32, gradient_steps=10, tau=0.5)
     trainer = make_trainer(settings, algorithm=own, learner=name, **sizes, **rates)
     _, best = solve(reader(reference.tokenizer, reference.model))
     policy = reader(reference.tokenizer, language_model_of(trainer.algorithm.policy))

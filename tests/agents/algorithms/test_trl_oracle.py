@@ -35,7 +35,7 @@ from agents.config import TrainConfig
 from agents.objectives.actor_critic import distribution_of
 from agents.text.collector import TextCollector
 from agents.text.config import TextConfig
-from agents.text.networks import TextNetworks
+from agents.text.networks import TextNetworkFactory
 from agents.trainer import Trainer
 from tests.support.oracle_models import classifier, language_model, projections, word_tokenizer, words
 from textenv import LanguageModel, TextGenConfig, build_task, shared
@@ -76,7 +76,7 @@ def pulled_back(values: Tensor, mask: Tensor) -> Tensor:
 class TRLStylePPO(PPO):
     """PPO under TRL's conventions. It records every optimizer step."""
 
-    def __init__(self, config: PPOConfig, networks: TextNetworks) -> None:
+    def __init__(self, config: PPOConfig, networks: TextNetworkFactory) -> None:
         super().__init__(config, networks)
         self.steps: list[dict[str, Any]] = []
         self.clipped = 0  # tokens since the last optimizer step whose loss the clip changed
@@ -156,11 +156,13 @@ def make_task() -> Task:
 def make_trainer(name: str) -> Trainer:
     """A trainer of PPO with TRL's settings. The value head's bias is 0.5, so that V(s_T) is not the score."""
     # In `ragged` a minibatch is read at once: its value loss counts the states past the ends in all its rows.
-    task, text = make_task(), TextConfig(rollout=8, micro_batch={"full": 2, "ragged": 4}[name])
+    task, text = make_task(), TextConfig(rollout_size=8, micro_batch_size={"full": 2, "ragged": 4}[name])
     rates = {rate: SETTINGS[rate] for rate in ("learning_rate", "critic_learning_rate")}
-    config = TrainConfig(iterations=1, minibatch=4, schedule="constant", max_grad_norm=1e9, **rates)
+    config = TrainConfig(iterations=1, minibatch_size=4, schedule="constant", max_grad_norm=1e9, **rates)
     own = {setting: SETTINGS[setting] for setting in ("gamma", "clip", "value_clip")}
-    algorithm = TRLStylePPO(PPOConfig(epochs=2, lmbda=GOLDEN["lmbda"][name], **own), TextNetworks(task, "auto", 4))
+    algorithm = TRLStylePPO(
+        PPOConfig(epochs=2, lmbda=GOLDEN["lmbda"][name], **own), TextNetworkFactory(task, "auto", 4)
+    )
     torch.nn.init.constant_(algorithm.critic.module.head.bias, 0.5)
     trainer = Trainer(config, algorithm, TextCollector(task, task.prompts, text, seed=0))
     trainer.optimizer.register_step_pre_hook(algorithm.before_step)

@@ -26,7 +26,7 @@ from agents.text.config import TextConfig
 from agents.trainer import Trainer
 from tests.support.learning import same, weights
 
-SHRUNK = dict(iterations=3, minibatch=32, learning_rate=1e-3, critic_learning_rate=1e-3)
+SHRUNK = dict(iterations=3, minibatch_size=32, learning_rate=1e-3, critic_learning_rate=1e-3)
 
 
 def build(env: str, settings: dict | None = None, **changes) -> tuple[ControlExperiment, Trainer]:
@@ -116,7 +116,7 @@ def test_a_rollouts_end_is_bootstrapped():
         ("Pendulum-v1", dict(distribution="tanh")),
         ("Pendulum-v1", dict(normalize_observation=True, normalize_reward=True)),
     ],
-    ids=["discrete", "gaussian", "tanh", "normalised"],
+    ids=["discrete", "gaussian", "tanh", "normalized"],
 )
 def test_first_ratios_are_one(env, settings):
     """Recorded log-probabilities are those of the actor before its first update, and entropy is their mean."""
@@ -167,7 +167,7 @@ def test_native_is_sync():
 @pytest.mark.parametrize(
     ("env", "settings"),
     [("CartPole-v1", {}), ("Pendulum-v1", dict(normalize_observation=True, normalize_reward=True))],
-    ids=["discrete", "normalised"],
+    ids=["discrete", "normalized"],
 )
 def test_resumed_equals_uninterrupted(env, settings, tmp_path):
     """A run stopped at a checkpoint and resumed gives the same weights, statistics and returns, to the bit."""
@@ -199,14 +199,14 @@ def test_same_seed_same_run_other_seed_another():
 
 
 def test_measuring_leaves_the_run_alone():
-    """Evaluation normalises by the run's statistics, moves none of them, and always plays the same episodes."""
+    """Evaluation normalizes by the run's statistics, moves none of them, and always plays the same episodes."""
     experiment, trainer = build("Pendulum-v1", dict(normalize_observation=True, normalize_reward=True))
     next(trainer.iterate())
     before = experiment.environments.state_dict()
     first, second = (experiment.evaluate(trainer.algorithm.policy) for _ in range(2))
     assert first == second and len(first.returns) == 4 and set(first.lengths) == {200}
     assert experiment.environments.state_dict() == before and before["observation"]["count"] > 10
-    # a cut-off pendulum pays at least −17 a step; normalised rewards would be far smaller
+    # a cut-off pendulum pays at least −17 a step; normalized rewards would be far smaller
     assert np.mean(first.returns) < -200
 
 
@@ -251,7 +251,7 @@ def test_measuring_gives_up(monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [True, False], ids=["cut-off", "terminated"])
-def test_normalised_returns_end_with_their_episodes(limit):
+def test_normalized_returns_end_with_their_episodes(limit):
     """Rewards are divided by the deviation of discounted returns, none of which runs on into the next episode."""
     experiment, _ = build("Steps-v0", dict(normalize_reward=True, num_envs=1), env_arg=(f"limit={str(limit).lower()}",))
     environments, returns, total = experiment.environments, [], 0.0
@@ -268,8 +268,8 @@ def test_normalised_returns_end_with_their_episodes(limit):
     assert float(environments.rewards.return_rms.var) == pytest.approx(np.var(returns), rel=1e-2)
 
 
-def test_what_is_normalised_is_cut_off():
-    """Early statistics make no giants: normalised observations and rewards stay within 10."""
+def test_what_is_normalized_is_cut_off():
+    """Early statistics make no giants: normalized observations and rewards stay within 10."""
     _, trainer = build("MountainCar-v0", dict(normalize_observation=True, normalize_reward=True))
     data = trainer.collector.collect(trainer.algorithm.policy).data
     assert data["observation"].abs().max() <= 10
@@ -362,8 +362,8 @@ def test_every_algorithm_learns_cartpole_by_name(name):
     few = {"ppo": 30, "dqn": 70, "sac": 70, "a2c": 600}.get(name, 40)
     if not find_algorithm(name)[1].on_policy:  # the preset's 128 updates take half a minute
         settings = dataclasses.replace(settings, hidden=(64, 64))
-        quick = {"epsilon_updates": 500, "target_every": 64} if name == "dqn" else {"tau": 0.02}
-        algorithm = dataclasses.replace(algorithm, updates=32, warm_up=256, **quick)
+        quick = {"epsilon_updates": 500, "target_update_interval": 64} if name == "dqn" else {"tau": 0.02}
+        algorithm = dataclasses.replace(algorithm, gradient_steps=32, learning_starts=256, **quick)
     _, trainer = run.build(dataclasses.replace(config, iterations=few), settings, algorithm)
     returns = [iteration.metrics["return"] for iteration in trainer.iterate() if "return" in iteration.metrics]
     assert np.mean(returns[:2]) < 40 and np.mean(returns[-5:]) > 60

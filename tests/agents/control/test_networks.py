@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from agents.control.config import ControlConfig
-from agents.control.networks import ControlNetworks, Perceptron
+from agents.control.networks import MLP, ControlNetworkFactory
 
 STATE = torch.tensor([0.3, -1.2, 0.7])
 DRAWS = 40_000
 
 
-def networks(action: gym.Space, **settings) -> ControlNetworks:
+def networks(action: gym.Space, **settings) -> ControlNetworkFactory:
     """For three observations, and weights that tell states apart."""
-    return ControlNetworks(gym.spaces.Box(-1, 1, (3,)), action, ControlConfig(**settings), seed=5)
+    return ControlNetworkFactory(gym.spaces.Box(-1, 1, (3,)), action, ControlConfig(**settings), seed=5)
 
 
 def draws(policy) -> Tensor:
@@ -34,7 +34,7 @@ def draws(policy) -> Tensor:
 def test_the_frozen_function_is_the_networks(hidden, activation):
     """Without modules it computes the same, changes no input, and later updates do not reach it."""
     torch.manual_seed(0)
-    network = Perceptron((3, *hidden, 4), activation, gain=1.0)
+    network = MLP((3, *hidden, 4), activation, gain=1.0)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter)
     rows, function = torch.randn(6, 3), network.frozen()

@@ -11,8 +11,8 @@ import torch
 from agents.objectives.advantages import (
     estimate_advantages,
     explained_variance,
-    group_centred,
-    group_normalised,
+    group_centered,
+    group_normalized,
     leave_one_out,
     masked_mean,
     response_ends,
@@ -40,7 +40,7 @@ def random_batch():
 
 
 def loop_advantages(reward, value, lengths):
-    """Generalised advantage estimation, as its paper writes it: a sum of discounted TD errors."""
+    """Generalized advantage estimation, as its paper writes it: a sum of discounted TD errors."""
     advantages = torch.zeros(len(lengths), reward.shape[1])
     for row, length in enumerate(lengths):
         for t in range(length):
@@ -144,21 +144,21 @@ def test_leave_one_out_by_hand():
     torch.testing.assert_close(leave_one_out(total, 3), expected)
 
 
-def test_group_normalised_by_hand():
+def test_group_normalized_by_hand():
     """Standard deviations from the group's mean, the unbiased deviation (Shao et al. 2024); or not divided by it."""
     total = torch.tensor([1.0, 3.0, 5.0, 0.0, 0.0, 3.0])
     expected = torch.tensor([-1.0, 0.0, 1.0, -1 / 3**0.5, -1 / 3**0.5, 2 / 3**0.5])
-    torch.testing.assert_close(group_normalised(total, 3), expected)  # ε = 1e-6 is below its tolerance
-    torch.testing.assert_close(group_centred(total, 3), torch.tensor([-2.0, 0.0, 2.0, -1.0, -1.0, 2.0]))
+    torch.testing.assert_close(group_normalized(total, 3), expected)  # ε = 1e-6 is below its tolerance
+    torch.testing.assert_close(group_centered(total, 3), torch.tensor([-2.0, 0.0, 2.0, -1.0, -1.0, 2.0]))
 
 
-@pytest.mark.parametrize("compare", [leave_one_out, group_centred, group_normalised])
+@pytest.mark.parametrize("compare", [leave_one_out, group_centered, group_normalized])
 def test_equal_returns_give_no_signal(compare):
     """Where all of a group got the same, every advantage is exactly 0: rounding is not blown up to a signal."""
     assert torch.equal(compare(torch.full((9,), -12.3), 3), torch.zeros(9))
 
 
-@pytest.mark.parametrize("compare", [leave_one_out, group_centred, group_normalised])
+@pytest.mark.parametrize("compare", [leave_one_out, group_centered, group_normalized])
 @pytest.mark.parametrize(("rows", "group"), [(6, 4), (6, 1), (3, 6)])
 def test_cut_groups_are_refused(compare, rows, group):
     """A group of one, or a group cut in two, is refused with the remedy."""

@@ -398,7 +398,7 @@ def drive(face, settings):
 @pytest.mark.parametrize("face", ["single", "NextStep", "SameStep", "Disabled", "torchrl"])
 def test_a_mask_that_goes_wrong_leaves_the_step_undone(settings, face):
     """As with a reward that raises: nothing moved in any face, the step can be tried again, and `reset` works."""
-    changes = dict(score_normalisation="running", prompt_sampling="prioritised", max_new_tokens=4)
+    changes = dict(score_normalization="running", prompt_sampling="prioritized", max_new_tokens=4)
     settings = {**settings, **changes, "action_mask": ["special", "top_k:200", breaks]}
     (env, reset, step, masks), (untouched, plain_reset, plain_step, _) = (drive(face, settings) for _ in range(2))
     assert_same(reset(), plain_reset(), "reset")
@@ -415,7 +415,7 @@ def test_a_mask_that_goes_wrong_leaves_the_step_undone(settings, face):
         if face == "Disabled" and tokens[1] == tiny.END:
             again = [one.reset(options={"reset_mask": np.array([False, True])}) for one in (env, untouched)]
             assert_same(*again, "reset of the row that ended")
-    statistics, wanted = (one.task.normaliser.statistics.state_dict() for one in (env, untouched))
+    statistics, wanted = (one.task.normalizer.statistics.state_dict() for one in (env, untouched))
     assert statistics == wanted and wanted["count"] == (1 if face == "single" else 2)
     found, wanted = ([one.state_dict() for one in each.dynamics.samplers] for each in (env, untouched))
     assert found == wanted

@@ -9,10 +9,10 @@ import torch
 from tests.support import tiny
 from textenv.config import TextGenConfig
 from textenv.dynamics import TextDynamics
-from textenv.generation import generate, judge, response_log_probs
+from textenv.generation import generate, response_log_probs, score_responses
 from textenv.models.language_model import LanguageModel, decode, new_cache, prefill, response_logits
 from textenv.models.sampling import Sampling
-from textenv.prompts.tokenized import pad_token_id, tokenise
+from textenv.prompts.tokenized import pad_token_id, tokenize
 from textenv.state import TextState, start
 from textenv.task import build_task
 
@@ -42,7 +42,7 @@ def plain_logits(model, ids):
 
 def prompt_state(extra, texts=TEXTS, new_tokens=R):
     """States before the first token, left-padded by `extra` columns more than the longest prompt needs."""
-    prompts = tokenise(texts, tiny.tokenizer(), max(map(len, texts)) + extra)
+    prompts = tokenize(texts, tiny.tokenizer(), max(map(len, texts)) + extra)
     return start(prompts.input_ids, prompts.attention_mask, new_tokens, tiny.PAD)
 
 
@@ -157,8 +157,8 @@ def test_sampled_pad_token_is_a_token(settings, folders, kind, tmp_path, pad):
     wanted = [0.3 * log_prob[len(prompt) - 1 + step, token].item() for step, token in enumerate(written)]
     wanted[-1] += transition.score[0].item()
     assert rewards == pytest.approx(wanted, abs=TOLERANCE)
-    judged = judge(task, transition.state, [tiny.PROMPTS[1]])
-    assert judged.reward[0].tolist() == pytest.approx(wanted + [0.0] * 7, abs=TOLERANCE)
+    scored = score_responses(task, transition.state, [tiny.PROMPTS[1]])
+    assert scored.reward[0].tolist() == pytest.approx(wanted + [0.0] * 7, abs=TOLERANCE)
 
 
 def test_frozen_models_have_no_dropout(settings, folders):
@@ -183,7 +183,7 @@ def respond(task, model, indices, seed=0, **sampling):
 
 
 def test_recorded_log_probs(settings, model):
-    """What `generate` records is the log-probability by a bare forward, whenever neighbours ended."""
+    """What `generate` records is the log-probability by a bare forward, whenever neighbors ended."""
     task, indices = ragged_task(settings), [0, 1, 2, 3] * 8
     made = respond(task, model, indices, temperature=0.7)
     lengths = made.state.length.tolist()
@@ -221,8 +221,8 @@ def test_response_that_ends_at_its_first_token(settings, model):
     assert made.state.length.tolist() == [1, 1, 1]
     assert made.state.response_mask.sum(1).tolist() == [1, 1, 1]
     assert (made.log_prob[:, 0] < 0).all() and not made.log_prob[:, 1:].any()
-    judged = judge(task, made.state, made_texts := [tiny.PROMPTS[row] for row in range(3)])
-    assert judged.finish_code.tolist() == [1, 1, 1] and len(judged.responses) == len(made_texts)
+    scored = score_responses(task, made.state, made_texts := [tiny.PROMPTS[row] for row in range(3)])
+    assert scored.finish_code.tolist() == [1, 1, 1] and len(scored.responses) == len(made_texts)
 
 
 def test_budget_of_one_token(settings, model):
@@ -231,8 +231,8 @@ def test_budget_of_one_token(settings, model):
     made = respond(task, model, [0, 1, 2, 3] * 8)
     assert set(made.state.length.tolist()) == {1}
     wanted = ["stop" if token < 75 else "length" for token in made.state.response_ids[:, 0].tolist()]
-    judged = judge(task, made.state, tiny.PROMPTS * 8)
-    assert {*wanted} == {"stop", "length"} and [judged.finish_reason(row) for row in range(32)] == wanted
+    scored = score_responses(task, made.state, tiny.PROMPTS * 8)
+    assert {*wanted} == {"stop", "length"} and [scored.finish_reason(row) for row in range(32)] == wanted
 
 
 def test_stop_token_other_than_the_end_token(settings, model):
@@ -266,7 +266,7 @@ def test_end_token_inside_the_prompt(settings, model):
     assert dynamics.step(torch.tensor([65, 65])).terminated.tolist() == [False, False]
     made = respond(task, model, [0, 1] * 4)
     assert made.state.length.max() > 1
-    assert judge(task, made.state, ["a<end>b<end>", "<end>"] * 4).finish_code.min() > 0
+    assert score_responses(task, made.state, ["a<end>b<end>", "<end>"] * 4).finish_code.min() > 0
 
 
 def test_generation_is_seeded(settings, model):
@@ -288,10 +288,10 @@ def test_generation_with_padding_and_without(settings, model):
 
 
 def test_judge_in_parts(settings, model):
-    """The number of rows in a pass changes nothing; every row is judged."""
+    """The number of rows in a pass changes nothing; every row is scored."""
     task = ragged_task(settings)
     made, texts = respond(task, model, [0, 1, 2, 3] * 3), tiny.PROMPTS * 3
-    whole, parts = judge(task, made.state, texts), judge(task, made.state, texts, rows_per_pass=5)
+    whole, parts = score_responses(task, made.state, texts), score_responses(task, made.state, texts, rows_per_pass=5)
     for name in ("reward", "reference_log_prob", "score"):
         assert torch.allclose(getattr(whole, name), getattr(parts, name), atol=TOLERANCE), name
     assert torch.equal(whole.finish_code, parts.finish_code) and whole.responses == parts.responses
@@ -304,7 +304,7 @@ def test_judge_wants_a_text_for_each_row(settings, model):
     made = respond(task, model, [0, 1, 2])
     for texts in (tiny.PROMPTS[:2], tiny.PROMPTS[:4]):
         with pytest.raises(ValueError, match=f"3 .*{len(texts)}"):
-            judge(task, made.state, texts)
+            score_responses(task, made.state, texts)
 
 
 def test_state_is_a_value():

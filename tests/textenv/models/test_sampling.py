@@ -11,7 +11,7 @@ LOGITS = [2.0, 0.5, -1.0, 3.0, 0.0, 2.5]
 
 
 def oracle(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Probabilities by the textbook: heat, keep the k likeliest, keep the nucleus, normalise."""
+    """Probabilities by the textbook: heat, keep the k likeliest, keep the nucleus, normalize."""
     heated = [math.exp(logit / temperature) for logit in logits]
     order = sorted(range(len(logits)), key=lambda token: -heated[token])
     kept = order[: top_k or len(order)]

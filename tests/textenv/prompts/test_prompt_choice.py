@@ -11,8 +11,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tests.support import tiny
 from tests.support.faces import assert_same, random_tokens
 from textenv import TextGenConfig, build_task
-from textenv.dynamics import Played
-from textenv.prompts.samplers import SAMPLERS, PrioritisedSampler
+from textenv.dynamics import EpisodePrompt
+from textenv.prompts.samplers import SAMPLERS, PrioritizedSampler
 from textenv.torchrl_env import TextGenTorchEnv
 from textenv.vector_env import TextGenVectorEnv
 
@@ -116,8 +116,8 @@ def test_orders_are_what_they_say(quick):
 
 
 def test_the_environment_is_a_curriculum(quick):
-    """With `prioritised` the prompts that score low come more often than their share of a quarter."""
-    env = make(**{**quick, "prompt_sampling": "prioritised"})
+    """With `prioritized` the prompts that score low come more often than their share of a quarter."""
+    env = make(**{**quick, "prompt_sampling": "prioritized"})
     drawn(env, 40, seed=0)
     hard = np.mean([index >= 9 for index in drawn(env, 200)])
     assert hard > 0.35  # a quarter, and three standard deviations of 200 draws
@@ -125,9 +125,9 @@ def test_the_environment_is_a_curriculum(quick):
 
 def test_curricula_learn_from_scores(quick, folders):
     """The sampler of each row hears `info["score"]` of its own episodes, not the return with its penalty."""
-    quick = {**quick, "prompt_sampling": "prioritised", "kl_coef": 0.3}
+    quick = {**quick, "prompt_sampling": "prioritized", "kl_coef": 0.3}
     env = TextGenVectorEnv(2, autoreset_mode="SameStep", **quick)
-    wanted = [PrioritisedSampler(12) for _ in range(2)]
+    wanted = [PrioritizedSampler(12) for _ in range(2)]
     _, info = env.reset(seed=0)
     current = info["prompt_index"]
     for actions in random_tokens(25, 2):
@@ -176,7 +176,7 @@ def test_options(quick):
         before = copy.deepcopy(given)
         observation, info = env.reset(options=given)
         assert (text_of(observation), info) == (text, {"prompt_index": index}) and given == before
-        assert env.unwrapped.dynamics.played[0].text == text
+        assert env.unwrapped.dynamics.episode_prompts[0].text == text
     for empty in ({}, None):
         assert_same(env.reset(options=empty), plain.reset(options=empty), "after options")
 
@@ -186,12 +186,12 @@ def test_columns_of_the_prompt_played(quick):
     env = make(**quick)
     fields = {"easy": False, "weight": 0.5}
     for options, played in [
-        ({"prompt_index": 9}, Played(9, "p9", fields)),
-        ({"prompt": {"prompt": "x", **fields}}, Played(-1, "x", fields)),
-        ({"prompt": "x"}, Played(-1, "x", {})),
+        ({"prompt_index": 9}, EpisodePrompt(9, "p9", fields)),
+        ({"prompt": {"prompt": "x", **fields}}, EpisodePrompt(-1, "x", fields)),
+        ({"prompt": "x"}, EpisodePrompt(-1, "x", {})),
     ]:
         env.reset(options=options)
-        assert env.unwrapped.dynamics.played == [played]
+        assert env.unwrapped.dynamics.episode_prompts == [played]
 
 
 def bonus_reward(prompts, responses, bonus=None):
@@ -200,17 +200,17 @@ def bonus_reward(prompts, responses, bonus=None):
 
 
 @pytest.mark.parametrize("ends", [[0, 0, 0], [0, 200, 0], [200, 0, 200]])
-def test_neighbours_do_not_decide_the_fields(quick, ends):
+def test_neighbors_do_not_decide_the_fields(quick, ends):
     """What a reward sees of a prompt is the same whichever rows end with it, with fields of its own or without."""
     prompts = [{"prompt": "a", "bonus": 1}, {"prompt": "b", "bonus": 2}]
     reward = "tests.textenv.prompts.test_prompt_choice:bonus_reward"
-    env = TextGenVectorEnv(3, **{**quick, "prompts": prompts, "reward": reward, "score_normalisation": "running"})
+    env = TextGenVectorEnv(3, **{**quick, "prompts": prompts, "reward": reward, "score_normalization": "running"})
     env.reset(options={"prompt_indices": [0, 0, 1]})
     env.reset(options={"prompt": "bare", "reset_mask": np.array([False, True, False])})
     *_, ended, _, info = env.step(np.array(ends))
     assert ended.tolist() == [token < 150 for token in ends]
     assert info["score_parts"]["raw"][ended].tolist() == np.array([1.0, 100.0, 2.0])[ended].tolist()
-    assert env.task.normaliser.statistics.count == ended.sum()
+    assert env.task.normalizer.statistics.count == ended.sum()
 
 
 def needy_reward(prompts, responses, bonus):
@@ -226,14 +226,14 @@ def test_a_prompt_without_a_needed_field_is_refused_at_reset(quick):
         "reward": "tests.textenv.prompts.test_prompt_choice:needy_reward",
     }
     for env in (make(**settings), TextGenVectorEnv(2, **settings)):
-        with pytest.raises(ValueError, match="needs the prompts' column 'bonus', and they have no columns"):
+        with pytest.raises(ValueError, match="needs the prompts' field 'bonus', and they have no fields"):
             env.reset(options={"prompt": "bare"})
         env.reset(options={"prompt": {"prompt": "bare", "bonus": 5}})
 
 
 def test_what_was_asked_for_is_learned_from(quick):
     """The curriculum hears of a prompt asked for by index, and not of one that is not the environment's."""
-    env = make(**{**quick, "prompt_sampling": "prioritised"})
+    env = make(**{**quick, "prompt_sampling": "prioritized"})
     for options in ({"prompt_index": 4}, {"prompt": "p5"}):
         env.reset(options=options)
         env.step(0)

@@ -11,7 +11,7 @@ from tests.support import tiny
 from textenv import TextGenConfig, build_task
 from textenv.models.loading import shared
 from textenv.prompts.sources import read_prompts
-from textenv.prompts.tokenized import tokenise, tokenise_chats
+from textenv.prompts.tokenized import tokenize, tokenize_chats
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_sources(tmp_path, module):
     sources = [["one", "two"], ("one", "two"), shared(["one", "two"]), lambda: ["one", "two"]]
     for source in [*sources, "my_prompts:good", str(path), path]:
         rows = read_prompts(source)
-        assert rows.prompts == ("one", "two") and rows.columns == {}
+        assert rows.prompts == ("one", "two") and rows.fields == {}
 
 
 def test_unicode_lines(tmp_path):
@@ -138,10 +138,10 @@ def test_tables_that_are_no_source():
                 read_prompts(given)
 
 
-def test_tokenise():
+def test_tokenize():
     """Bytes as tokens, left-padded to P; the mask is true on the real ones."""
     tokenizer = tiny.tokenizer()
-    prompts = tokenise(["ab", "abc<end>"], tokenizer, 5)
+    prompts = tokenize(["ab", "abc<end>"], tokenizer, 5)
     a, b, c = tokenizer("abc").input_ids
     assert prompts.texts == ("ab", "abc<end>")
     assert prompts.input_ids.tolist() == [[tiny.PAD] * 3 + [a, b], [tiny.PAD, a, b, c, tiny.END]]
@@ -155,15 +155,15 @@ def test_tokenise():
 def test_pad_token_may_be_the_end_token():
     """With pad = end, and with no pad token at all, the mask alone says what is real."""
     for pad in ("<end>", None):
-        prompts = tokenise(["ab<end>"], tiny.tokenizer(pad), 5)
+        prompts = tokenize(["ab<end>"], tiny.tokenizer(pad), 5)
         assert prompts.attention_mask.tolist() == [[False, False, True, True, True]]
 
 
-def test_tokenise_leaves_the_tokenizer_alone():
+def test_tokenize_leaves_the_tokenizer_alone():
     """The caller's tokenizer keeps its padding side and pad token."""
     tokenizer = tiny.tokenizer(None)
     before = (tokenizer.padding_side, tokenizer.pad_token, tokenizer.truncation_side)
-    tokenise(["ab"], tokenizer, 5)
+    tokenize(["ab"], tokenizer, 5)
     assert (tokenizer.padding_side, tokenizer.pad_token, tokenizer.truncation_side) == before
 
 
@@ -178,13 +178,13 @@ def test_tokenise_leaves_the_tokenizer_alone():
 def test_bad_prompts(texts, says):
     """An empty prompt or one too long is refused, by number, before any episode."""
     with pytest.raises(ValueError, match=says):
-        tokenise(texts, tiny.tokenizer(), 5)
+        tokenize(texts, tiny.tokenizer(), 5)
 
 
 def test_bad_prompts_of_a_file(tmp_path):
     """A prompt from a file is named by its line as well, with blank lines between counted."""
     path = write(tmp_path, '{"prompt": "ok"}\n\n{"prompt": " "}\n')
-    for read in (tokenise, tokenise_chats):
+    for read in (tokenize, tokenize_chats):
         rows = read_prompts(path)
         with pytest.raises(ValueError, match=r"prompt number 1 \(.*prompts.jsonl, line 3\) is empty"):
             read(rows.prompts, chat_tokenizer(), 32, rows.places)
@@ -202,8 +202,8 @@ ROWS = [
 ]
 
 
-def test_columns(tmp_path, module):
-    """Further fields of rows become columns, whatever the source; `select` and the device move carry them."""
+def test_fields(tmp_path, module):
+    """Further fields of rows become fields, whatever the source; `select` and the device move carry them."""
     pyarrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
     lines = "\n".join(json.dumps(row) for row in ROWS)
     module.rows = lambda: ROWS
@@ -211,10 +211,10 @@ def test_columns(tmp_path, module):
     for source in (ROWS, tuple(ROWS), str(write(tmp_path, lines)), "my_prompts:rows", table, lambda: table):
         rows = read_prompts(source)
         assert rows.prompts == ("2+2=", "3+3=", "4+4=")
-        assert rows.columns == {"answer": ("4", "6", None), "weight": (1.0, 0.0, 2.5)}
-    prompts = replace(tokenise(rows.prompts, tiny.tokenizer(), 8), columns=rows.columns)
+        assert rows.fields == {"answer": ("4", "6", None), "weight": (1.0, 0.0, 2.5)}
+    prompts = replace(tokenize(rows.prompts, tiny.tokenizer(), 8), fields=rows.fields)
     chosen = prompts.to(prompts.input_ids.device).select([2, 0, 2])
-    assert chosen.columns == {"answer": (None, "4", None), "weight": (2.5, 1.0, 2.5)}
+    assert chosen.fields == {"answer": (None, "4", None), "weight": (2.5, 1.0, 2.5)}
     assert chosen.texts == ("4+4=", "2+2=", "4+4=")
 
 
@@ -271,7 +271,7 @@ def chat_tokenizer():
 def test_chats():
     """A text is one message of the user; tokens are the template's, up to where the assistant speaks."""
     tokenizer = chat_tokenizer()
-    prompts = tokenise_chats(["hi", CHAT], tokenizer, 32)
+    prompts = tokenize_chats(["hi", CHAT], tokenizer, 32)
     rendered = ["[u]hi<end>[a]", "[u]hi<end>[a]yo<end>[u]so<end>[a]"]
     for row, text in enumerate(rendered):
         real = prompts.input_ids[row][prompts.attention_mask[row]].tolist()
@@ -283,15 +283,15 @@ def test_chats():
 def test_bad_chats():
     """No template, chats where chat is off, and what the template refuses: each gets a sentence."""
     with pytest.raises(ValueError, match=r"no chat template; choose a chat model .*or pass chat=False"):
-        tokenise_chats(["hi"], tiny.tokenizer(), 32)
+        tokenize_chats(["hi"], tiny.tokenizer(), 32)
     with pytest.raises(ValueError, match=r"prompt number 1 is a chat .*pass chat=True"):
-        tokenise(["hi", CHAT], tiny.tokenizer(), 32)
+        tokenize(["hi", CHAT], tiny.tokenizer(), 32)
     with pytest.raises(ValueError, match=r"chat template refuses prompt number 1 \(no system role\); give messages"):
-        tokenise_chats(["hi", [{"role": "system", "content": "x"}]], chat_tokenizer(), 32)
+        tokenize_chats(["hi", [{"role": "system", "content": "x"}]], chat_tokenizer(), 32)
     with pytest.raises(ValueError, match="prompt number 0 is empty"):
-        tokenise_chats([" "], chat_tokenizer(), 32)
+        tokenize_chats([" "], chat_tokenizer(), 32)
     with pytest.raises(ValueError, match="prompt number 0 has 9 tokens, more than max_prompt_tokens=8"):
-        tokenise_chats(["hi"], chat_tokenizer(), 8)
+        tokenize_chats(["hi"], chat_tokenizer(), 8)
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)

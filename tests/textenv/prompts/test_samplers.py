@@ -10,7 +10,7 @@ from textenv.config import PROMPT_SAMPLING
 from textenv.prompts.samplers import (
     SAMPLERS,
     GroupedSampler,
-    PrioritisedSampler,
+    PrioritizedSampler,
     ShuffledSampler,
     UniformSampler,
     WeightedSampler,
@@ -125,13 +125,13 @@ def test_bad_weights(weights, says):
         make_sampler("weighted", 2, weights, 1)
 
 
-def test_prioritised_formula():
+def test_prioritized_formula():
     """The documented formula, by hand.
 
     Prompt 3 was never played: rank 1. Prompts 1 and 2 share the lowest return 0: ranks 2 and 3. Prompt 0: rank 4.
     rank^-0.7 = 1, 0.615572, 0.463470, 0.378929, in sum 2.457971. Ages after 4 episodes: 1 + 4 − (2, 4, 4, 0).
     """
-    sampler = PrioritisedSampler(4)
+    sampler = PrioritizedSampler(4)
     sampler.update([0, 0], [0.5, 1.5])
     sampler.update([1, 2], [0.0, 0.0])
     by_rank = np.array([0.378929, (0.615572 + 0.463470) / 2, (0.615572 + 0.463470) / 2, 1.0]) / 2.457971
@@ -139,14 +139,14 @@ def test_prioritised_formula():
     assert_frequencies(sampler, 0.9 * by_rank + 0.1 * by_age)
 
 
-def test_prioritised_begins_uniform():
+def test_prioritized_begins_uniform():
     """Before anything is known, all prompts are alike."""
-    assert_frequencies(PrioritisedSampler(5), [0.2] * 5)
+    assert_frequencies(PrioritizedSampler(5), [0.2] * 5)
 
 
 def test_recent_returns():
     """The mean of the last returns, four at most; a group counts once, by its mean."""
-    sampler = PrioritisedSampler(3)
+    sampler = PrioritizedSampler(3)
     for returns, recent in [([4.0], 4.0), ([2.0], 3.0), ([0.0, 6.0], 3.0), ([7.0], 4.0), ([8.0], 5.0)]:
         sampler.update([0] * len(returns), returns)
         assert sampler.recent.tolist() == [recent, -np.inf, -np.inf]
@@ -171,7 +171,7 @@ def play(sampler, solved, episodes, source):
 
 def test_the_curriculum_works():
     """Unsolved prompts are drawn more often, the others keep being visited, and priorities follow the returns."""
-    sampler, source = PrioritisedSampler(20), generator()
+    sampler, source = PrioritizedSampler(20), generator()
     easy, hard = list(range(15)), list(range(15, 20))
     shares = play(sampler, set(easy), 2000, source)
     assert shares[hard].min() > 1.5 * shares[easy].max()
@@ -184,7 +184,7 @@ def test_the_curriculum_works():
 
 def test_a_lasting_success_is_found():
     """A prompt that becomes solved sinks, although it is then drawn seldom: age brings every prompt back."""
-    sampler, source = PrioritisedSampler(50), generator()
+    sampler, source = PrioritizedSampler(50), generator()
     play(sampler, set(range(49)), 500, source)
     before = sampler.draw(source, 2000).count(49)
     play(sampler, set(range(50)), 500, source)

@@ -1,4 +1,4 @@
-"""What people see: text in colour, live typing, pictures and videos, in every face."""
+"""What people see: text in color, live typing, pictures and videos, in every face."""
 
 import dataclasses
 import io
@@ -23,10 +23,10 @@ from textenv.rendering.text import (
     ABOVE,
     BELOW,
     PROMPT,
-    Page,
-    Typewriter,
+    EpisodeView,
+    TextStreamer,
     ansi,
-    colour,
+    color,
     make_page,
     paint,
     printable,
@@ -41,7 +41,7 @@ BYTES = "a π €\n😀 ß"  # characters of one, two, three and four bytes
 
 
 @pytest.fixture(autouse=True)
-def colours(monkeypatch):
+def colors(monkeypatch):
     """As in a terminal without NO_COLOR."""
     monkeypatch.delenv("NO_COLOR", raising=False)
 
@@ -85,7 +85,7 @@ def test_typing_never_shows_half_a_character(fallback, kind):
     """Every byte is a token; each character comes whole, with its last byte, and the sum is the text."""
     tokenizer = byte_fallback_tokenizer() if fallback else tiny.tokenizer()
     ids = list(BYTES.encode()) if fallback else ids_of(BYTES)
-    typewriter = Typewriter(tokenizer, ids[:2])
+    typewriter = TextStreamer(tokenizer, ids[:2])
     pieces = [typewriter.type(token) for token in ids[2:]]
     assert "".join(pieces) == BYTES[2:] and typewriter.rest() == ""
     lengths = [len(character.encode()) for character in BYTES[2:]]
@@ -98,7 +98,7 @@ def test_broken_bytes_come_out_as_replacements(kind):
     rng = np.random.default_rng(0)
     for _ in range(50):
         ids = rng.integers(256, size=12).tolist()
-        typewriter = Typewriter(tiny.tokenizer(), [])
+        typewriter = TextStreamer(tiny.tokenizer(), [])
         typed = "".join(typewriter.type(token) for token in ids) + typewriter.rest()
         assert typed == printable(tiny.tokenizer().decode(ids))
 
@@ -112,11 +112,11 @@ def test_control_codes_are_shown_not_obeyed(kind):
     assert "\x1b" not in ansi(written("\x1b", []), 0, tiny.tokenizer()).replace(f"\x1b[38;5;{PROMPT}m", "")[:2]
 
 
-# ---- colours
+# ---- colors
 
 
-def test_ansi_colours_each_token_by_its_number(kind):
-    """Worked by hand: grey prompt, blue below zero, red above, three strengths, none near zero."""
+def test_ansi_colors_each_token_by_its_number(kind):
+    """Worked by hand: gray prompt, blue below zero, red above, three strengths, none near zero."""
     state = written("it", ids_of("abcdefg"))
     values = [-3.0, -1.0, -0.4, 0.0, 0.4, 2.0, 3.0]  # shares of 3: 1, ⅓, 0.13, 0, 0.13, ⅔, 1
     weak, _, strong = BELOW
@@ -147,7 +147,7 @@ def test_bad_values(values, says, kind):
 
 
 def test_no_color(monkeypatch, kind):
-    """NO_COLOR takes all colour away, as no-color.org asks; an empty one does not."""
+    """NO_COLOR takes all color away, as no-color.org asks; an empty one does not."""
     state = written("it", ids_of("abc"))
     monkeypatch.setenv("NO_COLOR", "1")
     assert ansi(state, 0, tiny.tokenizer(), [1, 2, 3]) == "itabc"
@@ -156,8 +156,8 @@ def test_no_color(monkeypatch, kind):
 
 
 @pytest.mark.parametrize("code", [PROMPT, *BELOW, *ABOVE])
-def test_colours_are_legible_on_black_and_on_white(code, kind):
-    """Contrast by WCAG's formula, with xterm's values of the 256 colours: 3 to 1 is what it asks of large text."""
+def test_colors_are_legible_on_black_and_on_white(code, kind):
+    """Contrast by WCAG's formula, with xterm's values of the 256 colors: 3 to 1 is what it asks of large text."""
     if code >= 232:
         levels = [8 + 10 * (code - 232)] * 3
     else:
@@ -170,25 +170,25 @@ def test_colours_are_legible_on_black_and_on_white(code, kind):
 # ---- the environment
 
 
-def test_ansi_mode_colours_by_surprise(settings):
-    """A token is the redder, the less likely the reference found it; without a reference there is no colour."""
+def test_ansi_mode_colors_by_surprise(settings):
+    """A token is the redder, the less likely the reference found it; without a reference there is no color."""
     settings = {**settings, "prompts": ["the cat"]}
     env = gym.make("TextGen-v0", render_mode="ansi", **settings)
-    grey = f"\x1b[38;5;{PROMPT}mthe cat\x1b[0m"
+    gray = f"\x1b[38;5;{PROMPT}mthe cat\x1b[0m"
     env.reset(seed=0)
-    assert env.render() == grey
-    wanted = grey
+    assert env.render() == gray
+    wanted = gray
     for letter in "sat":
         info = env.step(ids_of(letter)[0])[4]
-        wanted += colour(letter, shade(-info["reference_log_prob"], viewers.SURPRISE))
+        wanted += color(letter, shade(-info["reference_log_prob"], viewers.SURPRISE))
     assert CODE.sub("", env.render()) == "the catsat"
     assert env.render().replace("\x1b[0m\x1b[38;5;160m", "") == wanted.replace("\x1b[0m\x1b[38;5;160m", "")
     assert shade(0.9, viewers.SURPRISE) is None and shade(2.0, viewers.SURPRISE) == ABOVE[0]
     bare = gym.make("TextGen-v0", render_mode="ansi", **{**settings, "kl_coef": 0})
     play(bare, ids_of("sat"))
-    assert bare.render() == grey + "sat"
+    assert bare.render() == gray + "sat"
     env.reset()
-    assert env.render() == grey  # nothing is left of the last episode
+    assert env.render() == gray  # nothing is left of the last episode
 
 
 def test_nothing_is_kept_without_a_render_mode(settings):
@@ -241,7 +241,7 @@ def test_human_mode_types_into_a_pipe(settings, capsys):
 
 
 def test_human_mode_types_live_into_a_terminal(settings, monkeypatch):
-    """Each token is flushed as it comes, in colour, whole characters only, and paced by render_fps."""
+    """Each token is flushed as it comes, in color, whole characters only, and paced by render_fps."""
     terminal, naps = Terminal(), []
     env = gym.make("TextGen-v0", render_mode="human", **{**settings, "prompts": ["the cat"]})
     monkeypatch.setattr("sys.stdout", terminal)
@@ -250,12 +250,12 @@ def test_human_mode_types_live_into_a_terminal(settings, monkeypatch):
     env.close()
     pieces = [CODE.sub("", one) for one in terminal.flushed]
     assert pieces[:6] == ["the cat", "a", "", "", "€", ""] and pieces[6].startswith("  [score ") and pieces[7] == "\n"
-    assert terminal.flushed[0] == colour("the cat", PROMPT) and "38;5;1" in terminal.flushed[1]
+    assert terminal.flushed[0] == color("the cat", PROMPT) and "38;5;1" in terminal.flushed[1]
     assert naps == [1 / env.metadata["render_fps"]] * 5
 
 
 def test_human_mode_types_what_ansi_shows(settings, monkeypatch):
-    """The typed text and colours are those of the ansi mode, for the same tokens."""
+    """The typed text and colors are those of the ansi mode, for the same tokens."""
     tokens = [*ids_of("€ no"), 7, 200, 299]
     terminal = Terminal()
     with monkeypatch.context() as patch:
@@ -345,17 +345,19 @@ def test_rgb_array_frames(settings):
 
 
 def find(image, wanted):
-    """How many pixels are of exactly this colour."""
+    """How many pixels are of exactly this color."""
     return int((image == np.array(wanted, dtype=np.uint8)).all(-1).sum())
 
 
-def test_picture_colours(kind):
-    """Prompt letters grey, response letters dark on the colour of their number; none without numbers."""
-    plain = picture.draw(Page(prompt="prompt", pieces=()), 4)
-    assert find(plain, picture.GREY) > 20 and not find(plain, picture.INK)
-    coloured = picture.draw(Page(prompt="", pieces=("aaaa", " bbbb", " cccc"), values=(-2.0, 0.0, 2.0), scale=2.0), 4)
-    assert find(coloured, picture.BLUE) > 100 and find(coloured, picture.RED) > 100 and find(coloured, picture.INK) > 20
-    bare = picture.draw(Page(prompt="", pieces=("aaaa", " bbbb")), 4)
+def test_picture_colors(kind):
+    """Prompt letters gray, response letters dark on the color of their number; none without numbers."""
+    plain = picture.draw(EpisodeView(prompt="prompt", pieces=()), 4)
+    assert find(plain, picture.GRAY) > 20 and not find(plain, picture.INK)
+    colored = picture.draw(
+        EpisodeView(prompt="", pieces=("aaaa", " bbbb", " cccc"), values=(-2.0, 0.0, 2.0), scale=2.0), 4
+    )
+    assert find(colored, picture.BLUE) > 100 and find(colored, picture.RED) > 100 and find(colored, picture.INK) > 20
+    bare = picture.draw(EpisodeView(prompt="", pieces=("aaaa", " bbbb")), 4)
     assert not find(bare, picture.BLUE) and not find(bare, picture.RED) and find(bare, picture.INK) > 20
     assert picture.tint(0.0, 2.0) == picture.PAPER and picture.tint(-9.0, 2.0) == picture.BLUE
     red, blue = picture.tint(1.0, 2.0), picture.tint(-1.0, 2.0)
@@ -364,16 +366,16 @@ def test_picture_colours(kind):
 
 def test_picture_wraps_words_and_scrolls(kind):
     """Long text goes on in the next line between words, and of too many lines the last ones are seen."""
-    lines = [mark.line for mark in picture._lay_out(Page(prompt="", pieces=[" word"] * 40))]
+    lines = [mark.line for mark in picture._lay_out(EpisodeView(prompt="", pieces=[" word"] * 40))]
     assert lines[0] == 0 and lines == sorted(lines) and 1 < lines[-1] < 6
-    marks = list(picture._lay_out(Page(prompt="", pieces=["x" * 300])))
+    marks = list(picture._lay_out(EpisodeView(prompt="", pieces=["x" * 300])))
     assert max(mark.left + 20 for mark in marks) < picture.WIDTH - picture.MARGIN and marks[-1].line > 1
-    split = list(picture._lay_out(Page(prompt="a " * 40, pieces=["good", "ness"] * 20)))
+    split = list(picture._lay_out(EpisodeView(prompt="a " * 40, pieces=["good", "ness"] * 20)))
     assert {len({mark.line for mark in split if mark.text in ("good", "ness")})} != {1}
-    indented = list(picture._lay_out(Page(prompt="", pieces=["if x:\n", "    y"])))
+    indented = list(picture._lay_out(EpisodeView(prompt="", pieces=["if x:\n", "    y"])))
     assert indented[-1].left > 10 and indented[-1].line == 1  # a line's own spaces stay
-    long = Page(prompt="\n".join(f"first {number}" for number in range(30)), pieces=("end",))
-    tail = Page(prompt="\n".join(f"first {number}" for number in range(26, 30)), pieces=("end",))
+    long = EpisodeView(prompt="\n".join(f"first {number}" for number in range(30)), pieces=("end",))
+    tail = EpisodeView(prompt="\n".join(f"first {number}" for number in range(26, 30)), pieces=("end",))
     assert np.array_equal(picture.draw(long, 4), picture.draw(tail, 4))
 
 
@@ -383,14 +385,14 @@ def test_picture_wraps_words_and_scrolls(kind):
 def test_any_text_can_be_drawn(text, kind):
     """No alphabet, joiner, separator or emptiness stops a picture."""
     page = make_page(written("p", ids_of(text)), 0, tiny.tokenizer(), [float("inf")] * len(ids_of(text)))
-    assert picture.draw(page, 4).shape == picture.draw(Page(prompt="", pieces=()), 4).shape
+    assert picture.draw(page, 4).shape == picture.draw(EpisodeView(prompt="", pieces=()), 4).shape
     assert paint(page)
 
 
 def test_facts_stand_apart(kind):
     """Between the facts of the footer is paper, from top to bottom, for budgets of four digits too."""
     facts = ("token 1024 of 1024", "reward -1234.56", "score -123.45, length")
-    page = Page(prompt="", pieces=("a",), values=(-1.0,), scale=6.0, unit=viewers.UNIT, footer=facts)
+    page = EpisodeView(prompt="", pieces=("a",), values=(-1.0,), scale=6.0, unit=viewers.UNIT, footer=facts)
     footer = picture.draw(page, 4)[-picture.FOOTER + 16 :]
     legend = picture.draw(dataclasses.replace(page, footer=()), 4)[-picture.FOOTER + 16 :]
     inked = [(image != np.array(picture.PAPER)).any((0, 2)) for image in (footer, legend)]  # by column
@@ -445,7 +447,7 @@ def test_record_video(settings, tmp_path):
     from moviepy.video.io.VideoFileClip import VideoFileClip
 
     env = gym.make("TextGen-v0", render_mode="rgb_array", **settings)
-    height, width, _ = picture.draw(Page(prompt="", pieces=()), picture.lines_for(28)).shape
+    height, width, _ = picture.draw(EpisodeView(prompt="", pieces=()), picture.lines_for(28)).shape
     env = RecordVideo(env, str(tmp_path / "films"), episode_trigger=lambda episode: True)
     play(env, [*ids_of("abcd"), tiny.END])
     env.close()
@@ -460,7 +462,7 @@ def test_record_vector_video(settings, tmp_path):
     from moviepy.video.io.VideoFileClip import VideoFileClip
 
     native = gym.make_vec("TextGen-v0", num_envs=4, render_mode="rgb_array", **{**settings, "max_new_tokens": 3})
-    height, width, _ = picture.draw(Page(prompt="", pieces=()), picture.FEWEST).shape
+    height, width, _ = picture.draw(EpisodeView(prompt="", pieces=()), picture.FEWEST).shape
     env = RecordVectorVideo(native, str(tmp_path / "films"), episode_trigger=lambda episode: True)
     env.reset(seed=0)
     for _ in range(7):  # three tokens, an automatic reset, three tokens

@@ -58,7 +58,7 @@ def test_corpus_repeats_with_its_seed() -> None:
 
 
 def test_corpus_is_balanced_and_sometimes_off_topic() -> None:
-    """There is something to optimise: half the reviews blame, some stray, few are perfect."""
+    """There is something to optimize: half the reviews blame, some stray, few are perfect."""
     qualities = [rate(prompt, review) for prompt, review in _corpus(1500, seed=4)]
     blaming = statistics.mean(q.sentiment < 0 for q in qualities)
     assert 0.42 < blaming < 0.58  # 1500 draws of about one half: standard error 0.013

@@ -1,4 +1,4 @@
-"""Reward functions: their forms, their columns, their threads, and what is said when one goes wrong."""
+"""Reward functions: their forms, their fields, their threads, and what is said when one goes wrong."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import torch
 
 from tests.support import tiny
 from tests.support.episodes import written
-from textenv import TextGenConfig, build_task, per_response, reads_episodes, shared
+from textenv import TextGenConfig, build_task, per_batch, per_response, shared
 from textenv.conformance import check_faces
 from textenv.rewards import library
 from textenv.rewards.base import WeightedSum, read_scores
-from textenv.rewards.build import check_columns
+from textenv.rewards.build import check_fields
 from textenv.rewards.calling import CallFailed, CallOverdue, call_each
 from textenv.rewards.functions import FunctionReward
 from textenv.vector_env import TextGenVectorEnv
@@ -168,9 +168,9 @@ def test_a_function_of_one_response():
 
 
 def test_a_function_of_episodes():
-    """reads_episodes hands over tokens, masks and how responses ended."""
+    """per_batch hands over tokens, masks and how responses ended."""
 
-    @reads_episodes
+    @per_batch
     def stops(episodes):
         return 10 * episodes.state.length + episodes.stopped
 
@@ -201,39 +201,39 @@ def letters(prompt, response):
     return len(response)
 
 
-# ---- columns
+# ---- fields
 
 
 def test_columns():
-    """A parameter beyond the first two is the prompts' column of its name, whole or one response's."""
-    columns = {"answer": ["abc", "e"], "weight": (2, 3)}
+    """A parameter beyond the first two is the prompts' field of its name, whole or one response's."""
+    fields = {"answer": ["abc", "e"], "weight": (2, 3)}
 
     def batch(prompts, responses, answer, *, weight):
         return [w * (a == r) for a, r, w in zip(answer, responses, weight, strict=True)]
 
     @per_response()
-    def single(prompt, response, **columns):
-        return sorted(columns) == ["answer", "weight"] and columns["weight"] * (columns["answer"] == response)
+    def single(prompt, response, **fields):
+        return sorted(fields) == ["answer", "weight"] and fields["weight"] * (fields["answer"] == response)
 
     for function in (batch, single):
-        assert FunctionReward(function, "f")(two(columns=columns)).total.tolist() == [2.0, 0.0]
+        assert FunctionReward(function, "f")(two(fields=fields)).total.tolist() == [2.0, 0.0]
     optional = FunctionReward(lambda prompts, responses, bonus=(5, 6): list(bonus), "f")
     assert optional(two()).total.tolist() == [5.0, 6.0]
-    assert optional(two(columns={"bonus": [7, 8]})).total.tolist() == [7.0, 8.0]
+    assert optional(two(fields={"bonus": [7, 8]})).total.tolist() == [7.0, 8.0]
     changed = FunctionReward(lambda prompts, responses, answer: answer.clear() or [0, 0], "rude")
-    changed(two(columns=columns))
-    assert columns["answer"] == ["abc", "e"]
+    changed(two(fields=fields))
+    assert fields["answer"] == ["abc", "e"]
 
 
 def test_missing_columns_are_named():
-    """A function whose column the prompts lack is refused, at its call and before, alone and in a sum."""
+    """A function whose field the prompts lack is refused, at its call and before, alone and in a sum."""
     reward = FunctionReward(lambda prompts, responses, answer: [0, 0], "grade")
-    says = r"reward 'grade' needs the prompts' column 'answer', and they have {}; give the field 'answer' beside"
-    with pytest.raises(ValueError, match=says.format("no columns")):
+    says = r"reward 'grade' needs the prompts' field 'answer', and they have {}; give the field 'answer' beside"
+    with pytest.raises(ValueError, match=says.format("no fields")):
         reward(two())
     with pytest.raises(ValueError, match=says.format(r"\['reference'\]")):
-        check_columns(WeightedSum([(1.0, reward)]), ["reference"])
-    check_columns(WeightedSum([(1.0, reward)]), ["answer", "more"])
+        check_fields(WeightedSum([(1.0, reward)]), ["reference"])
+    check_fields(WeightedSum([(1.0, reward)]), ["answer", "more"])
 
 
 def test_columns_of_the_prompts_in_the_environment(settings):
@@ -251,7 +251,7 @@ def test_columns_of_the_prompts_in_the_environment(settings):
             assert info["score_parts"] == dict(zip(reward, (float(text == right), 1.0), strict=True))
     task = build_task(TextGenConfig(**{**settings, "stop_token_ids": [tiny.END, *letters("xyz").input_ids]}))
     check_faces(task, rows=2)
-    with pytest.raises(ValueError, match=r"'textenv.rewards.library:exact_match' needs the prompts' column 'answer'"):
+    with pytest.raises(ValueError, match=r"'textenv.rewards.library:exact_match' needs the prompts' field 'answer'"):
         gym.make("TextGen-v0", **{**settings, "prompts": ["a", "b"]})
 
 
@@ -307,7 +307,7 @@ async def hangs_async(prompts, responses):
     return [float(len(response)) for response in responses]
 
 
-@reads_episodes
+@per_batch
 def raises_on_tokens(episodes):
     """Raises for a whole batch."""
     if BROKEN.is_set():
@@ -352,7 +352,9 @@ def test_row_7_of_64(settings, wrong):
         one.step(letters[0])
     BROKEN.set()
     for _ in range(2):
-        with pytest.raises(ValueError, match="reward '[a-z_]+' " + says.format(prompt=env.dynamics.played[7].text)):
+        with pytest.raises(
+            ValueError, match="reward '[a-z_]+' " + says.format(prompt=env.dynamics.episode_prompts[7].text)
+        ):
             env.step(letters[1])
     BROKEN.clear()
     HANG.set()
@@ -399,12 +401,12 @@ async def raises_async(prompts, responses):
 
 def test_the_line_that_is_named_is_the_users():
     """The message names the line of the user's function, in a coroutine too, and that of a ready-made reward."""
-    for function in (raises_async, per_response()(raises_async), reads_episodes(lambda episodes: 1 / 0)):
+    for function in (raises_async, per_response()(raises_async), per_batch(lambda episodes: 1 / 0)):
         for timeout in (None, FOREVER):
             with pytest.raises(ValueError, match=r"\(/[^ ]*test_functions.py, line \d+\) for "):
                 FunctionReward(function, "f", timeout=timeout)(two())
     with pytest.raises(ValueError, match=r"holds no number \(/[^ ]*library.py, line \d+\) for row 1"):
-        FunctionReward(library.numeric_match, "f")(two(columns={"answer": ["1", "none"]}))
+        FunctionReward(library.numeric_match, "f")(two(fields={"answer": ["1", "none"]}))
 
 
 def test_long_texts_are_cut_in_messages():

@@ -17,10 +17,10 @@ from textenv.rewards import library
 from textenv.rewards.functions import FunctionReward
 
 
-def of(function, responses, stopped=True, **columns):
+def of(function, responses, stopped=True, **fields):
     """What a ready-made reward gives for responses of these ids or texts."""
     ids = [[*tiny.tokenizer()(one).input_ids, tiny.END] if isinstance(one, str) else one for one in responses]
-    episodes = written([[65]] * len(ids), ids, tiny.tokenizer(), stopped, columns=columns)
+    episodes = written([[65]] * len(ids), ids, tiny.tokenizer(), stopped, fields=fields)
     return FunctionReward(function, "ready-made")(episodes).total.tolist()
 
 

@@ -41,10 +41,10 @@ def metric(tmp_path_factory) -> str:
     return str(folder)
 
 
-def episodes(**columns):
+def episodes(**fields):
     """The responses "the cat" and "dog", to be measured."""
     responses = [tiny.tokenizer()(text).input_ids for text in ("the cat", "dog")]
-    return written([[65]] * 2, responses, tiny.tokenizer(), columns=columns)
+    return written([[65]] * 2, responses, tiny.tokenizer(), fields=fields)
 
 
 def test_each_response_against_its_reference(metric):
@@ -62,7 +62,7 @@ def test_what_a_metric_lacks_is_named(metric):
     for key, says in (("rougeL", r"computes no 'rougeL'; it has \['each'"), ("pair", "no single number")):
         with pytest.raises(ValueError, match=says):
             FunctionReward(metric_function(f"evaluate:{metric}:{key}"), "m")(episodes(reference=["a", "b"]))
-    with pytest.raises(ValueError, match="reward 'm' needs the prompts' column 'reference'"):
+    with pytest.raises(ValueError, match="reward 'm' needs the prompts' field 'reference'"):
         FunctionReward(metric_function(f"evaluate:{metric}:overlap"), "m")(episodes())
 
 

@@ -1,4 +1,4 @@
-"""Normalised scores: the formulas, what the environment shows, what checkpoints keep and measurements leave alone."""
+"""Normalized scores: the formulas, what the environment shows, what checkpoints keep and measurements leave alone."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.support.faces import STOPS
 from tests.support.learning import make_rollout, make_trainer, same, weights
 from textenv import TextGenConfig, build_task
 from textenv.conformance import check_faces
-from textenv.generation import judge
+from textenv.generation import score_responses
 from textenv.rewards.base import Scores
-from textenv.rewards.normalization import FixedStatistics, Normaliser, RunningStatistics
+from textenv.rewards.normalization import FixedStatistics, Normalizer, RunningStatistics
 from textenv.state import start
 from textenv.torchrl_env import TextGenTorchEnv
 
 pytestmark = pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-RUNNING = dict(score_normalisation="running")
+RUNNING = dict(score_normalization="running")
 
 
 @pytest.fixture(autouse=True)
@@ -62,26 +62,26 @@ def test_running_statistics_are_those_of_all_scores():
 def test_scores_that_do_not_differ():
     """One score, or many equal ones, have no standard deviation to divide by: they become 0, not NaN or noise."""
     for size in (1, 3):
-        normaliser = Normaliser(RunningStatistics())
+        normalizer = Normalizer(RunningStatistics())
         for _ in range(3):
-            assert normaliser(scored(*[0.1] * size)).final.tolist() == pytest.approx([0.0] * size, abs=1e-6)
+            assert normalizer(scored(*[0.1] * size)).final.tolist() == pytest.approx([0.0] * size, abs=1e-6)
 
 
 def test_hand_computed():
     """(score - mean) / std, then the clip; the parts keep what the rewards gave."""
-    paid = Normaliser(FixedStatistics(1.0, 2.0), clip=1.5)(scored(-9.0, 1.0, 3.0, 9.0))
+    paid = Normalizer(FixedStatistics(1.0, 2.0), clip=1.5)(scored(-9.0, 1.0, 3.0, 9.0))
     assert paid.final.tolist() == [-1.5, 0.0, 1.0, 1.5] == paid.total.tolist()
     assert paid.parts["r"].tolist() == paid.parts["raw"].tolist() == [-9.0, 1.0, 3.0, 9.0]
-    normaliser = Normaliser(RunningStatistics())
-    assert normaliser(scored(1.0, 3.0)).final.tolist() == [-1.0, 1.0]  # mean 2, deviation 1
-    assert normaliser(scored(8.0)).final.tolist() == pytest.approx([4 / math.sqrt(26 / 3)])  # 1, 3, 8: 4 and 26/3
+    normalizer = Normalizer(RunningStatistics())
+    assert normalizer(scored(1.0, 3.0)).final.tolist() == [-1.0, 1.0]  # mean 2, deviation 1
+    assert normalizer(scored(8.0)).final.tolist() == pytest.approx([4 / math.sqrt(26 / 3)])  # 1, 3, 8: 4 and 26/3
 
 
 def test_rewards_of_tokens_are_paid_as_they_are():
-    """Only what is paid at the end is normalised; "raw" is the whole response's score."""
+    """Only what is paid at the end is normalized; "raw" is the whole response's score."""
     tokens = torch.tensor([[1.0, 2.0]])
     given = Scores(torch.tensor([5.0]), {"r": torch.tensor([8.0])}, tokens)
-    paid = Normaliser(FixedStatistics(1.0, 2.0))(given)
+    paid = Normalizer(FixedStatistics(1.0, 2.0))(given)
     assert torch.equal(paid.tokens, tokens) and paid.final.tolist() == [2.0] and paid.total.tolist() == [5.0]
     assert paid.parts["raw"].tolist() == [8.0]
 
@@ -110,8 +110,8 @@ def play(settings, text):
 
 
 def test_the_score_in_info_is_the_one_that_is_paid(settings):
-    """`score` is normalised and clipped; `score_parts` holds the raw sum and each reward's own number."""
-    fixed = dict(score_normalisation="fixed", score_mean=1.0, score_std=4.0)
+    """`score` is normalized and clipped; `score_parts` holds the raw sum and each reward's own number."""
+    fixed = dict(score_normalization="fixed", score_mean=1.0, score_std=4.0)
     for more, wanted in [
         (fixed, 0.5),
         (fixed | dict(score_clip=0.25), 0.25),
@@ -124,21 +124,21 @@ def test_the_score_in_info_is_the_one_that_is_paid(settings):
     assert play(settings, "abc")[1]["score_parts"] == {"characters": 3.0}
 
 
-def test_faces_agree_under_fixed_normalisation(settings):
+def test_faces_agree_under_fixed_normalization(settings):
     """Shifted, scaled and clipped scores are the same in every face."""
-    more = dict(score_normalisation="fixed", score_mean=0.5, score_std=0.7, score_clip=1.0, stop_token_ids=STOPS)
+    more = dict(score_normalization="fixed", score_mean=0.5, score_std=0.7, score_clip=1.0, stop_token_ids=STOPS)
     task = build_task(TextGenConfig(**{**settings, **more}))
     check_faces(task, rows=2, torchrl_env=TextGenTorchEnv(task, 2))
 
 
 def test_conformance_says_why_running_statistics_cannot_agree(settings):
     """A score that depends on what came before is told apart from a broken face."""
-    with pytest.raises(ValueError, match=r"running normalisation .* score_normalisation='none'"):
+    with pytest.raises(ValueError, match=r"running normalization .* score_normalization='none'"):
         check_faces(build_task(TextGenConfig(**settings | RUNNING)))
 
 
 def test_rows_read_at_a_time_do_not_matter(settings):
-    """Running statistics are updated by all responses that are judged together, however many fit in a pass."""
+    """Running statistics are updated by all responses that are scored together, however many fit in a pass."""
     found = []
     for rows_per_pass in (1, 64):
         task = build_task(TextGenConfig(**{**settings, **RUNNING, "reward": characters, "kl_coef": 0}))
@@ -146,8 +146,8 @@ def test_rows_read_at_a_time_do_not_matter(settings):
         state = start(prompts.input_ids, prompts.attention_mask, 12, 0)
         for tokens in ([65, 66, 67, tiny.END], [tiny.END, 66, 67, 0], [0, tiny.END, 67, 0], [0, 0, tiny.END, 0]):
             state = state.append(torch.tensor(tokens), torch.tensor(tokens) > 0)
-        found.append(judge(task, state, prompts.texts, rows_per_pass))
-        assert task.normaliser.statistics.count == 4
+        found.append(score_responses(task, state, prompts.texts, rows_per_pass))
+        assert task.normalizer.statistics.count == 4
     assert torch.equal(found[0].score, found[1].score) and found[0].score.std() > 0.5
     assert torch.equal(found[0].reward, found[1].reward)
 
@@ -155,18 +155,18 @@ def test_rows_read_at_a_time_do_not_matter(settings):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (dict(score_normalisation="mean"), "score_normalisation must be 'none', 'fixed' or 'running', got 'mean'"),
-        (dict(score_normalisation=None), "score_normalisation must be .*, got None"),
-        (dict(score_normalisation="fixed", score_std=0), "score_std must be above 0, got 0"),
-        (dict(score_normalisation="fixed", score_std=-1.0), "score_std must be above 0"),
-        (dict(score_normalisation="fixed", score_mean=math.nan), "score_mean must be a finite number, got nan"),
-        (dict(score_normalisation="fixed", score_mean="1"), "score_mean must be a finite number, got '1'"),
-        (dict(score_normalisation="fixed", score_mean=None), "score_mean must be a finite number, got None"),
+        (dict(score_normalization="mean"), "score_normalization must be 'none', 'fixed' or 'running', got 'mean'"),
+        (dict(score_normalization=None), "score_normalization must be .*, got None"),
+        (dict(score_normalization="fixed", score_std=0), "score_std must be above 0, got 0"),
+        (dict(score_normalization="fixed", score_std=-1.0), "score_std must be above 0"),
+        (dict(score_normalization="fixed", score_mean=math.nan), "score_mean must be a finite number, got nan"),
+        (dict(score_normalization="fixed", score_mean="1"), "score_mean must be a finite number, got '1'"),
+        (dict(score_normalization="fixed", score_mean=None), "score_mean must be a finite number, got None"),
         (dict(score_clip=0), "score_clip must be above 0, or None for no limit, got 0"),
         (dict(score_clip=math.inf), "score_clip must be a finite number or None, got inf"),
         (dict(score_clip=True), "score_clip must be a finite number or None, got True"),
-        (dict(score_mean=1.0), "count with score_normalisation='fixed' only, got 'none'"),
-        (dict(score_normalisation="running", score_std=2.0), "count with score_normalisation='fixed' only"),
+        (dict(score_mean=1.0), "count with score_normalization='fixed' only, got 'none'"),
+        (dict(score_normalization="running", score_std=2.0), "count with score_normalization='fixed' only"),
     ],
 )
 def test_bad_settings(settings, changes, says):
@@ -190,7 +190,7 @@ def test_a_reward_named_raw(settings):
 
 
 def test_resumed_equals_uninterrupted(settings, tmp_path):
-    """A run with running normalisation that is stopped and resumed is, to the bit, one never stopped."""
+    """A run with running normalization that is stopped and resumed is, to the bit, one never stopped."""
     settings = settings | RUNNING | dict(reward={"tests.textenv.rewards.test_normalization:characters": 1.0})
     whole = make_trainer(settings)
     expected = [iteration.metrics["score"] for iteration in whole.iterate()]
@@ -199,12 +199,12 @@ def test_resumed_equals_uninterrupted(settings, tmp_path):
     save_checkpoint(tmp_path, stopped)
     resumed = make_trainer(settings)
     load_checkpoint(tmp_path, resumed)
-    assert resumed.collector.task.normaliser.statistics.count == 8
+    assert resumed.collector.task.normalizer.statistics.count == 8
     scores = [first.metrics["score"]] + [iteration.metrics["score"] for iteration in resumed.iterate()]
     assert scores == expected
     assert same(weights(whole.algorithm.actor), weights(resumed.algorithm.actor))
-    statistics = whole.collector.task.normaliser.statistics.state_dict()
-    assert statistics == resumed.collector.task.normaliser.statistics.state_dict() and statistics["count"] == 24
+    statistics = whole.collector.task.normalizer.statistics.state_dict()
+    assert statistics == resumed.collector.task.normalizer.statistics.state_dict() and statistics["count"] == 24
 
 
 def test_measurements_are_raw_and_leave_statistics_alone(settings):
@@ -217,23 +217,23 @@ def test_measurements_are_raw_and_leave_statistics_alone(settings):
 
     before = measure()
     assert before.score == [float(len(response)) for response in before.responses]
-    assert trainer.collector.task.normaliser.statistics.count == 0
+    assert trainer.collector.task.normalizer.statistics.count == 0
     make_rollout(trainer)
-    assert trainer.collector.task.normaliser.statistics.count == 8
+    assert trainer.collector.task.normalizer.statistics.count == 8
     assert measure() == before
-    assert trainer.collector.task.normaliser.statistics.count == 8
+    assert trainer.collector.task.normalizer.statistics.count == 8
 
 
 def test_frozen_statistics_pay_and_stay(settings):
     """A frozen task pays by the statistics of that moment, and moves none."""
     trainer = make_trainer(settings | RUNNING)
     make_rollout(trainer)
-    statistics = trainer.collector.task.normaliser.statistics.state_dict()
-    frozen = trainer.collector.task.frozen().normaliser
-    mean, std = trainer.collector.task.normaliser.statistics.mean, trainer.collector.task.normaliser.statistics.std
+    statistics = trainer.collector.task.normalizer.statistics.state_dict()
+    frozen = trainer.collector.task.with_frozen_statistics().normalizer
+    mean, std = trainer.collector.task.normalizer.statistics.mean, trainer.collector.task.normalizer.statistics.std
     for _ in range(2):
         assert frozen(scored(7.0)).final.tolist() == pytest.approx([(7 - mean) / std])
-    assert trainer.collector.task.normaliser.statistics.state_dict() == statistics
+    assert trainer.collector.task.normalizer.statistics.state_dict() == statistics
 
 
 def test_metrics_show_the_parts(settings):
@@ -253,8 +253,8 @@ def test_metrics_show_the_parts(settings):
 
 
 def test_the_critic_starts_without_an_opinion(settings):
-    """Where scores are normalised, the reward model's head would speak in another unit: the critic's is zero."""
-    trainer = make_trainer(settings | dict(score_normalisation="fixed", score_mean=3.0))
+    """Where scores are normalized, the reward model's head would speak in another unit: the critic's is zero."""
+    trainer = make_trainer(settings | dict(score_normalization="fixed", score_mean=3.0))
     critic = trainer.algorithm.critic.module
     assert not critic.head.weight.any() and not critic.head.bias.any()
     assert same(weights(critic.backbone), weights(trainer.collector.task.reward.model.base_model))

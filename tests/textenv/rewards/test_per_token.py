@@ -16,9 +16,9 @@ from tests.support.tiny import sentencepiece_tokenizer
 from textenv import Scores, TextGenConfig, build_task, per_token, shared
 from textenv.conformance import check_faces
 from textenv.dynamics import TextDynamics
-from textenv.generation import judge
+from textenv.generation import score_responses
 from textenv.models.token_texts import TokenTexts
-from textenv.rewards.base import Episodes, WeightedSum
+from textenv.rewards.base import ResponseBatch, WeightedSum
 from textenv.rewards.per_token import TokenFunctionReward
 from textenv.state import start
 from textenv.torchrl_env import TextGenTorchEnv
@@ -70,18 +70,18 @@ def test_what_is_paid_when(settings):
 
 
 def test_the_fast_path_pays_the_same(settings):
-    """Hand-computed: `judge` gives each row its tokens' rewards, zero beyond its end."""
+    """Hand-computed: `score_responses` gives each row its tokens' rewards, zero beyond its end."""
     task = build_task(TextGenConfig(**{**settings, "kl_coef": 0, "reward": SUM}))
     prompts = task.prompts.select([0, 1])
     state = start(prompts.input_ids, prompts.attention_mask, 12, 0)
     for first, second in ((ids("b")[0], ids("a")[0]), (ids("a")[0], tiny.END), (tiny.END, 0)):
         state = state.append(torch.tensor([first, second]), torch.tensor([True, second != 0]))
-    judged = judge(task, state, prompts.texts, rows_per_pass=1)
+    scored = score_responses(task, state, prompts.texts, rows_per_pass=1)
     wanted = torch.zeros(2, 12)
     wanted[0, :3] = torch.tensor([0.0, 0.5 * 1.1, 0.5 * 1.2 + 2 * 2])
     wanted[1, :2] = torch.tensor([0.5, 0.5 * 1.1 + 2 * 1])
-    torch.testing.assert_close(judged.reward, wanted)
-    torch.testing.assert_close(judged.score, wanted.sum(1))
+    torch.testing.assert_close(scored.reward, wanted)
+    torch.testing.assert_close(scored.score, wanted.sum(1))
 
 
 def test_faces_agree(settings):
@@ -121,7 +121,9 @@ def test_no_token_reward_costs_nothing(settings, monkeypatch):
     task, calls = build_task(TextGenConfig(**{**settings, "reward": count, "kl_coef": 0})), []
     decode = task.tokenizer.decode
     monkeypatch.setattr(task.tokenizer, "decode", lambda *args, **more: calls.append("text") or decode(*args, **more))
-    monkeypatch.setattr(textenv.dynamics, "Episodes", lambda *args: calls.append("episodes") or Episodes(*args))
+    monkeypatch.setattr(
+        textenv.dynamics, "ResponseBatch", lambda *args: calls.append("episodes") or ResponseBatch(*args)
+    )
     dynamics = TextDynamics(task, 2)
     dynamics.reset([0, 1], [0, 1])
     dynamics.step(torch.tensor([65, 65]))
@@ -139,7 +141,7 @@ def test_a_step_tried_again_counts_its_scores_once(settings):
         assert not (broken and any(len(row) == 2 and row[-1] == "b" for row in tokens))
         return [[0.5] * len(row) for row in tokens]
 
-    changes = dict(score_normalisation="running", prompt_sampling="prioritised", reward=pays, kl_coef=0)
+    changes = dict(score_normalization="running", prompt_sampling="prioritized", reward=pays, kl_coef=0)
     task = build_task(TextGenConfig(**{**settings, **changes}))
     dynamics = TextDynamics(task, 2)
     dynamics.reset([0, 1], [0, 1])
@@ -147,10 +149,10 @@ def test_a_step_tried_again_counts_its_scores_once(settings):
     for _ in range(2):
         with pytest.raises(ValueError, match="raised AssertionError"):
             dynamics.step(torch.tensor([tiny.END, ids("b")[0]]))
-        assert task.normaliser.statistics.count == 0 and dynamics.samplers[0].episodes == 0
+        assert task.normalizer.statistics.count == 0 and dynamics.samplers[0].episodes == 0
     broken.clear()
     assert dynamics.step(torch.tensor([tiny.END, ids("b")[0]])).reward.tolist() == [0.5, 0.5]
-    assert task.normaliser.statistics.count == 1 and dynamics.samplers[0].episodes == 1
+    assert task.normalizer.statistics.count == 1 and dynamics.samplers[0].episodes == 1
 
 
 class OwnTokenReward:
@@ -216,7 +218,7 @@ def test_columns_and_copies():
             row.clear()
         return paid
 
-    episodes = written([ids("a"), ids("b")], [ids("cd"), ids("dx")], tiny.tokenizer(), columns={"answer": ["c", "dx"]})
+    episodes = written([ids("a"), ids("b")], [ids("cd"), ids("dx")], tiny.tokenizer(), fields={"answer": ["c", "dx"]})
     reward = TokenFunctionReward(rude, "rude")
     for _ in range(2):
         assert reward(episodes).total.tolist() == [1.0, 2.0]

@@ -56,7 +56,7 @@ def play(env, tokens, seed=0):
     env.reset(seed=seed)
     for token in tokens:
         *_, info = env.step(token)
-    return info, env.unwrapped.dynamics.played[0].text
+    return info, env.unwrapped.dynamics.episode_prompts[0].text
 
 
 # ---- reward models

@@ -91,7 +91,7 @@ def _text(rng: random.Random, word: str) -> str:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_pairs_are_learnt(tmp_path: Path, family: str) -> None:
-    """Good beats bad after a few steps, with pad == end; the saved folder is stock and centred near 0."""
+    """Good beats bad after a few steps, with pad == end; the saved folder is stock and centered near 0."""
     rng = random.Random(1)
     rows = [
         {"prompt": _text(rng, "a"), "chosen": _text(rng, "good"), "rejected": _text(rng, "bad")} for _ in range(400)
@@ -117,7 +117,7 @@ def test_labels_are_learnt(tmp_path: Path) -> None:
     rng = random.Random(2)
     rows = [{"text": _text(rng, WORDS[1 - label]), "label": label} for label in (0, 1) for _ in range(300)]
     report = train_reward_model(_base(tmp_path / "base"), _write(tmp_path / "d.jsonl", rows), tmp_path / "rm", FAST)
-    assert report.kind == "labelled" and report.held_out_accuracy > 0.95
+    assert report.kind == "labeled" and report.held_out_accuracy > 0.95
     model, _ = load_base(tmp_path / "rm", seed=0)
     good, bad = score_tokens(model, [[2, 0, 3, 7], [2, 1, 3, 7]]).tolist()
     assert good > 0 > bad
@@ -158,8 +158,8 @@ def test_sequences() -> None:
     assert encode_response(tokenizer, "good") == [0, 7]
     pairs = encode_rows(tokenizer, [{"prompt": "a b", "chosen": "good", "rejected": "bad c d"}], max_length=5)
     assert isinstance(pairs, Pairs) and pairs.rows == [([2, 3, 0, 7], [3, 1, 4, 5, 7])]
-    labelled = encode_rows(tokenizer, [{"text": "good a", "label": 1}], max_length=8)
-    assert isinstance(labelled, Labelled) and labelled.rows == [([0, 2, 7], 1)]
+    labeled = encode_rows(tokenizer, [{"text": "good a", "label": 1}], max_length=8)
+    assert isinstance(labeled, Labelled) and labeled.rows == [([0, 2, 7], 1)]
 
 
 def test_padding_changes_no_score(tmp_path: Path) -> None:
