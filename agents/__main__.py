@@ -84,7 +84,7 @@ def evaluate_command(run_folder: Annotated[Path, tyro.conf.arg(name="run")], out
         output: A JSON file for the numbers, besides the terminal.
     """
     experiment, trainer = run.load(run_folder)
-    numbers = experiment.numbers(experiment.evaluate(trainer.algorithm.policy))
+    numbers = experiment.summarize(experiment.evaluate(trainer.algorithm.networks.policy))
     for name, value in numbers.items():
         print(f"{name:18} {value:.4f}")
     if output is not None:
@@ -103,7 +103,7 @@ def generate_command(
     experiment, trainer = run.load(run_folder)
     if not isinstance(experiment, TextExperiment):
         raise ValueError(f"the run in {str(run_folder)!r} is no run on text, and has nothing to write.")
-    task, model = experiment.task, language_model_of(trainer.algorithm.policy)
+    task, model = experiment.task, language_model_of(trainer.algorithm.networks.policy)
     prompts = task.read_prompts([config.prompt] * config.samples)
     generator = torch.Generator(task.device).manual_seed(config.seed)
     if config.color != "none":

@@ -91,8 +91,8 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> None:
 
 def _checkpoint(trainer: Trainer) -> Checkpoint:
     parts: Any = {
-        **trainer.algorithm.trained,
-        **{f"target_{name}": module for name, module in trainer.algorithm.targets.items()},
+        **trainer.algorithm.networks.trained,
+        **{f"target_{name}": module for name, module in trainer.algorithm.networks.targets.items()},
         **trainer.collector.modules,
     }
     return Checkpoint(optimizer=trainer.optimizer, trainer=trainer, **parts)

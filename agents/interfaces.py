@@ -1,171 +1,202 @@
-"""What the trainer, the algorithms and the two kinds of environments ask of each other.
+"""The protocols between the trainer, the learners and the two kinds of environments (text, control).
 
-Shapes everywhere: B rows of R steps. A row is a response, or a stretch of steps in another environment; after
-`Collector.rows` it is whatever is shuffled into minibatches. `mask` says which steps are real.
+Shapes: B rows of R steps. In a rollout a row is a response, or a stretch of one environment's steps. `mask` says which
+steps the policy took; everything else in a row is padding. All per-step tensors are [B, R].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from tensordict import TensorDict
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from agents.reporting.plots import Panel
 
 
 class Rollout(Protocol):
-    """Experience that one policy has gathered.
+    """Experience gathered by one policy.
 
-    Keys of `data`, batch size [B]: what the networks read; `action` [B, R] (or [B, R, A], continuous);
-    `action_log_prob`, `mask`, `done`, `terminated` [B, R]; `reward` [B, R], what the environment paid, and
-    `shaped_reward` [B, R], less the penalty, where there is one; `task_reward` [B, R], with no part of a penalty. Where
-    there is a penalty also `reference_log_prob` [B, R] and its weight β, `kl_coef` [B].
+    Keys of `data`, batch size [B]: the networks' inputs; `action` [B, R] ([B, R, A] if continuous); `action_log_prob`,
+    `mask`, `done`, `terminated` and `reward` [B, R], what the environment paid. On text also `task_reward`,
+    `shaped_reward`, `reference_log_prob` and `kl` [B, R], and β, `kl_coef` [B].
     """
 
     @property
     def data(self) -> TensorDict:
-        """What is learned from."""
+        """The tensors to learn from."""
         ...
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What it shows of the policy before it is updated."""
+        """Statistics of the policy before its update."""
+        ...
+
+
+class Actor(Protocol):
+    """A policy: an `nn.Module` with these methods."""
+
+    def distribution(self, batch: TensorDict) -> Distribution:
+        """Distribution over actions at every step, batch shape [B, R]."""
+        ...
+
+    def all_states(self, batch: TensorDict) -> Tensor:
+        """Logits [B, R + 1, A] of discrete actions at s_0..s_R."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trained weights."""
+        ...
+
+
+class Critic(Protocol):
+    """A value function: an `nn.Module` with these methods."""
+
+    def values(self, batch: TensorDict) -> Tensor:
+        """V(s_t) at every step, [B, R]."""
+        ...
+
+    def all_states(self, batch: TensorDict) -> Tensor:
+        """V(s_0)..V(s_R), [B, R + 1]."""
         ...
 
 
 class NetworkFactory(Protocol):
-    """Makes the networks that an algorithm asks for, new at every call."""
+    """Builds the networks that an algorithm asks for; every call returns a new one."""
 
-    discrete: bool  # whether an action is one of a list
-    group: int  # neighboring rows that start from the same state; 1 where there are no groups
-    temperature: float  # β of the penalty, which a maximum-entropy learner takes for its temperature; 0 without
+    discrete: bool  # actions come from a finite set
+    group_size: int  # adjacent rows that start from the same state; 1 where there are no groups
+    alpha: float  # weight of the entropy for maximum-entropy learners: the KL penalty's β; 0 without a penalty
 
-    def actor(self) -> ProbabilisticTensorDictSequential:
-        """The policy, with the log-probability of actions."""
+    def actor(self) -> Any:
+        """An `Actor`."""
         ...
 
-    def critic(self) -> TensorDictModule:
-        """`state_value` [B, R, 1] of every state."""
+    def critic(self) -> Any:
+        """A `Critic`."""
         ...
 
-    def q_network(self, temperature: float) -> TensorDictModule:
-        """`action_value` [B, R, A] of every action, for a policy softmax(Q / temperature).
+    def q_network(self, alpha: float) -> Any:
+        """A network of action values; `all_states(batch)` returns Q(s_0, ·)..Q(s_R, ·), [B, R + 1, A].
 
-        The network inside plays that policy; at temperature 0 the best action, but for a share `epsilon` of random
-        ones, a buffer of its own. Its `all_states(batch)` are the values [B, R + 1, A] at s_0..s_R, with gradient, and
-        an actor's network of discrete actions has the same for its logits. No two start alike.
+        It is also a policy: softmax(Q / α), or at α = 0 the greedy action with a share `epsilon` (a buffer) of random
+        ones. Every call starts from different weights.
         """
         ...
 
     def all_states(self, network: nn.Module, data: TensorDict) -> Tensor:
-        """A network's outputs [B, R + 1, ...] at s_0..s_R, without gradient and some rows at a time."""
+        """`network.all_states(data)` without gradient, a few rows at a time. Returns [B, R + 1, ...]."""
         ...
+
+
+class Networks(Protocol):
+    """The networks of a learner."""
+
+    policy: nn.Module  # acts in the environment
+    trained: dict[str, nn.Module]  # by name; `actor` has `learning_rate`, the others `critic_learning_rate`
+    targets: dict[str, nn.Module]  # copies that follow the trained networks; part of a checkpoint
 
 
 class Collector(Protocol):
-    """Plays an environment."""
+    """Plays the environment."""
 
-    unit: str  # what is counted: tokens or frames
+    unit: str  # what a step is called: tokens or frames
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """Weights of its own that a checkpoint must hold."""
+        """Modules other than the learner's whose weights a checkpoint must hold."""
         ...
 
     def collect(self, policy: nn.Module) -> Rollout:
-        """Goes on playing for one rollout."""
+        """One rollout of the policy."""
         ...
 
-    def rows(self, data: TensorDict) -> TensorDict:
-        """The rows that are shuffled into minibatches, from a rollout that is prepared."""
+    def training_rows(self, data: TensorDict) -> TensorDict:
+        """The rows that are shuffled into minibatches or stored for replay, from a prepared rollout."""
         ...
 
-    def split(self, minibatch: TensorDict) -> Iterator[TensorDict]:
-        """The parts of a minibatch that are read at a time."""
+    def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
+        """The parts of a minibatch that go through the networks one after another."""
         ...
 
-    def learned(self, policy: nn.Module, iteration: int) -> None:
-        """The policy was updated for the `iteration`th time."""
+    def after_update(self, policy: nn.Module, iteration: int) -> None:
+        """Called once after the updates of each iteration, counted from 1."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is not a weight and is needed to go on as if never stopped."""
+        """Everything besides weights that an exact resume needs."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         ...
 
 
 class Algorithm(Protocol):
-    """What the trainer asks of a learner: three verbs and a flag, and its networks."""
+    """A learner: three methods, a flag, and its networks."""
 
-    on_policy: bool  # learns from each rollout and forgets it; else from a replay buffer
-    config: (
-        Any  # has `epochs`, passes over each rollout; off policy `buffer_size`, `gradient_steps` and `learning_starts`
-    )
-    policy: nn.Module  # what plays
-    trained: dict[str, nn.Module]  # `actor` has `learning_rate`, the others `critic_learning_rate`
-    targets: dict[str, nn.Module]  # follow the trained ones; kept in checkpoints
+    on_policy: bool  # learns from each rollout once; otherwise from a replay buffer
+    config: Any  # `epochs` if on policy; `buffer_size`, `learning_starts` and `gradient_steps` if not
+    networks: Any  # `Networks`
+    step_weights: Callable[[Tensor], Tensor]  # mask [B, R] to each step's weight in the minibatch mean, summing to 1
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
-        """Adds what `loss` reads, `advantage` and `value_target` say; returns metrics."""
-        ...
-
-    def weights(self, mask: Tensor) -> Tensor:
-        """How much every step counts in the mean over a minibatch: [B, R], summing to 1."""
+        """Add what `loss` needs, such as `advantage` and `value_target`, [B, R] each. Returns metrics."""
         ...
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss terms of every step, [B, R] each, and diagnostics, each a sum over the valid steps."""
+        """Loss terms by name, [B, R] each, and diagnostics, each summed over the valid steps."""
         ...
 
     def after_step(self, metrics: dict[str, float]) -> bool:
-        """Target networks, temperature, or nothing. True: enough has been learned from this rollout."""
+        """Called after each optimizer step. True stops the updates on this rollout."""
         ...
 
 
 class Experiment(Protocol):
-    """An environment opened for learning: what plays it, what reads it, how it is measured and reported."""
+    """An environment prepared for learning: who plays it, how it is measured and reported."""
 
     @property
     def collector(self) -> Collector:
-        """What plays it."""
+        """Plays the environment."""
         ...
 
     @property
-    def networks(self) -> NetworkFactory:
-        """What makes networks for it."""
+    def network_factory(self) -> NetworkFactory:
+        """Builds networks for the environment's spaces."""
         ...
 
     def describe(self) -> str:
-        """What is about to happen, in a few words."""
+        """The job in a few words, printed at the start."""
         ...
 
     def evaluate(self, policy: nn.Module) -> Any:
-        """Measures a policy, always by the same episodes."""
+        """Measure a policy; the same episodes for every policy."""
         ...
 
-    def numbers(self, evaluation: Any) -> dict[str, float]:
-        """What `evaluate` found, for people and JSON."""
+    def summarize(self, evaluation: Any) -> dict[str, float]:
+        """Means of an evaluation, by name."""
         ...
 
-    def headline(self, metrics: dict[str, float]) -> str:
+    def report_metrics(self, rollout: Any) -> dict[str, float]:
+        """Metrics of a rollout for the report alone, such as a gold score; no learner sees them."""
+        ...
+
+    def progress_line(self, metrics: dict[str, float]) -> str:
         """An iteration in a few words, for the progress bar."""
         ...
 
     def write_results(self, folder: Path, trainer: Any, before: Any, after: Any) -> dict[str, Any]:
-        """The policy, pictures and tables, into the run's folder; returns the summary's own part."""
+        """Write the policy, pictures and tables to the run's folder; returns entries for the summary."""
         ...
 
     def panels(self) -> Sequence[Panel]:
-        """What the learning curves show."""
+        """The panels of the learning curves."""
         ...
 
-    def show(self, summary: dict[str, Any], folder: Path) -> list[str]:
+    def result_lines(self, summary: dict[str, Any], folder: Path) -> list[str]:
         """The result in a few lines, for the terminal."""
         ...

@@ -24,7 +24,7 @@ def build(config: TrainConfig, settings: Any, algorithm_config: Any) -> tuple[Ex
     """The environment opened for learning, and a trainer at its beginning."""
     experiment = domain_of(config.env).open(config, settings)
     _, algorithm = find_algorithm(config.algorithm)
-    return experiment, Trainer(config, algorithm(algorithm_config, experiment.networks), experiment.collector)
+    return experiment, Trainer(config, algorithm(algorithm_config, experiment.network_factory), experiment.collector)
 
 
 def load(folder: Path) -> tuple[Experiment, Trainer]:
@@ -43,7 +43,7 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
     elif folder.exists():
         checkpoint.refuse(folder)
     experiment, trainer = build(config, settings, algorithm_config)
-    before = experiment.evaluate(trainer.algorithm.policy)
+    before = experiment.evaluate(trainer.algorithm.networks.policy)
     if config.resume:
         checkpoint.load_checkpoint(folder, trainer)
     else:
@@ -57,11 +57,12 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
         report.Bar(console, config.iterations, trainer.iteration) as bar,
     ):
         for iteration in trainer.iterate():
-            scalars.write(iteration.number, iteration.metrics)
-            bar.show(iteration.number, experiment.headline(iteration.metrics))
+            metrics = iteration.metrics | experiment.report_metrics(iteration.rollout)
+            scalars.write(iteration.number, metrics)
+            bar.show(iteration.number, experiment.progress_line(metrics))
             if iteration.number % config.checkpoint_every == 0 or iteration.number == config.iterations:
                 checkpoint.save_checkpoint(folder, trainer)
-    after = experiment.evaluate(trainer.algorithm.policy)
+    after = experiment.evaluate(trainer.algorithm.networks.policy)
     plots.draw_curves(folder / "curves.png", scalars.rows, f"{title}, seed {config.seed}", experiment.panels())
     summary = {"env": config.env, "algorithm": config.algorithm, "seed": config.seed}
     summary |= experiment.write_results(folder, trainer, before, after)
@@ -70,7 +71,7 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
     summary |= {f"{unit}_per_second": trainer.steps / max(trainer.seconds, 1e-9)}
     summary |= report.machine(trainer.device)
     report.write_json(folder / "summary.json", summary)
-    console.print("\n".join(experiment.show(summary, folder)))
+    console.print("\n".join(experiment.result_lines(summary, folder)))
     return summary
 
 

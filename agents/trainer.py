@@ -1,4 +1,4 @@
-"""The one training loop: roll out, prepare, update. A generator of metrics that does no input or output."""
+"""The training loop: roll out, prepare, update. A generator of metrics; it does no input or output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from agents.replay import Replay
 
 @dataclass(frozen=True)
 class Iteration:
-    """What one pass of the loop gives: numbers to plot and experience to read."""
+    """The result of one pass of the loop."""
 
     number: int  # from 1
     metrics: dict[str, float]
@@ -27,30 +27,30 @@ class Iteration:
 
 
 class Trainer:
-    """An algorithm, its optimizer and what plays for it, and the loop over them."""
+    """The loop over a collector, an algorithm and its optimizer."""
 
     def __init__(self, config: TrainConfig, algorithm: Algorithm, collector: Collector) -> None:
         self.config, self.algorithm, self.collector = config, algorithm, collector
-        self.parameters = {name: list(network.parameters()) for name, network in algorithm.trained.items()}
+        self.parameters = {name: list(network.parameters()) for name, network in algorithm.networks.trained.items()}
         self.optimizer = make_optimizer(config, self.parameters)
-        self.generator = torch.Generator().manual_seed(config.seed)  # of the minibatches
+        self.generator = torch.Generator().manual_seed(config.seed)  # of the minibatches' order
         self.replay = None if algorithm.on_policy else Replay(algorithm.config.buffer_size, self.device)
-        self.iteration = 0  # passes of the loop so far
-        self.steps = 0  # tokens or frames gathered so far
-        self.seconds = 0.0  # spent in the loop so far
+        self.iteration = 0  # completed
+        self.steps = 0  # tokens or frames collected so far
+        self.seconds = 0.0  # in the loop so far
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
-        return next(self.algorithm.policy.parameters()).device
+        """The device of the networks."""
+        return next(self.algorithm.networks.policy.parameters()).device
 
     def iterate(self) -> Iterator[Iteration]:
-        """Goes on from `self.iteration` to the configured number of iterations."""
+        """Run the remaining iterations, up to the configured number."""
         while self.iteration < self.config.iterations:
             yield self._iterate()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is not a weight and is needed to go on as if never stopped."""
+        """Everything besides weights that an exact resume needs."""
         return {
             "iteration": self.iteration,
             "steps": self.steps,
@@ -61,7 +61,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         self.iteration, self.steps = int(state["iteration"]), int(state["steps"])
         self.seconds = float(state["seconds"])
         self.generator.set_state(state["generator"].cpu())
@@ -71,16 +71,16 @@ class Trainer:
 
     def _iterate(self) -> Iteration:
         started = time.perf_counter()
-        rollout = self.collector.collect(self.algorithm.policy)
+        rollout = self.collector.collect(self.algorithm.networks.policy)
         collected = time.perf_counter()
         steps = int(rollout.data["mask"].sum())
         metrics = rollout.metrics | self.algorithm.prepare(rollout.data)
-        metrics |= self._update(self.collector.rows(rollout.data))
+        metrics |= self._update(self.collector.training_rows(rollout.data))
         seconds = time.perf_counter() - started
         self.iteration += 1
         self.steps += steps
         self.seconds += seconds
-        self.collector.learned(self.algorithm.policy, self.iteration)
+        self.collector.after_update(self.algorithm.networks.policy, self.iteration)
         metrics |= {
             f"{self.collector.unit}_per_second": steps / seconds,
             "seconds": seconds,
@@ -125,10 +125,10 @@ class Trainer:
             yield from parts
 
     def _step(self, minibatch: TensorDict) -> dict[str, float]:
-        """One optimizer step on the mean over a minibatch, however it is split."""
-        minibatch["weight"] = self.algorithm.weights(minibatch["mask"])  # [B, R]
+        """One optimizer step on the mean over a minibatch; micro-batches do not change it."""
+        minibatch["weight"] = self.algorithm.step_weights(minibatch["mask"])  # [B, R]
         valid, totals = minibatch["mask"].sum(), defaultdict[str, Any](float)
-        for batch in self.collector.split(minibatch):
+        for batch in self.collector.micro_batches(minibatch):
             terms, diagnostics = self.algorithm.loss(batch)
             means = (torch.stack(list(terms.values())) * batch["weight"]).flatten(1).sum(1)
             means.sum().backward()
@@ -144,11 +144,11 @@ class Trainer:
         return metrics
 
     def _clip(self, name: str, parameters: list[nn.Parameter]) -> float:
-        total = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = float(total)
         if not norm < float("inf"):
             raise ValueError(
-                f"the {name}'s gradient is {norm} in iteration {self.iteration + 1}; nothing was changed by it, and "
+                f"the {name}'s gradient norm is {norm} in iteration {self.iteration + 1}; its step was not taken, and "
                 "the last checkpoint is good. Look at the rewards, or lower learning_rate."
             )
         if norm > self.config.max_grad_norm:
@@ -157,9 +157,10 @@ class Trainer:
 
 
 def make_optimizer(config: TrainConfig, trained: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
-    """AdamW without decay; the actor has a learning rate of its own. trained: parameters by the network's name.
+    """AdamW without weight decay; the actor has a learning rate of its own. trained: parameters by network.
 
-    NetworkFactory of one rate are one group: another takes 3 to 4% of a small network's update (benchmarks/LOG.md).
+    Networks with the same rate share a group: a second one costs 3 to 4% of a small network's update
+    (benchmarks/LOG.md).
     """
     rates: dict[float, list[nn.Parameter]] = defaultdict(list)
     for name, parameters in trained.items():

@@ -35,7 +35,7 @@ def ours(config: TrainConfig, settings: ControlConfig, algorithm: Any) -> dict[s
     experiment, trainer = build(config, settings, algorithm)
     assert isinstance(experiment, ControlExperiment)
     curve = [iteration.metrics.get("return") for iteration in trainer.iterate()]
-    returns = experiment.evaluate(trainer.algorithm.policy).returns
+    returns = experiment.evaluate(trainer.algorithm.networks.policy).returns
     return row(returns, trainer.steps, trainer.seconds) | {"curve": thinned(curve)}
 
 

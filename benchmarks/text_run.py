@@ -32,7 +32,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     experiment, trainer = build(config, settings, algorithm)
 
     def measure() -> dict[str, float]:
-        numbers = experiment.numbers(experiment.evaluate(trainer.algorithm.policy))
+        numbers = experiment.summarize(experiment.evaluate(trainer.algorithm.networks.policy))
         place = {"iteration": trainer.iteration, "tokens": trainer.steps, "seconds": trainer.seconds}
         return place | {name: numbers[name] for name in KEPT if name in numbers}
 

@@ -19,7 +19,7 @@ def says_because(prompts: list[str], responses: list[str]) -> list[float]:
 task = build_task(TextGenConfig(reward=says_because, kl_coef=0.02, max_new_tokens=32))
 config = TrainConfig(iterations=15)
 experiment = TextExperiment(config, TextConfig(rollout_size=64), task)
-trainer = Trainer(config, PPO(PPOConfig(), experiment.networks), experiment.collector)
+trainer = Trainer(config, PPO(PPOConfig(), experiment.network_factory), experiment.collector)
 for iteration in trainer.iterate():
     numbers = iteration.metrics
     print(

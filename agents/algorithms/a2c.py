@@ -1,7 +1,7 @@
-"""Advantage actor-critic (Mnih et al. 2016), one pass over each rollout, by TorchRL's A2CLoss.
+"""Advantage actor-critic (Mnih et al. 2016): one pass over each rollout.
 
-`−Â log π` and `½ (V − target)²` at every step, with advantages by GAE. The gradient is PPO's at a ratio of 1, which a
-minibatch of the whole rollout keeps; smaller ones take more steps, the later ones a little off the policy.
+Losses `−Â log π` and `½ (V − target)²` at every step, advantages by GAE. The gradient is PPO's at a ratio of 1. A
+minibatch of the whole rollout keeps it exact; smaller ones take several steps, the later ones slightly off-policy.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tensordict import TensorDict
-from torch import Tensor, nn
-from torchrl.objectives import A2CLoss
+from torch import Tensor
 
 from agents.config import check_not_negative, check_shares
 from agents.interfaces import NetworkFactory
-from agents.objectives.actor_critic import add_advantages, add_whitened, policy_of
+from agents.objectives.actor_critic import ActorCritic, add_advantages
 from agents.objectives.advantages import token_weights
+from agents.objectives.losses import policy_gradient, value_loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class A2CConfig:
     """Settings of A2C."""
 
-    epochs: ClassVar[int] = 1  # no ratio would correct a second pass
-    entropy_coef: float = 0.0  # weight of an entropy bonus; 0 saves its cost
+    epochs: ClassVar[int] = 1  # there is no ratio to correct a second pass
+    entropy_coef: float = 0.0  # weight of the entropy bonus; 0 skips its cost
     gamma: float = 1.0  # discount per step
     lmbda: float = 0.95  # GAE's mix of TD errors (0) and whole returns (1)
-    whiten: bool = True  # advantages of a rollout to mean 0 and standard deviation 1
+    whiten: bool = True  # standardize the advantages of a rollout
 
     def __post_init__(self) -> None:
         check_not_negative(self, ("entropy_coef",))
@@ -35,43 +35,31 @@ class A2CConfig:
 
 
 class A2C:
-    """The three verbs of an algorithm."""
+    """Policy gradient with GAE advantages, and a critic fitted to their value targets."""
 
     on_policy = True
+    step_weights = staticmethod(token_weights)
 
-    def __init__(self, config: A2CConfig, networks: NetworkFactory) -> None:
-        self.config, self.networks = config, networks
-        self.actor, self.critic = networks.actor(), networks.critic()
-        self.policy = policy_of(self.actor)
-        self.trained: dict[str, nn.Module] = {"actor": self.actor, "critic": self.critic}
-        self.targets: dict[str, nn.Module] = {}
-        self.weights = token_weights
-        self.objective = A2CLoss(
-            self.actor,
-            self.critic,
-            critic_coeff=0.5,  # the ½ of the value loss; the networks share no weight, so it needs no other
-            loss_critic_type="l2",
-            entropy_bonus=config.entropy_coef > 0,
-            entropy_coeff=config.entropy_coef,
-            functional=False,
-            reduction="none",
-        )
-        self.objective.loss_mask_key = "mask"
+    def __init__(self, config: A2CConfig, factory: NetworkFactory) -> None:
+        self.config, self.networks = config, ActorCritic(factory)
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
-        """Adds `state_value`, `advantage` and `value_target`, all [B, R, 1]."""
-        metrics = add_advantages(rollout, self.networks, self.critic, self.config.gamma, self.config.lmbda)
-        add_whitened(rollout, self.config.whiten)
-        return metrics
+        """Add values, advantages and value targets; see `add_advantages`."""
+        value = self.networks.state_values(rollout)
+        config = self.config
+        return add_advantages(rollout, rollout["shaped_reward"], value, config.gamma, config.lmbda, config.whiten)
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss terms of every step, to be summed; no diagnostics."""
-        out = self.objective(batch)
-        terms = {"policy_loss": out["loss_objective"], "value_loss": out["loss_critic"]}
+        """`policy_loss`, `value_loss` and, with an entropy bonus, `entropy_loss`; no diagnostics."""
+        distribution = self.networks.actor.distribution(batch)
+        terms = {
+            "policy_loss": policy_gradient(distribution.log_prob(batch["action"]), batch["advantage"]),
+            "value_loss": value_loss(self.networks.critic.values(batch), batch["value_target"]),
+        }
         if self.config.entropy_coef > 0:
-            terms["entropy_loss"] = out["loss_entropy"]
+            terms["entropy_loss"] = -self.config.entropy_coef * distribution.entropy()
         return terms, {}
 
     def after_step(self, metrics: dict[str, float]) -> bool:
-        """Nothing follows the networks, and one pass is all."""
+        """Go on: one pass over the rollout."""
         return False

@@ -1,13 +1,12 @@
 """Deep Q-learning (Mnih et al. 2015) with double estimates (van Hasselt et al. 2016), soft or epsilon-greedy.
 
-At a temperature above 0 it is soft Q-learning (Haarnoja et al. 2017): see objectives/soft_q.py for what that has to do
-with the KL penalty. At temperature 0 it is DQN as it is known.
+With α > 0 it is soft Q-learning (Haarnoja et al. 2017); `objectives/soft_q.py` shows how that relates to the KL
+penalty. With α = 0 it is standard DQN.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -15,89 +14,86 @@ from torch import Tensor, nn
 
 from agents.config import check_counts, check_not_negative, check_shares
 from agents.interfaces import NetworkFactory
-from agents.objectives.actor_critic import ends_of, inside
+from agents.objectives.actor_critic import ends_of
 from agents.objectives.advantages import token_weights
 from agents.objectives.soft_q import (
     LOSSES,
-    Target,
+    ReplayConfig,
+    TargetNetwork,
     action_targets,
     check_discrete,
-    check_replay,
-    chosen,
-    read,
     soft_value,
+    value_of,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DQNConfig:
+class DQNConfig(ReplayConfig):
     """Settings of DQN."""
 
-    buffer_size: int = 2048  # rows that are remembered: responses, or steps of another environment
-    learning_starts: int = 128  # rows before the first update
-    gradient_steps: int = 16  # optimizer steps after each rollout
-    temperature: float | None = None  # α; default the KL penalty's β, or 0, epsilon-greedy, where there is no penalty
-    gamma: float = 1.0  # discount per step
-    lmbda: float = 0.95  # mix of one-step targets (0) and whole returns (1), within a row
-    double: bool = True  # the online network chooses the next action, the target network says its worth
-    target_update_interval: int = 1  # optimizer steps between updates of the target network
-    tau: float = 0.05  # share of the online weights that it takes then
-    loss_function: str = "l2"  # of TD errors: l2, their square, or smooth_l1, linear where they are above 1
-    epsilon_start: float = 1.0  # share of random actions to begin with; at temperature 0 alone
-    epsilon_end: float = 0.05  # and in the end
-    epsilon_updates: int = 10_000  # optimizer steps from the one to the other
+    alpha: float | None = None  # weight of the entropy; default: the KL penalty's β, or 0 (epsilon-greedy) without one
+    double: bool = True  # the online network chooses the next action, the target network evaluates it
+    epsilon_start: float = 1.0  # initial share of random actions; at alpha 0 alone
+    epsilon_end: float = 0.05  # final share of random actions
+    epsilon_updates: int = 10_000  # optimizer steps from the initial to the final share
 
     def __post_init__(self) -> None:
-        check_replay(self)
+        super().__post_init__()
         check_counts(self, ("epsilon_updates",))
         check_shares(self, ("epsilon_start", "epsilon_end"))
-        if self.temperature is not None:
-            check_not_negative(self, ("temperature",))
+        if self.alpha is not None:
+            check_not_negative(self, ("alpha",))
+
+
+class QNetworks:
+    """An online network, which is also the policy, and its target network."""
+
+    def __init__(self, config: DQNConfig, factory: NetworkFactory, alpha: float) -> None:
+        self.online = factory.q_network(alpha)
+        self.target = TargetNetwork(self.online, config)
+        self.policy: nn.Module = self.online
+        self.trained: dict[str, nn.Module] = {"q_network": self.online}
+        self.targets: dict[str, nn.Module] = {"q_network": self.target}
 
 
 class DQN:
-    """The three verbs of an algorithm."""
+    """Regression of action values on targets from a replay buffer."""
 
     on_policy = False
+    step_weights = staticmethod(token_weights)
 
-    def __init__(self, config: DQNConfig, networks: NetworkFactory) -> None:
-        check_discrete(networks)
-        self.config = config
-        self.temperature = networks.temperature if config.temperature is None else config.temperature
-        self.q_network = networks.q_network(self.temperature)
-        self.policy = inside(self.q_network)
-        self.target = Target(self.q_network, config.target_update_interval, config.tau)
-        self.trained: dict[str, nn.Module] = {"q_network": self.q_network}
-        self.targets: dict[str, nn.Module] = {"q_network": self.target}
-        self.weights = token_weights
-        self._explore()
+    def __init__(self, config: DQNConfig, factory: NetworkFactory) -> None:
+        check_discrete(factory)
+        self.config, self.alpha = config, factory.alpha if config.alpha is None else config.alpha
+        self.networks = QNetworks(config, factory, self.alpha)
+        self._set_epsilon()
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
-        """Nothing: targets are made anew whenever a row is drawn."""
+        """Add nothing: targets are computed whenever a row is sampled."""
         return {}
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss terms of every step, to be summed, and diagnostics."""
+        """`q_loss`, and the mean value of the actions taken as a diagnostic."""
         config, action = self.config, batch["action"]
-        online = read(self.q_network, batch)  # [B, R + 1, A]
+        online = self.networks.online.all_states(batch)  # [B, R + 1, A]
         with torch.no_grad():
-            target = read(self.target.network, batch)  # [B, R + 1, A]
-            value = soft_value(online if config.double else target, target, self.temperature)  # [B, R + 1]
-            old = chosen(target[:, :-1], action)  # [B, R]
-            wanted = action_targets(batch["reward"], value, old, ends_of(batch), config.gamma, config.lmbda)
-        found = chosen(online[:, :-1], action)  # [B, R]
-        loss = LOSSES[config.loss_function](found, wanted, reduction="none")
-        return {"q_loss": loss}, {"q_value": found.detach().where(batch["mask"], 0.0).sum()}
+            target = self.networks.target.network.all_states(batch)  # [B, R + 1, A]
+            value = soft_value(online if config.double else target, target, self.alpha)  # [B, R + 1]
+            old = value_of(action, target[:, :-1])  # [B, R]
+            targets = action_targets(batch["reward"], value, old, ends_of(batch), config.gamma, config.lmbda)
+        predicted = value_of(action, online[:, :-1])  # [B, R]
+        loss = LOSSES[config.loss_function](predicted, targets, reduction="none")
+        return {"q_loss": loss}, {"q_value": predicted.detach().where(batch["mask"], 0.0).sum()}
 
     def after_step(self, metrics: dict[str, float]) -> bool:
-        """The target network follows, and epsilon falls."""
-        self.target.follow(self.q_network)
-        self._explore()
+        """Update the target network and epsilon."""
+        self.networks.target.update(self.networks.online)
+        self._set_epsilon()
         return False
 
-    def _explore(self) -> None:
-        if self.temperature == 0:
+    def _set_epsilon(self) -> None:
+        if self.alpha == 0:
             config = self.config
-            share = min(int(self.target.steps) / config.epsilon_updates, 1.0)
-            policy: Any = self.policy
-            policy.epsilon.fill_(config.epsilon_start + share * (config.epsilon_end - config.epsilon_start))
+            progress = min(int(self.networks.target.steps) / config.epsilon_updates, 1.0)
+            epsilon = config.epsilon_start + progress * (config.epsilon_end - config.epsilon_start)
+            self.networks.online.epsilon.fill_(epsilon)

@@ -1,9 +1,9 @@
-"""Group relative policy optimization (GRPO: Shao et al. 2024): no critic, returns are standardized within a group.
+"""Group relative policy optimization (GRPO: Shao et al. 2024): no critic, returns standardized within a group.
 
-The advantage of a response is its return in standard deviations from the mean of the responses to its prompt, and
-every token of it gets the whole. The KL to the reference is a term of the loss. Later papers change two things:
-`aggregation` token lets long responses weigh more (DAPO: Yu et al. 2025), and `normalize` off divides by no deviation
-(Dr. GRPO: Liu et al. 2025, who divide by a constant length besides, where `token` takes the minibatch's own).
+The advantage of a response, and of each of its tokens, is its return in standard deviations from the mean return of the
+responses to its prompt. The KL to the reference is a term of the loss. Two later changes are settings: `aggregation`
+token gives long responses more weight (DAPO: Yu et al. 2025), and `normalize` off skips the division by the standard
+deviation (Dr. GRPO: Liu et al. 2025, who also divide by a constant length where `token` takes the minibatch's).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from agents.config import check_choice, check_counts
 from agents.interfaces import NetworkFactory
-from agents.objectives.actor_critic import distribution_of, policy_of
+from agents.objectives.actor_critic import ActorOnly
 from agents.objectives.advantages import group_centered, group_normalized, sequence_weights, token_weights
-from agents.objectives.group import group_metrics, group_of, returns, spread_advantages
-from agents.objectives.losses import KL_LOSSES, clipped_terms, kl_loss_of, reward_key
+from agents.objectives.group import add_response_advantages, check_group_size, group_metrics, undiscounted_returns
+from agents.objectives.losses import KL_LOSSES, available_kl_loss, clipped_terms, reward_key
 
 AGGREGATIONS = {"sequence": sequence_weights, "token": token_weights}
 
@@ -28,10 +28,10 @@ class GRPOConfig:
     """Settings of GRPO."""
 
     epochs: int = 1  # passes over each rollout
-    clip: float = 0.2  # the ratio of new to old probability counts within 1 ± clip
-    aggregation: str = "sequence"  # what counts the same in a minibatch: each sequence (response), or each token
+    clip: float = 0.2  # the ratio of new to old probability is clipped to 1 ± clip
+    aggregation: str = "sequence"  # equal weight in a minibatch for each sequence (response), or for each token
     normalize: bool = True  # divide by the standard deviation of a group's returns
-    kl_loss: str = "k3"  # none: the KL is a part of the reward; k2 or k3: this estimator is a term of the loss
+    kl_loss: str = "k3"  # none: the KL is in the reward; k2 or k3: this estimator of it is in the loss
 
     def __post_init__(self) -> None:
         check_counts(self, ("epochs",))
@@ -42,30 +42,27 @@ class GRPOConfig:
 
 
 class GRPO:
-    """The three verbs of an algorithm."""
+    """Clipped policy gradient with advantages relative to the group."""
 
     on_policy = True
 
-    def __init__(self, config: GRPOConfig, networks: NetworkFactory) -> None:
-        self.config, self.group = config, group_of(networks)
-        self.actor = networks.actor()
-        self.policy = policy_of(self.actor)
-        self.trained: dict[str, nn.Module] = {"actor": self.actor}
-        self.targets: dict[str, nn.Module] = {}
-        self.weights = AGGREGATIONS[config.aggregation]
-        self.kl_loss = kl_loss_of(config.kl_loss, networks)
+    def __init__(self, config: GRPOConfig, factory: NetworkFactory) -> None:
+        self.config, self.group_size = config, check_group_size(factory)
+        self.networks = ActorOnly(factory)
+        self.step_weights = AGGREGATIONS[config.aggregation]
+        self.kl_loss = available_kl_loss(config.kl_loss, factory)
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
-        """Adds `advantage` [B, R, 1]."""
-        total = returns(rollout, reward_key(self.kl_loss))  # [B]
+        """Add `advantage` [B, R]."""
+        returns = undiscounted_returns(rollout[reward_key(self.kl_loss)], rollout["mask"])  # [B]
         compare = group_normalized if self.config.normalize else group_centered
-        spread_advantages(rollout, compare(total, self.group))
-        return group_metrics(total, self.group)
+        add_response_advantages(rollout, compare(returns, self.group_size))
+        return group_metrics(returns, self.group_size)
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss terms of every step, to be summed, and diagnostics."""
-        return clipped_terms(distribution_of(self.actor, batch), batch, self.config.clip, self.kl_loss)
+        """`policy_loss`, and `kl_loss` if it is on; diagnostics of the ratio."""
+        return clipped_terms(self.networks.actor.distribution(batch), batch, self.config.clip, self.kl_loss)
 
     def after_step(self, metrics: dict[str, float]) -> bool:
-        """Nothing follows the actor."""
+        """Go on with the rollout."""
         return False

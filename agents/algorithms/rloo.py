@@ -1,8 +1,9 @@
 """REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024): no critic, siblings are the baseline.
 
-The advantage of a response is its shaped return, less the mean of those of the other responses to its prompt, and
-every token of it gets the whole. Every token of a minibatch weighs the same, as in the sum of log-probabilities over
-a response. Ratios are per token: with one pass they stay so near 1 that the clip hardly acts.
+The advantage of a response, and of each of its tokens, is its penalized return minus the mean return of the other
+responses to its prompt. Every token of a minibatch has equal weight, as in the sum of log-probabilities over a
+response; the paper averages over responses, so minibatches differ from it by their mean length. Ratios are per token:
+in a single pass they stay so close to 1 that the clip hardly acts.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from agents.config import check_choice, check_counts
 from agents.interfaces import NetworkFactory
-from agents.objectives.actor_critic import distribution_of, policy_of
+from agents.objectives.actor_critic import ActorOnly
 from agents.objectives.advantages import leave_one_out, token_weights
-from agents.objectives.group import group_metrics, group_of, returns, spread_advantages
-from agents.objectives.losses import KL_LOSSES, clipped_terms, kl_loss_of, reward_key
+from agents.objectives.group import add_response_advantages, check_group_size, group_metrics, undiscounted_returns
+from agents.objectives.losses import KL_LOSSES, available_kl_loss, clipped_terms, reward_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,8 @@ class RLOOConfig:
     """Settings of RLOO."""
 
     epochs: int = 1  # passes over each rollout
-    clip: float = 0.2  # the ratio of new to old probability counts within 1 ± clip
-    kl_loss: str = "none"  # none: the KL is a part of the reward; k2 or k3: this estimator is a term of the loss
+    clip: float = 0.2  # the ratio of new to old probability is clipped to 1 ± clip
+    kl_loss: str = "none"  # none: the KL is in the reward; k2 or k3: this estimator of it is in the loss
 
     def __post_init__(self) -> None:
         check_counts(self, ("epochs",))
@@ -36,29 +37,26 @@ class RLOOConfig:
 
 
 class RLOO:
-    """The three verbs of an algorithm."""
+    """Clipped policy gradient with the leave-one-out baseline."""
 
     on_policy = True
+    step_weights = staticmethod(token_weights)
 
-    def __init__(self, config: RLOOConfig, networks: NetworkFactory) -> None:
-        self.config, self.group = config, group_of(networks)
-        self.actor = networks.actor()
-        self.policy = policy_of(self.actor)
-        self.trained: dict[str, nn.Module] = {"actor": self.actor}
-        self.targets: dict[str, nn.Module] = {}
-        self.weights = token_weights
-        self.kl_loss = kl_loss_of(config.kl_loss, networks)
+    def __init__(self, config: RLOOConfig, factory: NetworkFactory) -> None:
+        self.config, self.group_size = config, check_group_size(factory)
+        self.networks = ActorOnly(factory)
+        self.kl_loss = available_kl_loss(config.kl_loss, factory)
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
-        """Adds `advantage` [B, R, 1]."""
-        total = returns(rollout, reward_key(self.kl_loss))  # [B]
-        spread_advantages(rollout, leave_one_out(total, self.group))
-        return group_metrics(total, self.group)
+        """Add `advantage` [B, R]."""
+        returns = undiscounted_returns(rollout[reward_key(self.kl_loss)], rollout["mask"])  # [B]
+        add_response_advantages(rollout, leave_one_out(returns, self.group_size))
+        return group_metrics(returns, self.group_size)
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss terms of every step, to be summed, and diagnostics."""
-        return clipped_terms(distribution_of(self.actor, batch), batch, self.config.clip, self.kl_loss)
+        """`policy_loss`, and `kl_loss` if it is on; diagnostics of the ratio."""
+        return clipped_terms(self.networks.actor.distribution(batch), batch, self.config.clip, self.kl_loss)
 
     def after_step(self, metrics: dict[str, float]) -> bool:
-        """Nothing follows the actor."""
+        """Go on with the rollout."""
         return False

@@ -90,18 +90,18 @@ class ControlCollector:
         )
         return ControlRollout(data, self._metrics(data))
 
-    def rows(self, data: TensorDict) -> TensorDict:
+    def training_rows(self, data: TensorDict) -> TensorDict:
         """Single steps, [N] rows of [1]."""
         known, mask = set(data.keys()), data["mask"]
         keys = ON_POLICY if "advantage" in known else OFF_POLICY
         rows = {key: data[key][mask][:, None] for key in keys if key in known}
         return TensorDict(rows, batch_size=[len(rows["mask"])])
 
-    def split(self, minibatch: TensorDict) -> Iterator[TensorDict]:
+    def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
         """All at once: these networks are small."""
         yield minibatch
 
-    def learned(self, policy: nn.Module, iteration: int) -> None:
+    def after_update(self, policy: nn.Module, iteration: int) -> None:
         """Begins anew where a checkpoint is."""
         if iteration % self.begin_every == 0:
             self.observation = None

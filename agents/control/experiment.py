@@ -46,7 +46,7 @@ class ControlExperiment:
         self.environments = Environments(config, settings, settings.num_envs)
         check_checkpoints(config, settings, self.environments.limit)
         env = self.environments.env
-        self.networks = ControlNetworkFactory(
+        self.network_factory = ControlNetworkFactory(
             env.single_observation_space, env.single_action_space, settings, config.seed
         )
         self.collector = ControlCollector(self.environments, settings, config.seed, config.checkpoint_every)
@@ -55,9 +55,9 @@ class ControlExperiment:
         """The environment and the amount of work."""
         settings, action = self.settings, self.environments.env.single_action_space
         frames = self.config.iterations * settings.num_envs * settings.steps
-        kind = f"{self.networks.outputs} actions" if self.networks.discrete else f"actions {action.shape}"
+        kind = f"{self.network_factory.outputs} actions" if self.network_factory.discrete else f"actions {action.shape}"
         return (
-            f"(cpu): {self.networks.inputs} observations, {kind}; {self.config.iterations} iterations of "
+            f"(cpu): {self.network_factory.inputs} observations, {kind}; {self.config.iterations} iterations of "
             f"{settings.num_envs} environments × {settings.steps} steps, {frames:,} frames."
         )
 
@@ -69,7 +69,7 @@ class ControlExperiment:
         environments.env.close()
         return evaluation
 
-    def numbers(self, evaluation: Evaluation) -> dict[str, float]:
+    def summarize(self, evaluation: Evaluation) -> dict[str, float]:
         """Means over the episodes."""
         return {
             "return": float(np.mean(evaluation.returns)),
@@ -77,7 +77,11 @@ class ControlExperiment:
             "length": float(np.mean(evaluation.lengths)),
         }
 
-    def headline(self, metrics: dict[str, float]) -> str:
+    def report_metrics(self, rollout: Any) -> dict[str, float]:
+        """Nothing beyond the rollout's own metrics."""
+        return {}
+
+    def progress_line(self, metrics: dict[str, float]) -> str:
         """Return and speed."""
         known = f"return {metrics['return']:+.1f}" if "return" in metrics else "no episode ended"
         return f"{known}  {metrics['frames_per_second']:.0f} frames/s"
@@ -88,7 +92,7 @@ class ControlExperiment:
 
     def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
         """Returns before and after; the policy is in the checkpoint."""
-        first, last = self.numbers(before), self.numbers(after)
+        first, last = self.summarize(before), self.summarize(after)
         return {
             "return_before": first["return"],
             "return_after": last["return"],
@@ -96,7 +100,7 @@ class ControlExperiment:
             "evaluation_episodes": len(after.returns),
         }
 
-    def show(self, summary: dict[str, Any], folder: Path) -> list[str]:
+    def result_lines(self, summary: dict[str, Any], folder: Path) -> list[str]:
         """Returns, speed and where to look."""
         return [
             f"return {summary['return_before']:+.1f} → {summary['return_after']:+.1f} ± "

@@ -15,8 +15,8 @@ from typing import Any
 import gymnasium as gym
 import torch
 from tensordict import TensorDict
-from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torchrl.modules import IndependentNormal, TanhNormal
 
 from agents.control.config import HIGHEST_LOG_STD, LOWEST_LOG_STD, ControlConfig
@@ -70,8 +70,24 @@ class MLP(nn.Module):
         return function
 
 
+class ValueNetwork(MLP):
+    """The value of every state; one output."""
+
+    def values(self, batch: TensorDict) -> Tensor:
+        """V(s_t) at every step, [B, R]."""
+        return self(batch["observation"])[..., 0]
+
+    def all_states(self, batch: TensorDict) -> Tensor:
+        """V(s_0)..V(s_R), [B, R + 1]."""
+        return super().all_states(batch)[..., 0]
+
+
 class DiscreteActor(MLP):
     """Logits of a list of actions."""
+
+    def distribution(self, batch: TensorDict) -> Categorical:
+        """Distribution over actions at every step, batch shape [B, R]."""
+        return Categorical(self(batch["observation"]))
 
     def log_policy(self, outputs: Tensor) -> Tensor:
         """Log-probabilities of the actions by logits, but for a constant of each state. [..., A] both."""
@@ -130,16 +146,21 @@ class ContinuousActor(nn.Module):
 
     def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
         """Of the actions [..., A] taken in states [..., D]; returns [...]."""
-        kind, arguments = self.distribution()
-        return kind(*self(observation), **arguments).log_prob(action)
+        return self._distribution(observation).log_prob(action)
 
     def greedy(self, observation: Tensor) -> Tensor:
         """The middle of each row's actions, [n, A]."""
         return self._bounded(self.body(observation))
 
-    def distribution(self) -> tuple[type, dict[str, Any]]:
-        """TorchRL's class and its arguments."""
-        return (SquashedNormal, {"low": self.low, "high": self.high}) if self.squashed else (IndependentNormal, {})
+    def distribution(self, batch: TensorDict) -> Distribution:
+        """Distribution over actions at every step, batch shape [B, R]."""
+        return self._distribution(batch["observation"])
+
+    def _distribution(self, observation: Tensor) -> Distribution:
+        loc, scale = self(observation)
+        if self.squashed:
+            return SquashedNormal(loc, scale, low=self.get_buffer("low"), high=self.get_buffer("high"))
+        return IndependentNormal(loc, scale)
 
     def _bounded(self, raw: Tensor) -> Tensor:
         if not self.squashed:
@@ -161,17 +182,17 @@ class SquashedNormal(TanhNormal):
 
 
 class QNetwork(DiscreteActor):
-    """The value of every action. Plays softmax(Q / temperature), or at temperature 0 the best but for a share ε."""
+    """The value of every action. The policy is softmax(Q / α), or at α = 0 epsilon-greedy."""
 
-    def __init__(self, sizes: tuple[int, ...], activation: str, temperature: float) -> None:
+    def __init__(self, sizes: tuple[int, ...], activation: str, alpha: float) -> None:
         super().__init__(sizes, activation, gain=1.0)
-        self.temperature = temperature
+        self.alpha = alpha
         self.register_buffer("epsilon", torch.zeros(()))
 
     def log_policy(self, outputs: Tensor) -> Tensor:
         """Log-probabilities of the actions by their values, but for a constant of each state. [..., A] both."""
-        if self.temperature > 0:
-            return outputs / self.temperature
+        if self.alpha > 0:
+            return outputs / self.alpha
         epsilon = self.get_buffer("epsilon")
         share = torch.full_like(outputs, 1.0 / outputs.shape[-1]) * epsilon
         best = outputs.argmax(-1, keepdim=True)
@@ -181,8 +202,8 @@ class QNetwork(DiscreteActor):
 class ControlNetworkFactory:
     """NetworkFactory for an environment's spaces: see `agents.interfaces.NetworkFactory`."""
 
-    group = 1
-    temperature = 0.0
+    group_size = 1
+    alpha = 0.0
 
     def __init__(self, observation: gym.Space, action: Any, config: ControlConfig, seed: int) -> None:
         """observation: a flat Box; action: Discrete, or a flat Box."""
@@ -192,34 +213,20 @@ class ControlNetworkFactory:
         self.inputs, self.outputs = observation.shape[0], int(action.n) if self.discrete else action.shape[0]
         self.made, self.seed = 0, seed
 
-    def actor(self) -> ProbabilisticTensorDictSequential:
-        """A policy that is near indifferent to begin with."""
+    def actor(self) -> DiscreteActor | ContinuousActor:
+        """A policy that starts close to indifferent."""
         with self._own_randomness():
-            policy = self._discrete_actor() if self.discrete else self._continuous_actor()
-        keys: Any = ["logits"] if self.discrete else ["loc", "scale"]
-        kind, arguments = (Categorical, {}) if isinstance(policy, DiscreteActor) else policy.distribution()
-        modules: Any = (
-            TensorDictModule(policy, ["observation"], keys),
-            ProbabilisticTensorDictModule(
-                in_keys=keys,
-                out_keys=["action"],
-                distribution_class=kind,
-                distribution_kwargs=arguments,
-                return_log_prob=True,
-            ),
-        )
-        return ProbabilisticTensorDictSequential(*modules)
+            return self._discrete_actor() if self.discrete else self._continuous_actor()
 
-    def critic(self) -> TensorDictModule:
+    def critic(self) -> ValueNetwork:
         """Values of states."""
         with self._own_randomness():
-            return TensorDictModule(self._perceptron(1, 1.0), ["observation"], ["state_value"])
+            return ValueNetwork(self._sizes(1), self.config.activation, 1.0)
 
-    def q_network(self, temperature: float) -> TensorDictModule:
+    def q_network(self, alpha: float) -> QNetwork:
         """Values of a list of actions."""
         with self._own_randomness():
-            network = QNetwork(self._sizes(self.outputs), self.config.activation, temperature)
-        return TensorDictModule(network, ["observation"], ["action_value"])
+            return QNetwork(self._sizes(self.outputs), self.config.activation, alpha)
 
     @torch.no_grad()
     def all_states(self, network: Any, data: TensorDict) -> Tensor:
@@ -230,13 +237,10 @@ class ControlNetworkFactory:
         return DiscreteActor(self._sizes(self.outputs), self.config.activation, 0.01)
 
     def _continuous_actor(self) -> ContinuousActor:
-        body = self._perceptron(self.outputs, 0.01)
+        body = MLP(self._sizes(self.outputs), self.config.activation, 0.01)
         squashed = self.config.distribution == "tanh"
         bounds = (torch.as_tensor(self.action.low), torch.as_tensor(self.action.high)) if squashed else None
         return ContinuousActor(body, self.config.initial_log_std, bounds)
-
-    def _perceptron(self, outputs: int, gain: float) -> MLP:
-        return MLP(self._sizes(outputs), self.config.activation, gain)
 
     def _sizes(self, outputs: int) -> tuple[int, ...]:
         return (self.inputs, *self.config.hidden, outputs)

@@ -1,4 +1,4 @@
-"""What the learners with an actor and a critic share: values, advantages and value targets of a rollout."""
+"""What the on-policy learners share: their networks, and the values, advantages and value targets of a rollout."""
 
 from __future__ import annotations
 
@@ -6,66 +6,55 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
-from torch import nn
-from torch.distributions import Distribution
+from torch import Tensor, nn
 
 from agents.interfaces import NetworkFactory
 from agents.objectives.advantages import Ends, estimate_advantages, explained_variance, td_errors, whiten
 
 
+class ActorCritic:
+    """An actor and a critic with separate weights."""
+
+    def __init__(self, factory: NetworkFactory) -> None:
+        self.actor, self.critic, self.factory = factory.actor(), factory.critic(), factory
+        self.policy: nn.Module = self.actor
+        self.trained: dict[str, Any] = {"actor": self.actor, "critic": self.critic}
+        self.targets: dict[str, nn.Module] = {}
+
+    def state_values(self, rollout: TensorDict) -> Tensor:
+        """V(s_0)..V(s_R) without gradient, [B, R + 1]."""
+        return self.factory.all_states(self.critic, rollout)
+
+
+class ActorOnly:
+    """An actor without a critic."""
+
+    def __init__(self, factory: NetworkFactory) -> None:
+        self.actor = factory.actor()
+        self.policy: nn.Module = self.actor
+        self.trained: dict[str, Any] = {"actor": self.actor}
+        self.targets: dict[str, nn.Module] = {}
+
+
 def ends_of(rollout: TensorDict) -> Ends:
-    """Which steps of a rollout are real, and which end an episode."""
+    """The valid steps of a rollout and the ends of its episodes."""
     return Ends(rollout["mask"], rollout["done"], rollout["terminated"])
-
-
-def policy_of(actor: ProbabilisticTensorDictSequential) -> nn.Module:
-    """The network inside an actor, which plays."""
-    return inside(actor[0])
-
-
-def output_of(module: Any, batch: TensorDict) -> Any:
-    """What the network inside a TensorDictModule makes of a batch."""
-    return inside(module)(*(batch[key] for key in module.in_keys))
-
-
-def distribution_of(actor: Any, batch: TensorDict) -> Distribution:
-    """What `actor.get_dist(batch)` gives, without its bookkeeping, which costs as much as a small network."""
-    network, head = actor[0], actor[-1]
-    outputs = output_of(network, batch)
-    named = dict(zip(head.in_keys, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
-    return head.distribution_class(**named, **head.distribution_kwargs)
-
-
-def add_whitened(rollout: TensorDict, on: bool) -> None:
-    """Adds `advantage` [B, R, 1]: the raw one, whitened over the valid steps of the rollout where that is on."""
-    advantage, mask = rollout["raw_advantage"], rollout["mask"][..., None]
-    rollout["advantage"] = whiten(advantage, mask) if on else advantage
-
-
-def inside(module: Any) -> nn.Module:
-    """The network inside a TensorDictModule."""
-    return module.module
 
 
 @torch.no_grad()
 def add_advantages(
-    rollout: TensorDict,
-    networks: NetworkFactory,
-    critic: TensorDictModule,
-    gamma: float,
-    lmbda: float,
-    reward_key: str = "shaped_reward",
+    rollout: TensorDict, reward: Tensor, value: Tensor, gamma: float, lmbda: float, whitened: bool
 ) -> dict[str, float]:
-    """Adds `state_value`, `td_error`, `raw_advantage` and `value_target`, all [B, R, 1].
+    """Add `state_value`, `td_error`, `raw_advantage`, `advantage` and `value_target`, [B, R] each.
 
-    Returns what the critic knew before it was updated.
+    reward: [B, R]; value: [B, R + 1], of s_0..s_R. `advantage` is the raw one, whitened over the valid steps of the
+    rollout if `whitened`. Returns the critic's explained variance before its update.
     """
-    ends, reward = ends_of(rollout), rollout[reward_key]
-    value = networks.all_states(inside(critic), rollout)[..., 0]  # [B, R + 1]
+    ends = ends_of(rollout)
     advantage, target = estimate_advantages(reward, value, ends, gamma, lmbda)
-    rollout["state_value"] = value[:, :-1].where(ends.mask, 0.0)[..., None]
-    rollout["td_error"] = td_errors(reward, value, ends, gamma)[..., None]
-    rollout["raw_advantage"] = advantage[..., None]
-    rollout["value_target"] = target[..., None]
+    rollout["state_value"] = value[:, :-1].where(ends.mask, 0.0)
+    rollout["td_error"] = td_errors(reward, value, ends, gamma)
+    rollout["raw_advantage"] = advantage
+    rollout["advantage"] = whiten(advantage, ends.mask) if whitened else advantage
+    rollout["value_target"] = target
     return {"explained_variance": float(explained_variance(value[:, :-1], target, ends.mask))}

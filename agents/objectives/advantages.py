@@ -1,6 +1,6 @@
 """From rewards and values to advantages: pure functions of tensors and a mask.
 
-Every function reads valid entries only: what stands in padding changes nothing, to the bit.
+Only valid entries count: the content of padding changes no result, to the bit.
 """
 
 from __future__ import annotations
@@ -13,37 +13,63 @@ from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 
 class Ends(NamedTuple):
-    """Which steps are real and which are an episode's last; bool [B, R] each."""
+    """Valid steps and the ends of episodes; bool [B, R] each.
 
-    mask: Tensor  # true counts
-    done: Tensor  # nothing after this step belongs to its episode
-    terminated: Tensor  # and nothing is worth anything after it: an end of the process, not of a time limit
+    Valid steps need not be adjacent: tokens of the environment may stand between two tokens of the policy, and a reset
+    between two episodes.
+    """
+
+    mask: Tensor  # true = a step of the policy
+    done: Tensor  # the episode's last step
+    terminated: Tensor  # done, and the value after it is 0; false at a time limit
 
 
 def response_ends(mask: Tensor) -> Ends:
-    """Responses end by themselves, at the last token of each row. mask: bool [B, R], filled from the left."""
-    last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    """Each response terminates at its last generated token. mask: bool [B, R]."""
+    remaining = mask.flip(1).cumsum(1).flip(1)  # [B, R], generated tokens from here on
+    last = mask & (remaining == 1)
     return Ends(mask, last, last)
 
 
+def next_values(value: Tensor, ends: Ends) -> Tensor:
+    """V(s_{t+1}) as each valid step sees it: 0 after termination, else the value at the policy's next state.
+
+    Within an episode that is the state before its next valid step; after a time limit it is the state reached.
+    value: [B, R + 1], of s_0..s_R. Returns [B, R].
+    """
+    steps = ends.mask.shape[1]
+    column = torch.arange(steps, device=value.device).expand_as(ends.mask)
+    valid = torch.where(ends.mask, column, steps)
+    following = valid.flip(1).cummin(1).values.flip(1)  # [B, R], the first valid step from here on
+    following = torch.nn.functional.pad(following[:, 1:], (0, 1), value=steps)
+    reached = torch.where(ends.done, column + 1, following)
+    return value.gather(1, reached).where(~ends.terminated, 0.0)
+
+
+def packed(ends: Ends) -> tuple[Ends, Tensor]:
+    """The valid steps moved to the left of each row, and the columns they came from, int64 [B, R]."""
+    order = (~ends.mask).long().argsort(dim=1, stable=True)
+    return Ends(*(flags.gather(1, order) for flags in ends)), order
+
+
 def token_weights(mask: Tensor) -> Tensor:
-    """Every valid step counts the same. mask: bool [B, R]; returns [B, R], summing to 1."""
+    """Equal weight for every valid step. mask: bool [B, R]; returns [B, R], summing to 1."""
     return mask / mask.sum().clamp_min(1)
 
 
 def sequence_weights(mask: Tensor) -> Tensor:
-    """Every row counts the same, and in it every valid step. mask: bool [B, R]; returns [B, R], summing to 1."""
+    """Equal weight for every row, shared by its valid steps. mask: bool [B, R]; returns [B, R], summing to 1."""
     length = mask.sum(1, keepdim=True)  # [B, 1]
     return mask / length.clamp_min(1) / (length > 0).sum().clamp_min(1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the entries where the mask is true; zero where there are none."""
+    """Mean over the entries where the mask is true; 0 if there are none."""
     return values.where(mask, 0.0).sum() / mask.sum().clamp_min(1)
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Values with mean 0 and standard deviation 1 over the mask, and 0 outside it.
+    """Values standardized to mean 0 and standard deviation 1 over the mask; 0 outside it.
 
     values, mask: [B, R]. The variance is the biased one, so a single valid entry gives 0 and not NaN.
     """
@@ -55,21 +81,24 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 def estimate_advantages(reward: Tensor, value: Tensor, ends: Ends, gamma: float, lmbda: float) -> tuple[Tensor, Tensor]:
     """Advantages and value targets by GAE (Schulman et al. 2016).
 
-    reward: [B, R], the shaped one; value: [B, R + 1], of s_0..s_R. The value after a terminated step is 0; after one
-    that is done and not terminated, or the last column, it is bootstrapped. Returns two of [B, R], zero outside the
-    mask.
+    reward: [B, R]; value: [B, R + 1], of s_0..s_R. Steps outside the mask are skipped: the step before them is followed
+    by the step after them. The value after a terminated step is 0; after a time limit, or a rollout's last step, it is
+    bootstrapped. Returns two [B, R], zero outside the mask.
     """
-    mask = ends.mask
+    steps, order = packed(ends)
+    state_value, reward = value[:, :-1].gather(1, order), reward.gather(1, order)
+    next_value = next_values(value, ends).gather(1, order)
     advantage, target = generalized_advantage_estimate(
         gamma=gamma,
         lmbda=lmbda,
-        state_value=value[:, :-1].where(mask, 0.0)[..., None],
-        next_state_value=value[:, 1:].where(mask, 0.0)[..., None],
-        reward=reward.where(mask, 0.0)[..., None],
-        done=(ends.done | ~mask)[..., None],
-        terminated=(ends.terminated | ~mask)[..., None],
+        state_value=state_value.where(steps.mask, 0.0)[..., None],
+        next_state_value=next_value.where(steps.mask, 0.0)[..., None],
+        reward=reward.where(steps.mask, 0.0)[..., None],
+        done=(steps.done | ~steps.mask)[..., None],
+        terminated=(steps.terminated | ~steps.mask)[..., None],
     )
-    return advantage[..., 0].where(mask, 0.0), target[..., 0].where(mask, 0.0)
+    unpacked = [torch.zeros_like(value[:, :-1]).scatter(1, order, part[..., 0]) for part in (advantage, target)]
+    return unpacked[0].where(ends.mask, 0.0), unpacked[1].where(ends.mask, 0.0)
 
 
 def td_errors(reward: Tensor, value: Tensor, ends: Ends, gamma: float) -> Tensor:
@@ -77,8 +106,7 @@ def td_errors(reward: Tensor, value: Tensor, ends: Ends, gamma: float) -> Tensor
 
     reward: [B, R]; value: [B, R + 1]. Returns [B, R], zero outside the mask.
     """
-    next_value = value[:, 1:].where(~ends.terminated, 0.0)
-    return (reward + gamma * next_value - value[:, :-1]).where(ends.mask, 0.0)
+    return (reward + gamma * next_values(value, ends) - value[:, :-1]).where(ends.mask, 0.0)
 
 
 def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -88,10 +116,10 @@ def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def leave_one_out(total: Tensor, group: int) -> Tensor:
-    """Each response's return, less the mean of its siblings' (RLOO: Kool et al. 2019, Ahmadian et al. 2024).
+    """Each response's return minus the mean of its siblings' (RLOO: Kool et al. 2019, Ahmadian et al. 2024).
 
-    A_i = R_i − Σ_{j≠i} R_j / (G − 1): no baseline depends on its own response, so the policy gradient stays unbiased.
-    total: float [B], rows of one prompt adjacent, `group` of them. Returns [B].
+    A_i = R_i − Σ_{j≠i} R_j / (G − 1). No baseline depends on its own response, so the policy gradient is unbiased.
+    total: float [B], the `group` responses to a prompt adjacent. Returns [B].
     """
     grouped = in_groups(total, group)  # [B/G, G]
     others = (grouped.sum(1, keepdim=True) - grouped) / (group - 1)
@@ -99,9 +127,9 @@ def leave_one_out(total: Tensor, group: int) -> Tensor:
 
 
 def group_centered(total: Tensor, group: int) -> Tensor:
-    """Each response's return less its group's mean (Dr. GRPO: Liu et al. 2025). Shapes as in `leave_one_out`.
+    """Each response's return minus its group's mean (Dr. GRPO: Liu et al. 2025). Shapes as in `leave_one_out`.
 
-    A deviation to divide by would make a prompt weigh the more, the less its responses differ.
+    Dividing by the standard deviation would give more weight to prompts whose responses differ less.
     """
     grouped = in_groups(total, group)  # [B/G, G]
     return (grouped - grouped.mean(1, keepdim=True)).flatten()
@@ -117,9 +145,9 @@ def group_normalized(total: Tensor, group: int, eps: float = 1e-6) -> Tensor:
 
 
 def in_groups(total: Tensor, group: int) -> Tensor:
-    """Returns of responses to one prompt in a row, [B/G, G], as differences from the first of them.
+    """Returns by prompt, [B/G, G], as differences from the first response's.
 
-    What compares them does not mind, and where all got the same nothing is left for rounding to make a signal of.
+    Comparisons within a group do not change, and equal returns become exact zeros instead of rounding noise.
     """
     if group < 2 or len(total) % group:
         raise ValueError(

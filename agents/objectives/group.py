@@ -1,4 +1,4 @@
-"""What the learners without a critic share: the responses to one prompt are each other's baseline."""
+"""What the learners without a critic share: responses to one prompt are each other's baseline."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from agents.interfaces import NetworkFactory
 from agents.objectives.advantages import in_groups
 
 
-def group_of(networks: NetworkFactory) -> int:
-    """How many responses each prompt gets. Raises ValueError for fewer than two."""
-    if networks.group < 2:
+def check_group_size(factory: NetworkFactory) -> int:
+    """Responses per prompt. Raises ValueError for fewer than two."""
+    if factory.group_size < 2:
         raise ValueError(
             "this algorithm compares several responses to one prompt, and the environment gives each prompt "
-            f"{networks.group}; on text give --env-arg group_size=4, elsewhere choose an algorithm with a critic."
+            f"{factory.group_size}; on text give --env-arg group_size=4, elsewhere choose an algorithm with a critic."
         )
-    return networks.group
+    return factory.group_size
 
 
-def returns(rollout: TensorDict, reward_key: str) -> Tensor:
-    """Each response's undiscounted return, [B]."""
-    return rollout[reward_key].where(rollout["mask"], 0.0).sum(1)
+def undiscounted_returns(reward: Tensor, mask: Tensor) -> Tensor:
+    """Sum of each response's rewards. reward, mask: [B, R]; returns [B]."""
+    return reward.where(mask, 0.0).sum(1)
 
 
-def spread_advantages(rollout: TensorDict, advantage: Tensor) -> None:
-    """Adds `raw_advantage` and `advantage` [B, R, 1]: a response's own at each of its tokens. advantage: [B]."""
-    spread = (advantage[:, None] * rollout["mask"])[..., None]
-    rollout["raw_advantage"], rollout["advantage"] = spread, spread
+def add_response_advantages(rollout: TensorDict, advantage: Tensor) -> None:
+    """Add `raw_advantage` and `advantage` [B, R]: each token gets its response's. advantage: [B]."""
+    per_token = advantage[:, None] * rollout["mask"]  # [B, R]
+    rollout["raw_advantage"], rollout["advantage"] = per_token, per_token
 
 
-def group_metrics(total: Tensor, group: int) -> dict[str, float]:
-    """How far responses to one prompt differ: where they do not, there is nothing to learn. total: [B]."""
-    deviation = in_groups(total, group).std(1, correction=0)
+def group_metrics(returns: Tensor, group_size: int) -> dict[str, float]:
+    """Mean standard deviation of returns within a group; at 0 there is no signal. returns: [B]."""
+    deviation = in_groups(returns, group_size).std(1, correction=0)
     return {"group_std": float(deviation.mean())}

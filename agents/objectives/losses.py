@@ -1,12 +1,12 @@
-"""The losses of policies and critics: pure functions, a number a step.
+"""Losses of policies and critics: pure functions, one number per step.
 
-PPO's are TorchRL's ClipPPOLoss to the last digit (a test), written out because its bookkeeping, diagnostics that count
-padding among them, costs more than the networks of classic control do.
+They equal TorchRL's ClipPPOLoss, A2CLoss and ReinforceLoss (tests). TorchRL's modules average their diagnostics over
+padding, and their bookkeeping costs more than the networks of classic control.
 
-The KL to the reference may be a term of the loss (GRPO: Shao et al. 2024) in the place of a part of the reward.
-As a part of the reward it is a constant to the policy gradient; here the gradient goes through log π, so other
-estimators are right than there (`textenv.kl` says which): k2 has the gradient of KL(π‖π_ref), k3 that of
-KL(π_ref‖π). Both hold while the policy is the one that sampled.
+The KL to the reference can be a term of the loss (GRPO: Shao et al. 2024) instead of a part of the reward. In the
+reward it is a constant to the policy gradient; in the loss the gradient flows through log π, so other estimators are
+right (see `textenv.kl`): k2 has the gradient of KL(π‖π_ref), k3 that of KL(π_ref‖π), both while the policy is the one
+that sampled.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ from torch.distributions import Distribution
 from agents.interfaces import NetworkFactory
 from textenv.kl import ESTIMATORS
 
-KL_LOSSES = ("none", "k2", "k3")  # estimators of the KL as a term of the loss
+KL_LOSSES = ("none", "k2", "k3")  # estimators of the KL in the loss
+
+
+def policy_gradient(log_prob: Tensor, advantage: Tensor) -> Tensor:
+    """−A log π (REINFORCE: Williams 1992). All [B, R]."""
+    return -log_prob * advantage
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """−min(ρ A, clip(ρ, 1 − ε, 1 + ε) A), ρ = π / π_old (PPO: Schulman et al. 2017). All [B, R].
 
-    Written as −min(ρ A, A + ε |A|), which is the same (Achiam 2018) with less work in the gradient: the sign of A says
-    which of the two bounds can act.
+    Computed as −min(ρ A, A + ε |A|), which is equal (Achiam 2018) and cheaper to differentiate: the sign of A decides
+    which of the two bounds is active.
     """
     return -(ratio * advantage).clamp(max=advantage + clip * advantage.abs())
 
@@ -45,17 +50,17 @@ def value_loss(value: Tensor, target: Tensor) -> Tensor:
 
 
 def clipped_value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: float) -> Tensor:
-    """½ max((V − target)², (V_old ± c clip − target)²): no gain in moving a value far at once. All [B, R]."""
+    """½ max((V − target)², (V_old ± c clip − target)²): no gain beyond a change of c. All [B, R]."""
     near = old_value + (value - old_value).clamp(-clip, clip)
     return torch.maximum(value_loss(value, target), value_loss(near, target))
 
 
 @torch.no_grad()
 def distance(log_ratio: Tensor, ratio: Tensor, clip: float) -> dict[str, Tensor]:
-    """How far the new policy is from the old one, summed over steps; a step of ratio 1 adds nothing.
+    """Distance of the new policy from the old one, summed over steps; a step of ratio 1 adds nothing.
 
-    `approx_kl`: ρ − 1 − log ρ, never negative, whose mean is KL(old‖new) (Schulman 2020's k3). `clip_fraction`: the
-    steps whose ratio is outside 1 ± clip. log_ratio, ratio: [B, R].
+    `approx_kl`: ρ − 1 − log ρ, never negative, with mean KL(old‖new) (k3 of Schulman 2020). `clip_fraction`: steps
+    with a ratio outside 1 ± clip. log_ratio, ratio: [B, R].
     """
     change = ratio - 1
     return {"approx_kl": (change - log_ratio).sum(), "clip_fraction": (change.abs() > clip).sum()}
@@ -64,39 +69,39 @@ def distance(log_ratio: Tensor, ratio: Tensor, clip: float) -> dict[str, Tensor]
 def clipped_terms(
     distribution: Distribution, batch: TensorDict, clip: float, kl_loss: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """`policy_loss` [B, R], and `kl_loss` where there is one; and how far the policy has moved, for the log.
+    """`policy_loss`, and `kl_loss` if it is on, [B, R] each; and the policy's `distance` from the old one.
 
-    distribution: the actor's now, at every step of the batch.
+    distribution: the current actor's, at every step of the batch.
     """
     log_prob, mask = distribution.log_prob(batch["action"]), batch["mask"]  # [B, R] both
     log_ratio = (log_prob - batch["action_log_prob"]).where(mask, 0.0)
     ratio = log_ratio.exp()
-    terms = {"policy_loss": clipped_surrogate(ratio, batch["advantage"][..., 0], clip)}
+    terms = {"policy_loss": clipped_surrogate(ratio, batch["advantage"], clip)}
     return terms | kl_terms(kl_loss, log_prob, batch), distance(log_ratio, ratio, clip)
 
 
-def kl_loss_of(estimator: str, networks: NetworkFactory) -> str:
-    """The estimator, or none where the environment has no penalty and so no reference."""
-    return estimator if networks.temperature > 0 else "none"
+def available_kl_loss(estimator: str, factory: NetworkFactory) -> str:
+    """The estimator, or none if the environment has no penalty and so no reference."""
+    return estimator if factory.alpha > 0 else "none"
 
 
-def reward_key(estimator: str) -> str:
-    """Which reward is learned from: with the KL in the loss, the one without a penalty."""
-    return "shaped_reward" if estimator == "none" else "task_reward"
+def reward_key(kl_loss: str) -> str:
+    """The reward to learn from: without the penalty if the KL is in the loss."""
+    return "shaped_reward" if kl_loss == "none" else "task_reward"
 
 
-def kl_terms(estimator: str, log_prob: Tensor, batch: TensorDict) -> dict[str, Tensor]:
-    """`kl_loss` [B, R] of a batch, or nothing where there is none. log_prob: the actor's now, [B, R]."""
-    if estimator == "none":
+def kl_terms(kl_loss: str, log_prob: Tensor, batch: TensorDict) -> dict[str, Tensor]:
+    """The term `kl_loss` [B, R], or no term if `kl_loss` is none. log_prob: the current actor's, [B, R]."""
+    if kl_loss == "none":
         return {}
     reference_log_prob, kl_coef, mask = batch["reference_log_prob"], batch["kl_coef"], batch["mask"]
-    return {"kl_loss": kl_penalty(log_prob, reference_log_prob, kl_coef, mask, estimator=estimator)}
+    return {"kl_loss": kl_penalty(log_prob, reference_log_prob, kl_coef, mask, estimator=kl_loss)}
 
 
 def kl_penalty(
     log_prob: Tensor, reference_log_prob: Tensor, kl_coef: Tensor, mask: Tensor, *, estimator: str
 ) -> Tensor:
-    """β times an estimate of the KL at every step, with its gradient through log_prob.
+    """β times an estimate of the KL at every step, differentiable through log_prob.
 
     log_prob, reference_log_prob: float [B, R]; kl_coef: β, [B]; mask: bool [B, R]. Returns [B, R], zero outside the
     mask.

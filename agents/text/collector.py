@@ -1,4 +1,4 @@
-"""Writes responses for a trainer: which prompts come next, what the penalty weighs, when masks are renewed."""
+"""Collects responses for a trainer: the order of prompts, the weight of the penalty, refreshes of mask policies."""
 
 from __future__ import annotations
 
@@ -12,35 +12,34 @@ from tensordict import TensorDict
 from torch import nn
 
 from agents.text.config import TextConfig
-from agents.text.evaluation import Gold, mean, rate
 from agents.text.networks import language_model_of
 from agents.text.rollout import Penalty, TextRollout, collect, make_controller, trim
 from textenv.masks.masks import MaskPolicy
 from textenv.prompts.tokenized import Prompts
 from textenv.task import Task
 
-FOR_PEOPLE = ("td_error", "raw_advantage", "kl")  # what pictures show and no learner reads
+REPORT_ONLY = ("td_error", "raw_advantage", "kl")  # keys that pictures show and no learner reads
 
 
 class TextCollector:
-    """One rollout of responses after another: see `agents.interfaces.Collector`."""
+    """Collects rollouts of responses: see `agents.interfaces.Collector`."""
 
     unit = "tokens"
 
-    def __init__(self, task: Task, prompts: Prompts, config: TextConfig, seed: int, gold: Gold | None = None) -> None:
+    def __init__(self, task: Task, prompts: Prompts, config: TextConfig, seed: int) -> None:
         check_groups(config, task)
-        self.task, self.prompts, self.config, self.gold = task, prompts, config, gold
+        self.task, self.prompts, self.config = task, prompts, config
         self.controller = make_controller(config, task.config.kl_coef)  # of β
         self.mask_policies = [mask for mask in task.masks if isinstance(mask, MaskPolicy)]
         for mask in self.mask_policies:
-            mask.refresh(task.load_reference().model)  # its own weights from the start, for checkpoints to fill
+            mask.refresh(task.load_reference().model)  # so that it has weights of its own for a checkpoint to restore
         self.sampler = task.prompt_sampler(prompts, "shuffle")
         self.prompt_generator = np.random.default_rng(seed)
         self.sampling_generator = torch.Generator(task.device).manual_seed(seed)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The mask policies' models."""
+        """The models of the mask policies."""
         models = {f"mask_policy_{index}": mask.model for index, mask in enumerate(self.mask_policies)}
         return {name: model for name, model in models.items() if model is not None}
 
@@ -53,28 +52,25 @@ class TextCollector:
         if self.task.reference is not None:
             kl, lengths = rollout.data["kl"], rollout.data["mask"].sum(1)
             rollout.metrics.update(self.controller.update(float(kl.sum()), int(lengths.sum()), len(lengths)))
-        if self.gold is not None:
-            texts = list(rollout.prompts)
-            rollout.metrics["gold"] = mean(rate(self.gold, texts, rollout.scored.responses))
         return rollout
 
-    def rows(self, data: TensorDict) -> TensorDict:
-        """Whole responses."""
-        return data.exclude(*FOR_PEOPLE)
+    def training_rows(self, data: TensorDict) -> TensorDict:
+        """Whole responses, without the keys for the report."""
+        return data.exclude(*REPORT_ONLY)
 
-    def split(self, minibatch: TensorDict) -> Iterator[TensorDict]:
-        """Rows of like length share a micro-batch: less padding to compute."""
+    def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
+        """Responses of similar length together, which saves padding."""
         for rows in minibatch["mask"].sum(1).argsort().split(self.config.micro_batch_size):
             yield trim(minibatch[rows])
 
-    def learned(self, policy: nn.Module, iteration: int) -> None:
-        """Renews mask policies now and then (NLPO)."""
+    def after_update(self, policy: nn.Module, iteration: int) -> None:
+        """Refresh mask policies every `mask_refresh` iterations (NLPO)."""
         if self.config.mask_refresh and iteration % self.config.mask_refresh == 0:
             for mask in self.mask_policies:
                 mask.refresh(language_model_of(policy))
 
     def penalty(self) -> Penalty:
-        """What the next rollout pays for its distance from the reference."""
+        """The penalty of the next rollout."""
         return Penalty(coef=self.controller.coef, estimator=self.config.kl_estimator)
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,7 +86,7 @@ class TextCollector:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         self.controller.load_state_dict(state["kl_controller"])
         self.sampler.load_state_dict(state["sampler"])
         self.prompt_generator.bit_generator.state = json.loads(state["prompt_generator"])
@@ -100,7 +96,7 @@ class TextCollector:
 
 
 def check_groups(config: TextConfig, task: Task) -> None:
-    """Refuses rollouts that would cut a group of responses to one prompt in two."""
+    """Raise ValueError if a rollout would split a group of responses to one prompt."""
     if config.rollout_size % task.config.group_size:
         raise ValueError(
             f"a rollout must hold whole groups; got rollout_size={config.rollout_size} and group_size="

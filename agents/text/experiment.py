@@ -1,4 +1,4 @@
-"""A TextGen environment opened for learning: its task, its networks, what writes, measurements and results."""
+"""A TextGen environment prepared for learning: its task, networks, collector, measurements and results."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from agents.reporting import plots
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, ORANGE, RED, Panel
 from agents.text.collector import TextCollector
 from agents.text.config import TextConfig
-from agents.text.evaluation import Evaluation, evaluate, find_gold, split_prompts
+from agents.text.evaluation import Evaluation, evaluate, find_gold, mean, rate, split_prompts
 from agents.text.networks import TextNetworkFactory, language_model_of
-from agents.text.rollout import collect
+from agents.text.rollout import TextRollout, collect
 from agents.text.samples import make_summary, write_samples
 from agents.trainer import Trainer
 from textenv.env import TextGenEnv
@@ -26,7 +26,7 @@ from textenv.models.loading import quietly
 from textenv.prompts.tokenized import Prompts
 from textenv.task import Task
 
-EVALUATION_SEED = 0  # the same responses are drawn whenever the same policy is measured
+EVALUATION_SEED = 0  # of the responses in every evaluation
 
 PANELS: tuple[Panel, ...] = (
     (
@@ -46,18 +46,18 @@ class TextExperiment:
     """See `agents.interfaces.Experiment`."""
 
     def __init__(self, config: TrainConfig, settings: TextConfig, task: Task | None = None) -> None:
-        """task: in the place of the one that `gym.make` finds under the configuration's `env`."""
+        """task: instead of the one that `gym.make` builds from `config.env`."""
         check_minibatch(config, settings)
         check_penalty(config, settings)
         self.config, self.settings = config, settings
         self.task = make_task(config) if task is None else task
         self.prompts, self.held_out = split_prompts(self.task, settings, config.seed)
         self.gold = find_gold(self.task, settings)
-        self.networks = TextNetworkFactory(self.task, settings.critic, settings.micro_batch_size, config.seed)
-        self.collector = TextCollector(self.task, self.prompts, settings, config.seed, self.gold)
+        self.network_factory = TextNetworkFactory(self.task, settings.critic, settings.micro_batch_size, config.seed)
+        self.collector = TextCollector(self.task, self.prompts, settings, config.seed)
 
     def describe(self) -> str:
-        """The task, the penalty and the amount of work."""
+        """Device, prompts, reward, penalty and the amount of work."""
         task = self.task
         return (
             f"({task.device}): {len(self.prompts)} prompts, {len(self.held_out)} held out; reward {task.reward.name}, "
@@ -66,35 +66,41 @@ class TextExperiment:
         )
 
     def evaluate(self, policy: nn.Module) -> Evaluation:
-        """Held-out prompts, with the seed that every measurement shares."""
+        """One response to each held-out prompt, with the same seed every time."""
         batch = (self.settings.rollout_size, self.settings.micro_batch_size)
         return evaluate(self.task, language_model_of(policy), self.held_out, self.gold, EVALUATION_SEED, batch)
 
-    def numbers(self, evaluation: Evaluation) -> dict[str, float]:
+    def summarize(self, evaluation: Evaluation) -> dict[str, float]:
         """Means over the prompts."""
         return evaluation.summary()
 
-    def headline(self, metrics: dict[str, float]) -> str:
+    def report_metrics(self, rollout: TextRollout) -> dict[str, float]:
+        """The gold score of a rollout, if the task has one."""
+        if self.gold is None:
+            return {}
+        return {"gold": mean(rate(self.gold, list(rollout.prompts), rollout.scored.responses))}
+
+    def progress_line(self, metrics: dict[str, float]) -> str:
         """Score, gold score, KL and speed."""
         gold = f"  gold {metrics['gold']:+.2f}" if "gold" in metrics else ""
         kl = f"  KL {metrics['kl_per_response']:.1f}" if "kl_per_response" in metrics else ""
         return f"score {metrics['score']:+.2f}{gold}{kl}  {metrics['tokens_per_second']:.0f} tokens/s"
 
     def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
-        """The language model with its tokenizer, samples, and where the credit went."""
+        """The language model with its tokenizer, samples before and after, and the credit of one response."""
         with quietly():
-            language_model_of(trainer.algorithm.policy).save_pretrained(folder / "actor")
+            language_model_of(trainer.algorithm.networks.policy).save_pretrained(folder / "actor")
             self.task.tokenizer.save_pretrained(folder / "actor")
         write_samples(folder / "samples.md", before, after)
         plots.draw_credit(folder / "credit.png", assign_credit(trainer, self.held_out))
         return make_summary(before, after)
 
     def panels(self) -> tuple[Panel, ...]:
-        """What the learning curves show."""
+        """The panels of the learning curves."""
         return PANELS
 
-    def show(self, summary: dict[str, Any], folder: Path) -> list[str]:
-        """Score, gold score, KL and where to look."""
+    def result_lines(self, summary: dict[str, Any], folder: Path) -> list[str]:
+        """Score, gold score, KL, and the files to look at."""
         deviations = (summary["score_after"] - summary["score_before"]) / max(summary["score_std_before"], 1e-8)
         lines = [
             f"score {summary['score_before']:+.2f} → {summary['score_after']:+.2f} ({deviations:+.1f} standard "
@@ -110,15 +116,15 @@ class TextExperiment:
 
 
 def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
-    """Where the credit went in one response to a held-out prompt: the one of median length among those to eight."""
-    collector, policy = trainer.collector, trainer.algorithm.policy
+    """The credit of each token in one response to a held-out prompt: of eight, the one of median length."""
+    collector, policy = trainer.collector, trainer.algorithm.networks.policy
     assert isinstance(collector, TextCollector)
     task, paid = (
         collector.task.with_frozen_statistics(),
         collector.penalty(),
-    )  # looking must not move running statistics
+    )  # running statistics must not change
     generator = torch.Generator(task.device).manual_seed(EVALUATION_SEED)
-    # Whole groups of one prompt, for the learners that compare its responses.
+    # Whole groups, for the learners that compare the responses to a prompt.
     prompts = held_out.select(
         [row // task.config.group_size % len(held_out) for row in range(8 * task.config.group_size)]
     )
@@ -127,7 +133,7 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
     lengths = rollout.data["mask"].sum(1)
     row = int(lengths.argsort()[len(lengths) // 2])
     data, length = rollout.data[row], int(lengths[row])
-    known = {
+    curves = {
         "penalty β·KL": (paid.coef * data["kl"], RED),
         "value V(s)": (data.get("state_value", None), BLUE),
         "TD error δ": (data.get("td_error", None), ORANGE),
@@ -138,7 +144,7 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
         tokens=[repr(task.tokenizer.decode([token]))[1:-1] for token in data["action"][:length].tolist()],
         panels=[
             (name, values.flatten()[:length].tolist(), color)
-            for name, (values, color) in known.items()
+            for name, (values, color) in curves.items()
             if values is not None
         ],
         score=float(data["score"]),
@@ -146,7 +152,7 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
 
 
 def make_task(config: TrainConfig) -> Task:
-    """The task inside the environment that the configuration names."""
+    """The task of the environment that the configuration names."""
     try:
         env = gym.make(config.env, **config.env_arguments())
     except (gym.error.Error, TypeError) as error:
@@ -158,7 +164,7 @@ def make_task(config: TrainConfig) -> Task:
 
 
 def check_minibatch(config: TrainConfig, settings: TextConfig) -> None:
-    """Refuses rollouts that minibatches do not divide."""
+    """Raise ValueError if minibatches do not divide a rollout."""
     algorithm: Any = find_algorithm(config.algorithm)[1]
     if algorithm.on_policy and settings.rollout_size % config.minibatch_size:
         raise ValueError(
@@ -168,25 +174,25 @@ def check_minibatch(config: TrainConfig, settings: TextConfig) -> None:
 
 
 def check_penalty(config: TrainConfig, settings: TextConfig) -> None:
-    """Refuses a penalty that a learner from a replay buffer would not pay: it reads the environment's half alone."""
+    """Raise ValueError for penalty settings without effect: learners from replay use the environment's reward."""
     algorithm: Any = find_algorithm(config.algorithm)[1]
     if not algorithm.on_policy and (settings.kl_estimator != "k1" or settings.kl_controller != "fixed"):
         raise ValueError(
             f"{config.algorithm} learns from a replay buffer, with the environment's own kl_coef and the exact KL of "
             f"its policy; got kl_estimator={settings.kl_estimator!r} and kl_controller={settings.kl_controller!r}, "
-            "which would do nothing. Please leave kl_estimator and kl_controller at their defaults."
+            "which would have no effect. Please leave kl_estimator and kl_controller at their defaults."
         )
 
 
 def describe_kl(settings: TextConfig) -> str:
-    """Estimator and controller of the penalty in a few words."""
+    """The penalty's estimator and controller in a few words."""
     if settings.kl_controller == "fixed":
         return f"{settings.kl_estimator}, fixed"
     return f"{settings.kl_estimator}, adaptive to {settings.kl_target:g} nats a {settings.kl_unit}"
 
 
 def _refuse_wrappers(env: gym.Env) -> None:
-    """The learners write whole responses past all wrappers, so one that changes the episode would be lost silently."""
+    """Raise ValueError for wrappers: the learners write whole responses without calling them."""
     while isinstance(env, gym.Wrapper):
         if isinstance(env, TimeLimit):
             raise ValueError(

@@ -1,7 +1,9 @@
-"""Actors and critics of text as TensorDictModules, each with its own weights.
+"""Actors, critics and Q-networks for text: plain modules around language models, each with its own weights.
 
-The actor starts from the reference. The critic's backbone starts from the reward model where that reads the
-same tokens, else from the reference. All read whole texts in one forward pass.
+The actor starts from the reference. The critic's backbone starts from the reward model if that reads the same tokens,
+otherwise from the reference. All process whole texts in one forward pass. Batches are TensorDicts with `input_ids` and
+`attention_mask` [B, L], `mask` bool [B, R] and, with action masks, `allowed_ids` int32 [B, R, K] and `allowed_inside`
+bool [B, R]: a `TokenSets` of the tokens that were allowed while sampling.
 """
 
 from __future__ import annotations
@@ -11,11 +13,6 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from tensordict.nn import (
-    ProbabilisticTensorDictModule,
-    ProbabilisticTensorDictSequential,
-    TensorDictModule,
-)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,87 +23,60 @@ from textenv.rewards.reward_model import RewardModel, reads_every_position
 from textenv.state import position_ids
 from textenv.task import Task
 
-INPUTS: list[Any] = ["input_ids", "attention_mask", "mask"]
-MASKS: list[Any] = ["allowed_ids", "allowed_inside"]  # in rollouts of tasks with action masks
-FORBIDDEN = -1e4  # logit of a token that may not come: exp(-1e4) is 0 in float32, and nothing turns into NaN
+FORBIDDEN = -1e4  # logit of a masked token: exp(-1e4) is 0 in float32, and no gradient turns into NaN
 
 
 class TextActor(nn.Module):
-    """A causal language model's logits for all response tokens, at the sampling temperature."""
+    """A causal language model as a policy, at the sampling temperature."""
 
     def __init__(self, model: PreTrainedModel, temperature: float) -> None:
         super().__init__()
         self.model, self.temperature = model, temperature
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        mask: Tensor,
-        allowed_ids: Tensor | None = None,
-        allowed_inside: Tensor | None = None,
-    ) -> Tensor:
-        """input_ids, attention_mask: [B, L]; mask: bool [B, R]. Returns float32 [B, R, V].
+    def forward(self, batch: TensorDict) -> Tensor:
+        """Logits of the response tokens, float32 [B, R, V]; tokens that were not allowed get no probability.
 
-        allowed_ids: int32 [B, R, K] and allowed_inside: bool [B, R], a `TokenSets` of the tokens that the masks
-        allowed while sampling, where there were masks; the others get no probability.
-
-        Outside the response the actor is certain of id 0, the action stored there: log-probability, entropy and
-        gradient of padding are exactly zero, whatever stands in it.
+        Outside the mask the actor is certain of id 0, the action stored there: log-probability, entropy and gradient
+        of padding are exactly zero, whatever the padding holds.
         """
+        input_ids, attention_mask, mask = batch["input_ids"], batch["attention_mask"], batch["mask"]
         width = input_ids.shape[1] - mask.shape[1]  # P
         logits = response_logits(self.model, input_ids, attention_mask, width).float() / self.temperature
-        if allowed_ids is not None and allowed_inside is not None:
-            logits = forbid(logits, TokenSets(allowed_ids, allowed_inside))
-        return certain_outside(logits, mask)
+        return certain_outside(_allowed_only(logits, batch), mask)
 
-    def all_states(self, data: TensorDict) -> Tensor:
-        """Logits at s_0..s_R, the last as in padding: the response is over there. Returns float32 [B, R + 1, V]."""
-        return read_states(self.model, data, self.temperature)[0]
+    def distribution(self, batch: TensorDict) -> Categorical:
+        """Distribution over tokens at every response position, batch shape [B, R]."""
+        return Categorical(self(batch))
+
+    def all_states(self, batch: TensorDict) -> Tensor:
+        """Logits at s_0..s_R, float32 [B, R + 1, V]; s_R is treated as padding, since the response is over."""
+        return read_states(self.model, batch, self.temperature)[0]
 
 
 class TextQ(nn.Module):
-    """Q(s, a) = V(s) + α log π(a|s): a language model is the policy, and a linear head on its last states is V.
+    """Q(s, a) = V(s) + α log π(a|s): a language model is the policy π, and a linear head on its last states is V.
 
-    So the policy softmax(Q/α) is the one that the language model writes by, α log Σ exp(Q/α) is V, and a language
-    model that is the reference makes a policy that is the reference.
+    Then softmax(Q/α) is the language model's own distribution, α log Σ exp(Q/α) is V, and a network that starts as the
+    reference has the reference as its policy.
     """
 
-    def __init__(self, model: PreTrainedModel, head: nn.Linear, sampling: float, temperature: float) -> None:
-        """sampling: the temperature that logits are divided by; temperature: α."""
+    def __init__(self, model: PreTrainedModel, head: nn.Linear, temperature: float, alpha: float) -> None:
         super().__init__()
-        self.model, self.head, self.sampling, self.temperature = model, head, sampling, temperature
+        self.model, self.head, self.temperature, self.alpha = model, head, temperature, alpha
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        mask: Tensor,
-        allowed_ids: Tensor | None = None,
-        allowed_inside: Tensor | None = None,
-    ) -> Tensor:
-        """Values of all tokens at every state before a response token, float32 [B, R, V]; see `TextActor`."""
-        given = dict(zip(INPUTS, (input_ids, attention_mask, mask), strict=True))
-        if allowed_ids is not None and allowed_inside is not None:
-            given |= dict(zip(MASKS, (allowed_ids, allowed_inside), strict=True))
-        return self.all_states(TensorDict(given, batch_size=[len(mask)]))[:, :-1]
-
-    def all_states(self, data: TensorDict) -> Tensor:
-        """Values at s_0..s_R, finite in padding too. Returns float32 [B, R + 1, V]."""
-        logits, hidden = read_states(self.model, data, self.sampling)
-        # The head reads and does not train what it reads: errors of V, large at first, would push the policy about.
-        return self.head(hidden.detach()).float() + self.temperature * logits.log_softmax(-1)
+    def all_states(self, batch: TensorDict) -> Tensor:
+        """Values of all tokens at s_0..s_R, finite in padding too. Returns float32 [B, R + 1, V]."""
+        logits, hidden = read_states(self.model, batch, self.temperature)
+        # Detached: the head's errors are large at first and would disturb the policy.
+        return self.head(hidden.detach()).float() + self.alpha * logits.log_softmax(-1)
 
 
-def read_states(model: PreTrainedModel, data: TensorDict, temperature: float) -> tuple[Tensor, Tensor]:
-    """A language model's logits at s_0..s_R, under the masks that were stored, and its last hidden states.
-
-    Returns float32 [B, R + 1, V] and [B, R + 1, H].
-    """
-    input_ids, attention_mask, mask = (data[name] for name in INPUTS)
+def read_states(model: PreTrainedModel, batch: TensorDict, temperature: float) -> tuple[Tensor, Tensor]:
+    """A language model's masked logits at s_0..s_R, float32 [B, R + 1, V], and its last hidden states [B, R + 1, H]."""
+    attention_mask, mask = batch["attention_mask"], batch["mask"]
     states = mask.shape[1] + 1
     output: Any = model(
-        input_ids=input_ids,
+        input_ids=batch["input_ids"],
         attention_mask=attention_mask.long(),
         position_ids=position_ids(attention_mask),
         logits_to_keep=states,
@@ -114,122 +84,115 @@ def read_states(model: PreTrainedModel, data: TensorDict, temperature: float) ->
         use_cache=False,
     )
     logits = output.logits.float() / temperature
-    if "allowed_ids" in data:
-        logits = torch.cat(
-            [forbid(logits[:, :-1], TokenSets(data["allowed_ids"], data["allowed_inside"])), logits[:, -1:]], 1
-        )
+    if "allowed_ids" in batch:
+        logits = torch.cat([_allowed_only(logits[:, :-1], batch), logits[:, -1:]], 1)
     return certain_outside(logits, nn.functional.pad(mask, (0, 1))), output.hidden_states[-1][:, -states:]
 
 
+def _allowed_only(logits: Tensor, batch: TensorDict) -> Tensor:
+    """Logits [B, R, V] with the tokens that the batch does not allow made impossible."""
+    if "allowed_ids" not in batch:
+        return logits
+    return forbid(logits, TokenSets(batch["allowed_ids"], batch["allowed_inside"]))
+
+
 def forbid(logits: Tensor, allowed: TokenSets) -> Tensor:
-    """Logits [B, R, V] that leave probability to a set of tokens at each position [B, R] alone."""
+    """Logits [B, R, V] with all probability on the allowed tokens of each position [B, R]."""
     return logits.masked_fill(~allowed.dense(logits.shape[-1]), FORBIDDEN)
 
 
 def certain_outside(logits: Tensor, mask: Tensor) -> Tensor:
-    """Logits [B, R, V] where the mask [B, R] is true; elsewhere such that id 0 has all probability."""
+    """Logits [B, R, V] where the mask [B, R] is true; elsewhere all probability is on id 0."""
     certain = torch.zeros(logits.shape[-1], device=logits.device)
     certain[0] = -FORBIDDEN  # so log_softmax is exactly 0 at id 0
     return torch.where(mask[..., None], logits, certain)
 
 
 class TextCritic(nn.Module):
-    """A backbone and a linear head that gives every state s_0..s_T its value."""
+    """A backbone and a linear head: the value of every state s_0..s_T."""
 
     def __init__(self, backbone: PreTrainedModel, head: nn.Linear) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
-        """Values of the states before each response token. Returns float32 [B, R, 1]."""
-        return self._values(input_ids, attention_mask, mask)[:, :-1]
+    def values(self, batch: TensorDict) -> Tensor:
+        """V(s_t) before each response token, float32 [B, R]."""
+        return self.all_states(batch)[:, :-1]
 
-    def all_states(self, data: TensorDict) -> Tensor:
-        """Values of s_0..s_R, the state after the last token too. Returns float32 [B, R + 1, 1]."""
-        return self._values(data["input_ids"], data["attention_mask"], data["mask"])
-
-    def _values(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+    def all_states(self, batch: TensorDict) -> Tensor:
+        """V(s_0)..V(s_R), float32 [B, R + 1]."""
+        attention_mask = batch["attention_mask"]
         hidden = self.backbone(
-            input_ids=input_ids,
+            input_ids=batch["input_ids"],
             attention_mask=attention_mask.long(),
             position_ids=position_ids(attention_mask),
             use_cache=False,
-        ).last_hidden_state[:, -mask.shape[1] - 1 :]  # [B, R + 1, H]: s_t is read at token t - 1
-        return self.head(hidden).float()
+        ).last_hidden_state[:, -batch["mask"].shape[1] - 1 :]  # [B, R + 1, H]: s_t is read at token t - 1
+        return self.head(hidden).float()[..., 0]
 
 
 def language_model_of(policy: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside a text policy."""
+    """The Hugging Face model of a text policy."""
     model: Any = policy.model
     return model
 
 
 class TextNetworkFactory:
-    """NetworkFactory for a task: see `agents.interfaces.NetworkFactory`."""
+    """Networks for a task: see `agents.interfaces.NetworkFactory`."""
 
     discrete = True
 
     def __init__(self, task: Task, start: str = "auto", rows_per_pass: int = 16, seed: int = 0) -> None:
+        """start: where critics start from, see `make_critic`; rows_per_pass: in `all_states`."""
         self.task, self.start, self.rows_per_pass, self.seed = task, start, rows_per_pass, seed
-        self.group = task.config.group_size
-        self.temperature = task.config.kl_coef
-        self.q_networks = 0  # made so far
+        self.group_size = task.config.group_size
+        self.alpha = task.config.kl_coef
+        self.q_networks = 0  # built so far
 
-    def actor(self) -> ProbabilisticTensorDictSequential:
+    def actor(self) -> TextActor:
         """A policy that starts as the reference."""
         return make_actor(self.task)
 
-    def critic(self) -> TensorDictModule:
-        """Values, from the start that was chosen."""
+    def critic(self) -> TextCritic:
+        """A critic with the chosen start."""
         return make_critic(self.task, self.start, self.seed)
 
-    def q_network(self, temperature: float) -> TensorDictModule:
-        """Values of tokens, whose policy starts as the reference; no two of them start alike."""
+    def q_network(self, alpha: float) -> TextQ:
+        """Values of tokens; the policy starts as the reference, and every network has another random head."""
         self.q_networks += 1
-        return make_q_network(self.task, temperature, self.seed + self.q_networks)
+        return make_q_network(self.task, alpha, self.seed + self.q_networks)
 
     @torch.no_grad()
     def all_states(self, network: Any, data: TensorDict) -> Tensor:
-        """A network's outputs at s_0..s_R, [B, R + 1, ...]."""
+        """`network.all_states`, `rows_per_pass` rows at a time. Returns [B, R + 1, ...]."""
         return torch.cat([network.all_states(part) for part in data.split(self.rows_per_pass)])
 
 
-def make_actor(task: Task) -> ProbabilisticTensorDictSequential:
+def make_actor(task: Task) -> TextActor:
     """An actor that starts as the reference, in train mode and without dropout."""
-    model = _trainable_copy(task.load_reference().model)
-    modules: Any = (
-        TensorDictModule(TextActor(model, task.config.temperature), INPUTS + (MASKS if task.masks else []), ["logits"]),
-        ProbabilisticTensorDictModule(
-            in_keys=["logits"],
-            out_keys=["action"],
-            distribution_class=Categorical,
-            return_log_prob=True,
-        ),
-    )
-    return ProbabilisticTensorDictSequential(*modules)
+    return TextActor(_trainable_copy(task.load_reference().model), task.config.temperature)
 
 
-def make_q_network(task: Task, temperature: float, seed: int) -> TensorDictModule:
-    """Values of tokens at a temperature: a copy of the reference, and a small random head drawn from the seed."""
-    if not temperature > 0:
+def make_q_network(task: Task, alpha: float, seed: int) -> TextQ:
+    """Token values for a policy softmax(Q/α): a copy of the reference, and a small random head from the seed."""
+    if not alpha > 0:
         raise ValueError(
-            f"values of tokens need a temperature above 0, got {temperature:g}: the policy that writes is "
-            "softmax(Q / temperature). Give --env-arg kl_coef=0.1 or so, whose β it is then, or --temperature."
+            f"values of tokens need alpha above 0, got {alpha:g}: the policy is softmax(Q / alpha). Give --env-arg "
+            "kl_coef=0.1 or so, whose β it takes, or --alpha."
         )
     model = _trainable_copy(task.load_reference().model)
     head = _zero_head(model)
-    with torch.no_grad():  # random, since two that start alike on the same rows would stay alike
+    with torch.no_grad():  # random: two networks that start equal and see the same rows stay equal
         head.weight.copy_(0.02 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)))
-    network = TextQ(model, head, task.config.temperature, temperature)
-    return TensorDictModule(network, INPUTS + (MASKS if task.masks else []), ["action_value"])
+    return TextQ(model, head, task.config.temperature, alpha)
 
 
-def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TensorDictModule:
-    """A critic that starts from the reward model, head included, or from another network with a zero head.
+def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TextCritic:
+    """A critic that starts from the reward model with its head, or from another network with a zero head.
 
     start: `reward-model`, `reference`, `scratch` (the reference's architecture with random weights drawn from the
-    seed), or `auto`: the reward model where it reads the same tokens, else the reference. Where scores are normalized
-    the head is zero too, since it would begin in another unit than that of its targets.
+    seed), or `auto`: the reward model if it reads the same tokens, otherwise the reference. If scores are normalized
+    the head is zero as well, since the reward model's has other units than the value targets.
     """
     reward, reference = task.reward, task.load_reference().model
     fits = isinstance(reward, RewardModel) and reward.tokenizer is None and reads_every_position(reward.model)
@@ -245,11 +208,11 @@ def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TensorDictMod
     else:
         backbone = _trainable_copy(_random(reference, seed) if start == "scratch" else reference.base_model)
         head = _zero_head(backbone)
-    return TensorDictModule(TextCritic(backbone, head), INPUTS, ["state_value"])
+    return TextCritic(backbone, head)
 
 
 def _random(model: Any, seed: int) -> Any:
-    """A backbone of the same architecture with random weights."""
+    """A randomly initialized backbone of the same architecture."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return type(model.base_model)(model.config).to(model.device)
@@ -263,10 +226,10 @@ def _zero_head(backbone: Any) -> nn.Linear:
 
 
 def _head(model: PreTrainedModel, label: int | None) -> nn.Linear:
-    """The reward model's own head as a value head, with a bias.
+    """The reward model's head as a value head, with a bias.
 
-    The log-odds of one label of two are a difference of outputs, so linear too; those of more are not, and the
-    label's own output less the mean of the others is the nearest that a linear head comes.
+    With two labels the log-odds of one are a difference of outputs, which is linear. With more they are not; the
+    closest linear head is the label's output minus the mean of the others.
     """
     score: Any = model.score
     outputs = score.out_features
@@ -283,7 +246,7 @@ def _head(model: PreTrainedModel, label: int | None) -> nn.Linear:
 
 def _trainable_copy(model: Any) -> Any:
     duplicate = copy.deepcopy(model).float().requires_grad_(True).train()
-    # A live model that a user shared may have dropout, as modules or as plain numbers; ratios must start at 1.
+    # A live model from the user may have dropout, as modules or as plain numbers; ratios must start at 1.
     for module in duplicate.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -27,7 +27,7 @@ def shaded_responses(
     task, paid = collector.task, collector.penalty()
     if by == "penalty" and task.reference is None:
         raise ValueError("the run has kl_coef=0, so its tokens cost no penalty; color them by advantage.")
-    model = language_model_of(trainer.algorithm.policy)
+    model = language_model_of(trainer.algorithm.networks.policy)
     rollout = collect(task.with_frozen_statistics(), model, prompts, generator, len(prompts), paid)
     trainer.algorithm.prepare(rollout.data)
     data = rollout.data
@@ -42,4 +42,4 @@ def shaded_responses(
 def _advantages(raw: Tensor | None) -> Tensor:
     if raw is None:
         raise ValueError("this run's algorithm gives tokens no advantage; color them by penalty.")
-    return raw[..., 0]
+    return raw

@@ -55,14 +55,14 @@ def first_update(scale: Scale) -> Iterator[Row]:
     """Before the first step: how far ratios are from 1, and whether gradients of ragged rows are finite."""
     for dtype in ("float32", "bfloat16"):
         trainer = _trainer("ppo", scale, f"dtype={dtype}")
-        rollout = trainer.collector.collect(trainer.algorithm.policy)
+        rollout = trainer.collector.collect(trainer.algorithm.networks.policy)
         trainer.algorithm.prepare(rollout.data)
         data = rollout.data
-        model = language_model_of(trainer.algorithm.policy)
+        model = language_model_of(trainer.algorithm.networks.policy)
         width = data["input_ids"].shape[1] - data["mask"].shape[1]
         state = TextState(data["input_ids"], data["attention_mask"], data["mask"].sum(1), width)
         change = (response_log_probs(model, state, 0.7) - data["action_log_prob"]).where(data["mask"], 0.0)
-        metrics = trainer._step(trainer.collector.rows(data))
+        metrics = trainer._step(trainer.collector.training_rows(data))
         yield {
             "case": dtype,
             "largest_log_ratio": float(change.abs().max()),
@@ -192,7 +192,7 @@ def _trainer(algorithm: str, scale: Scale, *arguments: str) -> Trainer:
 def _weights(trainer: Trainer) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": value.detach().cpu()
-        for name, network in trainer.algorithm.trained.items()
+        for name, network in trainer.algorithm.networks.trained.items()
         for key, value in network.named_parameters()
     }
 

@@ -125,7 +125,7 @@ def _iteration(name: str, vocabulary: int, precision: str, scale: Scale) -> Row:
     )
     experiment = TextExperiment(config, settings, task)
     with peak_memory(scale.device) as memory, _precision(precision, scale):
-        trainer = Trainer(config, PPO(PPOConfig(epochs=1), experiment.networks), experiment.collector)
+        trainer = Trainer(config, PPO(PPOConfig(epochs=1), experiment.network_factory), experiment.collector)
         iterations = [iteration.metrics for iteration in trainer.iterate()]
     last = iterations[-1]
     seconds = last["seconds"] - last["rollout_seconds"]

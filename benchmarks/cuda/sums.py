@@ -55,7 +55,7 @@ def sums(scale: Scale, folder: Path) -> Iterator[Row]:
         rollout_size=rollout, micro_batch_size=min(rollout, 64), evaluation_prompts=4 if small else 256
     )
     experiment = TextExperiment(train, settings, build_task(config))
-    trainer = Trainer(train, PPO(PPOConfig(epochs=2), experiment.networks), experiment.collector)
+    trainer = Trainer(train, PPO(PPOConfig(epochs=2), experiment.network_factory), experiment.collector)
     yield {"case": "before", **_accuracy(experiment, trainer)}
     torch.set_float32_matmul_precision("high")
     started = time.perf_counter()
@@ -70,7 +70,7 @@ def sums(scale: Scale, folder: Path) -> Iterator[Row]:
 
 
 def _accuracy(experiment: TextExperiment, trainer: Trainer) -> Row:
-    evaluation = experiment.evaluate(trainer.algorithm.policy)
+    evaluation = experiment.evaluate(trainer.algorithm.networks.policy)
     summary = evaluation.summary()
     samples = [
         f"{prompt} -> {response}" for prompt, response in zip(evaluation.prompts, evaluation.responses, strict=True)

@@ -50,8 +50,8 @@ def test_resumed_equals_uninterrupted(settings, tmp_path, task, changes):
     assert scores == expected
     assert whole.collector.controller.coef == resumed.collector.controller.coef
     assert (whole.collector.controller.coef == settings["kl_coef"]) == (not changes)
-    assert same(weights(whole.algorithm.actor), weights(resumed.algorithm.actor))
-    assert same(weights(whole.algorithm.critic), weights(resumed.algorithm.critic))
+    assert same(weights(whole.algorithm.networks.actor), weights(resumed.algorithm.networks.actor))
+    assert same(weights(whole.algorithm.networks.critic), weights(resumed.algorithm.networks.critic))
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
@@ -92,7 +92,7 @@ def test_same_seed_same_run_other_seed_another(settings):
         torch.manual_seed(len(found))  # global randomness must not matter
         trainer = make_trainer(settings, seed=seed, iterations=1)
         list(trainer.iterate())
-        found.append(weights(trainer.algorithm.policy.model))
+        found.append(weights(trainer.algorithm.networks.policy.model))
     assert same(found[0], found[1]) and not same(found[0], found[2])
 
 
@@ -134,7 +134,7 @@ def test_gradients_are_clipped(settings):
     step = trainer.optimizer.step
 
     def watch():
-        for network in (trainer.algorithm.actor, trainer.algorithm.critic):
+        for network in (trainer.algorithm.networks.actor, trainer.algorithm.networks.critic):
             norms.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]).norm())
         step()
 
@@ -151,7 +151,7 @@ def test_every_network_has_its_learning_rate(settings, rates):
     """
     sizes = dict(iterations=2, rollout_size=8, minibatch_size=8, learning_rate=rates[0], critic_learning_rate=rates[1])
     trainer = make_trainer(settings, algorithm=dict(epochs=1), **sizes)
-    networks = (trainer.algorithm.actor, trainer.algorithm.critic)
+    networks = (trainer.algorithm.networks.actor, trainer.algorithm.networks.critic)
     before = [weights(network) for network in networks]
     used, step = [], trainer.optimizer.step
     trainer.optimizer.step = lambda: (used.append({group["lr"] for group in trainer.optimizer.param_groups}), step())
@@ -187,11 +187,13 @@ def test_a_broken_gradient_changes_nothing(settings):
     """A gradient that is not finite ends the run with a sentence, before any weight is touched."""
     trainer = make_trainer(settings)
     data = make_rollout(trainer).data
-    before = weights(trainer.algorithm.actor), weights(trainer.algorithm.critic)
+    before = weights(trainer.algorithm.networks.actor), weights(trainer.algorithm.networks.critic)
     data["advantage"][0, 0] = float("nan")
-    with pytest.raises(ValueError, match="gradient is nan in iteration 1"):
+    with pytest.raises(ValueError, match="gradient norm is nan in iteration 1"):
         trainer._step(data)
-    assert same(before[0], weights(trainer.algorithm.actor)) and same(before[1], weights(trainer.algorithm.critic))
+    assert same(before[0], weights(trainer.algorithm.networks.actor)) and same(
+        before[1], weights(trainer.algorithm.networks.critic)
+    )
 
 
 def test_another_configuration_is_not_resumed(settings, tmp_path):

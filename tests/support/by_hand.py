@@ -29,7 +29,7 @@ def gradients(module: torch.nn.Module) -> torch.Tensor:
 def distribution(trainer, data) -> torch.Tensor:
     """Log π of every token at every step, [B, R, V], by one plain forward pass of the language model."""
     width = data["input_ids"].shape[1] - data["mask"].shape[1]
-    logits = trainer.algorithm.policy.model(
+    logits = trainer.algorithm.networks.policy.model(
         input_ids=data["input_ids"],
         attention_mask=data["attention_mask"].long(),
         position_ids=(data["attention_mask"].long().cumsum(1) - 1).clamp_min(0),
@@ -48,9 +48,9 @@ def advantages(trainer, data) -> tuple[dict, dict]:
     lengths = [int(row.sum()) for row in data["mask"]]
     key = "shaped_reward" if getattr(config, "kl_loss", "none") == "none" else "task_reward"
     reward = {place: float(data[key][place]) for place in places}
-    if "critic" not in trainer.algorithm.trained:
+    if "critic" not in trainer.algorithm.networks.trained:
         total = [sum(reward[row, t] for t in range(lengths[row])) for row in range(len(data))]
-        own = group_advantages(total, trainer.algorithm.group, config)
+        own = group_advantages(total, trainer.algorithm.group_size, config)
         return {(row, t): own[row] for row, t in places}, {}
     value = {place: float(data["state_value"][place]) for place in places}
     gamma, lmbda = config.gamma, getattr(config, "lmbda", 1.0)
@@ -109,8 +109,8 @@ def whole_loss(trainer, data) -> torch.Tensor:
     log_probs = distribution(trainer, data)
     lengths = [int(row.sum()) for row in data["mask"]]
     if target:
-        critic = trainer.algorithm.critic.module
-        values = critic(data["input_ids"], data["attention_mask"], data["mask"])[..., 0]
+        critic = trainer.algorithm.networks.critic
+        values = critic.values(data)
     total = torch.zeros(())
     for row, t in steps(data):
         log_prob = log_probs[row, t, data["action"][row, t]]

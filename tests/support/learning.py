@@ -40,14 +40,14 @@ def make_rollout(trainer: Trainer, rows: int = 8) -> TextRollout:
     """A prepared rollout of ragged responses."""
     collector, generator = trainer.collector, torch.Generator().manual_seed(3)
     prompts = collector.prompts.select([row % len(collector.prompts) for row in range(rows)])
-    rollout = collect(collector.task, trainer.algorithm.policy.model, prompts, generator, rows)
+    rollout = collect(collector.task, trainer.algorithm.networks.policy.model, prompts, generator, rows)
     trainer.algorithm.prepare(rollout.data)
     return rollout
 
 
 def losses(trainer: Trainer, batch) -> dict[str, torch.Tensor]:
     """Every loss term's mean over a batch, as the trainer takes it."""
-    weight = trainer.algorithm.weights(batch["mask"])
+    weight = trainer.algorithm.step_weights(batch["mask"])
     return {name: (term * weight).sum() for name, term in trainer.algorithm.loss(batch)[0].items()}
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict
-from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from torch import Tensor, nn
+
+from agents.objectives.distributions import Categorical
 
 OBSERVATION, ACTIONS = 4, 3
 
@@ -23,6 +24,9 @@ class VectorNetwork(nn.Module):
     def forward(self, observation: Tensor) -> Tensor:
         return self.layers(observation)
 
+    def distribution(self, batch: TensorDict) -> Categorical:
+        return Categorical(self(batch["observation"]))
+
     def all_states(self, batch: TensorDict) -> Tensor:
         return self(torch.cat([batch["observation"], batch["next_observation"]], 1))  # [B, 2, A]
 
@@ -30,25 +34,20 @@ class VectorNetwork(nn.Module):
 class VectorNetworks:
     """See `agents.interfaces.NetworkFactory`."""
 
-    group = 1
+    group_size = 1
 
-    def __init__(self, temperature: float = 0.0, discrete: bool = True) -> None:
-        self.temperature, self.discrete, self.made = temperature, discrete, 0
+    def __init__(self, alpha: float = 0.0, discrete: bool = True) -> None:
+        self.alpha, self.discrete, self.made = alpha, discrete, 0
 
-    def actor(self) -> ProbabilisticTensorDictSequential:
-        return ProbabilisticTensorDictSequential(
-            self._module("logits"),
-            ProbabilisticTensorDictModule(
-                in_keys=["logits"], out_keys=["action"], distribution_class=torch.distributions.Categorical
-            ),
-        )
+    def actor(self) -> VectorNetwork:
+        return self._network()
 
-    def q_network(self, temperature: float) -> TensorDictModule:
-        return self._module("action_value")
+    def q_network(self, alpha: float) -> VectorNetwork:
+        return self._network()
 
-    def _module(self, out_key: str) -> TensorDictModule:
+    def _network(self) -> VectorNetwork:
         self.made += 1
-        return TensorDictModule(VectorNetwork(self.made), ["observation"], [out_key])
+        return VectorNetwork(self.made)
 
 
 def make_batch(rows: int = 16) -> TensorDict:

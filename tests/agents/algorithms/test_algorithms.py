@@ -81,10 +81,12 @@ def test_resumed_equals_uninterrupted(letters, tmp_path, name):
     scores += [iteration.metrics["score"] for iteration in resumed.iterate()]
     assert scores == expected
     for part in ("trained", "targets"):
-        for network in getattr(whole.algorithm, part):
-            first, second = (weights(getattr(trainer.algorithm, part)[network]) for trainer in (whole, resumed))
+        for network in getattr(whole.algorithm.networks, part):
+            first, second = (
+                weights(getattr(trainer.algorithm.networks, part)[network]) for trainer in (whole, resumed)
+            )
             assert same(first, second)
-    assert not same(weights(whole.algorithm.policy), weights(stopped.algorithm.policy))
+    assert not same(weights(whole.algorithm.networks.policy), weights(stopped.algorithm.networks.policy))
 
 
 Parts = tuple[TrainConfig, TextConfig, Any]

@@ -28,7 +28,7 @@ def make(settings, name, algorithm=None, **changes):
 
 
 def networks_of(trainer):
-    return [*trainer.algorithm.trained.values(), *trainer.algorithm.targets.values()]
+    return [*trainer.algorithm.networks.trained.values(), *trainer.algorithm.networks.targets.values()]
 
 
 def perturb(trainer):
@@ -41,7 +41,7 @@ def perturb(trainer):
 
 
 def gradients(trainer):
-    found = [parameter.grad for one in trainer.algorithm.trained.values() for parameter in one.parameters()]
+    found = [parameter.grad for one in trainer.algorithm.networks.trained.values() for parameter in one.parameters()]
     return torch.cat([grad.flatten() for grad in found if grad is not None])
 
 
@@ -66,9 +66,11 @@ def test_dqn_equals_the_loop(settings, double):
     data = make_rollout(trainer).data
     perturb(trainer)
     learner, beta = trainer.algorithm, settings["kl_coef"]
-    assert learner.temperature == beta
+    assert learner.alpha == beta
     with torch.no_grad():
-        online, target = (one.module.all_states(data).double() for one in (learner.q_network, learner.target.network))
+        online, target = (
+            one.all_states(data).double() for one in (learner.networks.online, learner.networks.target.network)
+        )
     total, count, actions = 0.0, 0, data["action"].tolist()
     for row in range(len(data)):
         length = int(data["mask"][row].sum())
@@ -88,9 +90,9 @@ def test_sac_equals_the_loop(settings):
     perturb(trainer)
     learner, beta = trainer.algorithm, settings["kl_coef"]
     with torch.no_grad():
-        log_prob = learner.policy.all_states(data).double().log_softmax(-1)
-        online = [network.module.all_states(data).double() for network in learner.q_networks]
-        lowest = torch.minimum(*(one.network.module.all_states(data).double() for one in learner.followers))
+        log_prob = learner.networks.policy.all_states(data).double().log_softmax(-1)
+        online = [network.all_states(data).double() for network in learner.networks.online]
+        lowest = torch.minimum(*(one.network.all_states(data).double() for one in learner.networks.target))
     policy_total, q_total, count, actions = 0.0, 0.0, 0, data["action"].tolist()
     for row in range(len(data)):
         length = int(data["mask"][row].sum())
@@ -112,24 +114,26 @@ def test_the_policy_is_the_language_model(settings, name):
     allowed = lambda prompt, response: range(0, 300, 2 + len(response) % 2)  # noqa: E731
     trainer = make({**settings, "action_mask": allowed}, name)
     data, beta = make_rollout(trainer).data, settings["kl_coef"]
-    mask, q = data["mask"], list(trainer.algorithm.trained.values())[-1]
+    mask, q = data["mask"], list(trainer.algorithm.networks.trained.values())[-1]
     with torch.no_grad():
-        values = q(data.clone())["action_value"]
-        states = q.module.all_states(data)
+        states = q.all_states(data)
+    values = states[:, :-1]
     log_prob = (values / beta).log_softmax(-1).gather(-1, data["action"][..., None])[..., 0]
     # float32: cached decoding against one pass, and values of a few units divided by β
     torch.testing.assert_close(log_prob[mask], data["action_log_prob"][mask], atol=1e-4, rtol=1e-4)
-    assert torch.equal(values, states[:, :-1]) and states.isfinite().all()
+    assert states.isfinite().all()
     assert states.shape[1] == mask.shape[1] + 1
     hidden = trainer.collector.task.reference.model.base_model(
         input_ids=data["input_ids"],
         attention_mask=data["attention_mask"].long(),
         position_ids=(data["attention_mask"].long().cumsum(1) - 1).clamp_min(0),
     ).last_hidden_state[:, -states.shape[1] :]
-    expected = q.module.head(hidden)[..., 0].detach()
+    expected = q.head(hidden)[..., 0].detach()
     soft = beta * (states / beta).logsumexp(-1)
     torch.testing.assert_close(soft[:, :-1][mask], expected[:, :-1][mask], atol=1e-4, rtol=1e-4)
-    assert same(weights(language_model_of(trainer.algorithm.policy)), weights(trainer.collector.task.reference.model))
+    assert same(
+        weights(language_model_of(trainer.algorithm.networks.policy)), weights(trainer.collector.task.reference.model)
+    )
 
 
 @BOTH
@@ -202,7 +206,7 @@ def test_updates_and_warm_up(settings, name):
     assert steps == [1] * 5 + [2] * 5
     assert "q_loss" not in metrics[0] and all(math.isfinite(value) for one in metrics for value in one.values())
     assert metrics[1]["q_loss"] > 0
-    assert all(int(target.steps) == 10 for target in trainer.algorithm.targets.values())
+    assert all(int(target.steps) == 10 for target in trainer.algorithm.networks.targets.values())
 
 
 @BOTH
@@ -254,8 +258,8 @@ def test_it_learns_a_known_answer(folders, name):
         ),
         (DQNConfig, dict(tau=0.0), "tau must be above 0"),
         (SACConfig, dict(gamma=1.5), r"gamma must lie in \[0, 1\], got 1.5"),
-        (DQNConfig, dict(temperature=-1.0), "temperature must be 0 or more, got -1"),
-        (SACConfig, dict(temperature=0.0), "temperature must be above 0, got 0.0; leave it out"),
+        (DQNConfig, dict(alpha=-1.0), "alpha must be 0 or more, got -1"),
+        (SACConfig, dict(alpha=0.0), "alpha must be above 0, got 0.0; leave it out"),
         (DQNConfig, dict(loss_function="l3"), "loss_function must be one of l2, smooth_l1, got 'l3'"),
         (DQNConfig, dict(epsilon_end=2.0), r"epsilon_end must lie in \[0, 1\], got 2"),
     ],
@@ -274,21 +278,21 @@ def test_continuous_actions_are_refused(learner):
 
 
 @BOTH
-def test_text_needs_a_temperature(settings, name):
-    """Without a penalty there is no temperature to take, and on text none to learn; a number of one's own will do."""
+def test_text_needs_an_alpha(settings, name):
+    """Without a penalty there is no β to take as α, and on text none is learned; a setting is enough."""
     settings = {**settings, "kl_coef": 0.0}
-    with pytest.raises(ValueError, match=r"temperature above 0, got 0.*kl_coef=0\.1 or so.*or --temperature"):
+    with pytest.raises(ValueError, match=r"alpha above 0, got 0.*kl_coef=0\.1 or so.*or --alpha"):
         make(settings, name)
-    assert make(settings, name, dict(temperature=0.2)).algorithm.temperature == 0.2
+    assert make(settings, name, dict(alpha=0.2)).algorithm.alpha == 0.2
 
 
 def test_epsilon_falls_with_the_updates():
-    """At temperature 0 the share of random actions goes down a line, and stays at its end."""
+    """At α = 0 the share of random actions goes down a line, and stays at its end."""
     learner = DQN(DQNConfig(epsilon_start=0.9, epsilon_end=0.1, epsilon_updates=4), VectorNetworks())
-    found = [float(learner.policy.epsilon)]
+    found = [float(learner.networks.policy.epsilon)]
     for _ in range(5):
         learner.after_step({})
-        found.append(float(learner.policy.epsilon))
+        found.append(float(learner.networks.policy.epsilon))
     assert found == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1, 0.1])
 
 

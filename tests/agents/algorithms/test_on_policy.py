@@ -34,17 +34,17 @@ def task(folders) -> dict:
 def moved(task: dict, name: str, settings: dict | None = None, **changes):
     """A trainer whose networks are no longer those that wrote its rollout, and the rollout."""
     trainer = make_trainer(task, settings, learner=name, **changes)
-    perturb(trainer.algorithm.actor)  # away from the reference, or no reward would have a penalty in it
+    perturb(trainer.algorithm.networks.actor)  # away from the reference, or no reward would have a penalty in it
     data = make_rollout(trainer).data
     assert (data["shaped_reward"] - data["task_reward"]).abs().max() > 1e-3
     assert len(set(data["mask"].sum(1).tolist())) > 1  # ragged, or the tests would prove little
-    for network in trainer.algorithm.trained.values():
+    for network in trainer.algorithm.networks.trained.values():
         perturb(network)
     return trainer, data
 
 
 def all_gradients(trainer) -> torch.Tensor:
-    return torch.cat([gradients(network) for network in trainer.algorithm.trained.values()])
+    return torch.cat([gradients(network) for network in trainer.algorithm.networks.trained.values()])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_one_forward_pass_of_the_actor(task, name, settings):
     """The KL as a term of the loss costs no second forward pass."""
     trainer, data = moved(task, name, settings)
     calls = []
-    trainer.algorithm.policy.register_forward_hook(lambda *_: calls.append(1))
+    trainer.algorithm.networks.policy.register_forward_hook(lambda *_: calls.append(1))
     trainer.algorithm.loss(data)
     assert len(calls) == 1
 
@@ -168,7 +168,7 @@ def test_aggregations_differ(task):
     found = {}
     for aggregation in ("sequence", "token"):
         trainer, data = moved(task, "grpo", dict(aggregation=aggregation))
-        weight, lengths = trainer.algorithm.weights(data["mask"]), data["mask"].sum(1)
+        weight, lengths = trainer.algorithm.step_weights(data["mask"]), data["mask"].sum(1)
         shares = weight.sum(1)
         expected = torch.full((8,), 1 / 8) if aggregation == "sequence" else lengths / lengths.sum()
         torch.testing.assert_close(shares, expected)
@@ -181,12 +181,12 @@ def test_every_token_of_a_response_gets_its_advantage(task, name):
     """Advantages are constant over a response, sum to 0 over a group, and there is no critic."""
     trainer = make_trainer(task, learner=name)
     data = make_rollout(trainer).data
-    advantage, mask = data["advantage"][..., 0], data["mask"]
+    advantage, mask = data["advantage"], data["mask"]
     torch.testing.assert_close(advantage, (advantage[:, :1] * mask))
     assert torch.equal(data["raw_advantage"], data["advantage"])
     # float32 sums of four numbers of size 10
     torch.testing.assert_close(advantage[:, 0].view(2, 4).sum(1), torch.zeros(2), atol=1e-5, rtol=0)
-    assert set(trainer.algorithm.trained) == {"actor"} and "state_value" not in data.keys()  # noqa: SIM118
+    assert set(trainer.algorithm.networks.trained) == {"actor"} and "state_value" not in data.keys()  # noqa: SIM118
 
 
 @pytest.mark.parametrize("name", WITHOUT_CRITIC)

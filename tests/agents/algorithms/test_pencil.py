@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from torch import Tensor, nn
 
 from agents.algorithms.grpo import GRPO, GRPOConfig
@@ -45,17 +44,6 @@ VALUE_LOSS = torch.tensor([[11.52, 0.605, 0.98], [11.52, 0.0, 0.0]])  # mean 6.1
 VALUE_GRADIENT = torch.tensor([[0.0, -1.1, -1.4], [0.0, 0.0, 0.0]]) / 4  # of the mean, in V
 
 
-class Table(nn.Module):
-    """A network that knows every output by heart."""
-
-    def __init__(self, outputs: Tensor) -> None:
-        super().__init__()
-        self.outputs = nn.Parameter(outputs.clone())
-
-    def forward(self, mask: Tensor) -> Tensor:
-        return self.outputs
-
-
 class Recited:
     """A distribution of which only the log-probabilities of the chosen tokens are known."""
 
@@ -66,23 +54,35 @@ class Recited:
         return self.chosen
 
 
+class Table(nn.Module):
+    """A network that knows every output by heart."""
+
+    def __init__(self, outputs: Tensor) -> None:
+        super().__init__()
+        self.outputs = nn.Parameter(outputs.clone())
+
+    def distribution(self, batch: TensorDict) -> Recited:
+        return Recited(self.outputs)
+
+    def values(self, batch: TensorDict) -> Tensor:
+        return self.outputs
+
+
 class Tables:
     """The actor and the critic of the worked example, as they are after some updates."""
 
-    discrete, group, temperature = True, 2, 0.2
+    discrete, group_size, alpha = True, 2, 0.2
 
-    def actor(self) -> ProbabilisticTensorDictSequential:
+    def actor(self) -> Table:
         # In padding the new log-probability is 99 + log 99, so that the ratio would be 99 there too.
-        head: Any = dict(in_keys=["chosen"], out_keys=["action"], distribution_class=Recited, return_log_prob=True)
-        network = TensorDictModule(Table(OLD_LOG_PROB + RATIO.log()), ["mask"], ["chosen"])
-        return ProbabilisticTensorDictSequential(network, ProbabilisticTensorDictModule(**head))
+        return Table(OLD_LOG_PROB + RATIO.log())
 
-    def critic(self) -> TensorDictModule:
-        return TensorDictModule(Table(NEW_VALUE[..., None]), ["mask"], ["state_value"])
+    def critic(self) -> Table:
+        return Table(NEW_VALUE)
 
     def all_states(self, network: nn.Module, data: TensorDict) -> Tensor:
         """What the critic said before the updates."""
-        return OLD_VALUE[..., None].clone()
+        return OLD_VALUE.clone()
 
 
 def make_rollout() -> TensorDict:
@@ -107,7 +107,7 @@ def make_rollout() -> TensorDict:
 
 def step(algorithm: Any, batch: TensorDict) -> tuple[dict[str, float], dict[str, float]]:
     """Every loss term's mean as the trainer takes it, leaving gradients behind, and the diagnostics' sums."""
-    weight = algorithm.weights(batch["mask"])
+    weight = algorithm.step_weights(batch["mask"])
     terms, diagnostics = algorithm.loss(batch)
     means = {name: (term * weight).sum() for name, term in terms.items()}
     sum(means.values()).backward()
@@ -116,7 +116,7 @@ def step(algorithm: Any, batch: TensorDict) -> tuple[dict[str, float], dict[str,
 
 def log_prob_gradient(algorithm: Any) -> Tensor:
     """The gradient in log π of every chosen token, [B, R]."""
-    return algorithm.policy.outputs.grad
+    return algorithm.networks.policy.outputs.grad
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -153,7 +153,7 @@ def test_ppo_prepares_advantages():
         ("advantage", WHITENED),
         ("value_target", TARGET),
     ):
-        close(rollout[key][..., 0], expected)
+        close(rollout[key], expected)
 
 
 def test_losses():
@@ -172,11 +172,11 @@ def test_ppo_losses_and_gradients():
     rollout, algorithm = make_rollout(), PPO(PPOConfig(gamma=1.0, lmbda=0.5, clip=0.2, value_clip=0.2), Tables())
     algorithm.prepare(rollout)
     for key in ("advantage", "value_target", "state_value"):  # the loss reads no padding either
-        rollout[key] = rollout[key].where(MASK[..., None], X)
+        rollout[key] = rollout[key].where(MASK, X)
     means, diagnostics = step(algorithm, rollout)
     assert means == dict(policy_loss=pytest.approx(0.05, abs=1e-6), value_loss=pytest.approx(6.15625))
     close(log_prob_gradient(algorithm), POLICY_GRADIENT)
-    close(algorithm.critic.module.outputs.grad[..., 0], VALUE_GRADIENT)
+    close(algorithm.networks.critic.outputs.grad, VALUE_GRADIENT)
     # Ratios 1.5, 0.5 and 1.5 are outside 1 ± 0.2. ρ − 1 − log ρ is 0.09453 twice, 0.19315 and 0.00536.
     assert diagnostics == dict(clip_fraction=3.0, approx_kl=pytest.approx(0.387577, abs=1e-5))
 
@@ -189,9 +189,9 @@ def test_rloo(at_start):
     """
     rollout, algorithm = make_rollout(), RLOO(RLOOConfig(clip=0.2), Tables())
     algorithm.prepare(rollout)
-    close(rollout["advantage"][..., 0], torch.tensor([[3.2, 3.2, 3.2], [-3.2, 0.0, 0.0]]))
+    close(rollout["advantage"], torch.tensor([[3.2, 3.2, 3.2], [-3.2, 0.0, 0.0]]))
     if at_start:
-        algorithm.policy.outputs.data = OLD_LOG_PROB.clone()
+        algorithm.networks.policy.outputs.data = OLD_LOG_PROB.clone()
     means, _ = step(algorithm, rollout)
     assert means == dict(policy_loss=pytest.approx(-1.6))
     expected = [[-0.8, -0.8, -0.8], [0.8, 0.0, 0.0]] if at_start else [[0.0, -0.4, 0.0], [0.72, 0.0, 0.0]]
@@ -203,7 +203,7 @@ def test_grpo_advantages(normalize, advantage):
     """Scores alone, 2 and −1: ±1.5 from their mean, and ±√½ in units of their deviation 3/√2."""
     rollout, algorithm = make_rollout(), GRPO(GRPOConfig(normalize=normalize), Tables())
     algorithm.prepare(rollout)
-    close(rollout["advantage"][..., 0], advantage * torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 0.0]]))
+    close(rollout["advantage"], advantage * torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize(

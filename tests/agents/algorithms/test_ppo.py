@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tensordict import TensorDict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from agents.algorithms.ppo import PPOConfig
@@ -24,9 +25,9 @@ from textenv.rewards.reward_model import last_token_scores
 def test_first_ratios_are_one(settings):
     """Before the first optimizer step every ratio is 1 and KL(actor, reference) is 0, in train mode, at τ = 0.7."""
     trainer = make_trainer(settings)
-    assert trainer.algorithm.actor.training and settings["temperature"] == 0.7
+    assert trainer.algorithm.networks.actor.training and settings["temperature"] == 0.7
     data = make_rollout(trainer).data
-    fresh = trainer.algorithm.actor.get_dist(data).log_prob(data["action"])
+    fresh = trainer.algorithm.networks.actor.distribution(data).log_prob(data["action"])
     mask = data["mask"]
     assert mask.sum() > mask.shape[0]  # not only one token a row
     # Cached decoding and one full forward differ by rounding alone.
@@ -38,7 +39,7 @@ def test_the_actor_is_certain_of_padding(settings):
     """Outside the response log-probability and entropy are exactly 0, so metrics of TorchRL count no padding."""
     trainer = make_trainer(settings)
     data = make_rollout(trainer).data
-    distribution = trainer.algorithm.actor.get_dist(data)
+    distribution = trainer.algorithm.networks.actor.distribution(data)
     outside = ~data["mask"]
     assert outside.any()
     assert torch.equal(distribution.log_prob(data["action"])[outside], torch.zeros(int(outside.sum())))
@@ -46,21 +47,21 @@ def test_the_actor_is_certain_of_padding(settings):
 
 
 def test_losses_equal_the_loop(settings):
-    """Policy and value loss are the clipped means of DESIGN §5 over valid tokens, by a plain-Python loop."""
+    """Policy and value loss are the clipped means of over valid tokens, by a plain-Python loop."""
     trainer = make_trainer(settings, algorithm=dict(clip=0.1, value_clip=0.05))
     data = make_rollout(trainer).data
-    perturb(trainer.algorithm.actor)
-    perturb(trainer.algorithm.critic)
+    perturb(trainer.algorithm.networks.actor)
+    perturb(trainer.algorithm.networks.critic)
     terms, (_, diagnostics) = losses(trainer, data), trainer.algorithm.loss(data)
-    new = trainer.algorithm.actor.get_dist(data).log_prob(data["action"]).detach()
-    value = trainer.algorithm.critic.module(data["input_ids"], data["attention_mask"], data["mask"]).detach()[..., 0]
+    new = trainer.algorithm.networks.actor.distribution(data).log_prob(data["action"]).detach()
+    value = trainer.algorithm.networks.critic.values(data).detach()
     policy, worth, clipped, count = 0.0, 0.0, 0, 0
     for row in range(data.shape[0]):
         for t in range(int(data["mask"][row].sum())):
-            advantage = float(data["advantage"][row, t, 0])
+            advantage = float(data["advantage"][row, t])
             ratio = float((new[row, t] - data["action_log_prob"][row, t]).exp())
             policy += max(-advantage * ratio, -advantage * min(max(ratio, 0.9), 1.1))
-            old, target = float(data["state_value"][row, t, 0]), float(data["value_target"][row, t, 0])
+            old, target = float(data["state_value"][row, t]), float(data["value_target"][row, t])
             near = old + min(max(float(value[row, t]) - old, -0.05), 0.05)
             worth += 0.5 * max((float(value[row, t]) - target) ** 2, (near - target) ** 2)
             clipped += abs(ratio - 1) > 0.1
@@ -79,11 +80,13 @@ def test_gradients_do_not_depend_on_micro_batches(settings, micro_batch):
         trainer = make_trainer(settings, minibatch_size=8, micro_batch_size=size, max_grad_norm=1e9)
         data = make_rollout(trainer).data
         assert len(set(data["mask"].sum(1).tolist())) > 1
-        perturb(trainer.algorithm.actor)
-        perturb(trainer.algorithm.critic)
+        perturb(trainer.algorithm.networks.actor)
+        perturb(trainer.algorithm.networks.critic)
         trainer.optimizer.zero_grad = lambda: None  # keeps the gradients for this test to read
         trainer._step(data)
-        found[size] = torch.cat([gradients(trainer.algorithm.actor), gradients(trainer.algorithm.critic)])
+        found[size] = torch.cat(
+            [gradients(trainer.algorithm.networks.actor), gradients(trainer.algorithm.networks.critic)]
+        )
     scale = found[8].abs().max()
     # float32 sums in another order: a few roundings of the largest entry
     torch.testing.assert_close(found[micro_batch] / scale, found[8] / scale, atol=1e-5, rtol=0)
@@ -109,7 +112,7 @@ def test_padding_changes_no_loss_and_no_gradient(settings):
         trainer.optimizer.zero_grad()
         terms = losses(trainer, batch)
         sum(terms.values()).backward()
-        both = torch.cat([gradients(trainer.algorithm.actor), gradients(trainer.algorithm.critic)])
+        both = torch.cat([gradients(trainer.algorithm.networks.actor), gradients(trainer.algorithm.networks.critic)])
         results.append([*terms.values(), both])
     assert same(results[0], results[1]) and same(results[0], results[2])
 
@@ -130,11 +133,11 @@ def test_training_leaves_the_frozen_models_alone(settings):
     trainer = make_trainer(settings)
     reference, reward = trainer.collector.task.reference.model, trainer.collector.task.reward.model
     frozen = weights(reference), weights(reward)
-    trained = weights(trainer.algorithm.actor), weights(trainer.algorithm.critic)
+    trained = weights(trainer.algorithm.networks.actor), weights(trainer.algorithm.networks.critic)
     list(trainer.iterate())
     assert same(frozen[0], weights(reference)) and same(frozen[1], weights(reward))
-    assert not same(trained[0], weights(trainer.algorithm.actor)) and not same(
-        trained[1], weights(trainer.algorithm.critic)
+    assert not same(trained[0], weights(trainer.algorithm.networks.actor)) and not same(
+        trained[1], weights(trainer.algorithm.networks.critic)
     )
 
 
@@ -142,8 +145,8 @@ def test_no_weight_is_shared(settings):
     """Actor, critic, reference and reward model have no parameter in common."""
     trainer = make_trainer(settings)
     modules = [
-        trainer.algorithm.actor,
-        trainer.algorithm.critic,
+        trainer.algorithm.networks.actor,
+        trainer.algorithm.networks.critic,
         trainer.collector.task.reference.model,
         trainer.collector.task.reward.model,
     ]
@@ -156,11 +159,11 @@ def test_no_weight_is_shared(settings):
 def test_where_actor_and_critic_start(settings):
     """The actor starts as the reference, the critic from the reward model, backbone and head."""
     trainer = make_trainer(settings)
-    task, critic = trainer.collector.task, trainer.algorithm.critic.module
-    assert same(weights(trainer.algorithm.policy.model), weights(task.reference.model))
+    task, critic = trainer.collector.task, trainer.algorithm.networks.critic
+    assert same(weights(trainer.algorithm.networks.policy.model), weights(task.reference.model))
     assert same(weights(critic.backbone), weights(task.reward.model.base_model))
     data = make_rollout(trainer).data
-    values = critic.all_states(data)[..., 0]
+    values = critic.all_states(data)
     scores = last_token_scores(task.reward.model, data["input_ids"], data["attention_mask"])[:, 0]
     last = data["mask"].sum(1, keepdim=True)
     torch.testing.assert_close(values.gather(1, last)[:, 0], scores, atol=1e-5, rtol=1e-5)
@@ -170,8 +173,8 @@ def test_critic_of_a_two_label_reward_model(settings, tmp_path):
     """Where the score is the log-odds of one label of two, the critic starts from those log-odds, sign and all."""
     folder = tiny.save(tiny.reward_model("gpt2", labels=2), tmp_path / "two")
     trainer = make_trainer(settings | dict(reward=folder, reward_label="LABEL_1"))
-    data, critic = make_rollout(trainer).data, trainer.algorithm.critic.module
-    values = critic.all_states(data)[..., 0]
+    data, critic = make_rollout(trainer).data, trainer.algorithm.networks.critic
+    values = critic.all_states(data)
     last = data["mask"].sum(1, keepdim=True)
     torch.testing.assert_close(values.gather(1, last)[:, 0], data["score"], atol=1e-4, rtol=1e-4)
 
@@ -182,21 +185,21 @@ def test_a_live_model_with_dropout_is_trained_without(settings):
     live = shared(LanguageModel(model, tiny.tokenizer(), (tiny.END,)))
     trainer = make_trainer(settings | dict(reference=live, reward=lambda prompts, responses: [0.0] * len(prompts)))
     data = make_rollout(trainer).data
-    fresh, mask = trainer.algorithm.actor.get_dist(data).log_prob(data["action"]), data["mask"]
+    fresh, mask = trainer.algorithm.networks.actor.distribution(data).log_prob(data["action"]), data["mask"]
     torch.testing.assert_close(fresh[mask], data["action_log_prob"][mask], atol=1e-5, rtol=1e-5)
 
 
 def test_critic_of_a_reward_function_starts_from_the_reference(settings):
     """Where the reward is a function, the critic's backbone is the reference's and its values start at 0."""
     task = build_task(TextGenConfig(**(settings | dict(reward=lambda prompts, responses: [1.0] * len(prompts)))))
-    critic = make_critic(task).module
+    critic = make_critic(task)
     assert same(weights(critic.backbone), weights(task.reference.model.base_model))
     assert not critic.head.weight.any() and not critic.head.bias.any()
 
 
 def test_critic_from_the_reference(settings):
     """`reference`: the reference's backbone and a zero head, though the reward model would fit."""
-    critic = make_trainer(settings, critic="reference").algorithm.critic.module
+    critic = make_trainer(settings, critic="reference").algorithm.networks.critic
     task = build_task(TextGenConfig(**settings))
     assert same(weights(critic.backbone), weights(task.reference.model.base_model))
     assert not same(weights(critic.backbone), weights(task.reward.model.base_model))
@@ -208,7 +211,7 @@ def test_critic_from_scratch(settings):
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(len(found))  # global randomness must not matter
-        found.append(make_trainer(settings, critic="scratch", seed=seed).algorithm.critic.module)
+        found.append(make_trainer(settings, critic="scratch", seed=seed).algorithm.networks.critic)
     reference = build_task(TextGenConfig(**settings)).reference.model.base_model
     assert same(weights(found[0]), weights(found[1])) and not same(weights(found[0]), weights(found[2]))
     assert [w.shape for w in weights(found[0].backbone)] == [w.shape for w in weights(reference)]
@@ -218,7 +221,9 @@ def test_critic_from_scratch(settings):
 
 def test_critic_from_the_reward_model(settings):
     """`reward-model`: what `auto` chooses where it fits; a reward function is refused in a sentence."""
-    chosen, automatic = (make_trainer(settings, critic=start).algorithm.critic for start in ("reward-model", "auto"))
+    chosen, automatic = (
+        make_trainer(settings, critic=start).algorithm.networks.critic for start in ("reward-model", "auto")
+    )
     assert same(weights(chosen), weights(automatic))
     function = settings | dict(reward=lambda prompts, responses: [1.0] * len(prompts))
     with pytest.raises(ValueError, match=r"cannot start from the reward .* Choose --critic reference, or leave it out"):
@@ -235,10 +240,10 @@ def test_a_value_depends_on_earlier_tokens_only(settings):
     data = data[row : row + 1]
     length, width = int(data["mask"].sum()), data["input_ids"].shape[1] - data["mask"].shape[1]
     assert length >= 3
-    critic = trainer.algorithm.critic.module
+    critic = trainer.algorithm.networks.critic
 
     def values(ids):
-        return critic(ids, data["attention_mask"], data["mask"])[0, :length, 0].detach()
+        return critic.values(TensorDict({**data, "input_ids": ids}, batch_size=[1]))[0, :length].detach()
 
     before = values(data["input_ids"])
     for t in range(length - 1):
@@ -299,13 +304,13 @@ def test_dual_clip_in_the_loss(settings):
     for bound in (0.0, 1.3):
         trainer = make_trainer(settings, algorithm=dict(dual_clip=bound))
         data = make_rollout(trainer).data
-        for network in trainer.algorithm.trained.values():
+        for network in trainer.algorithm.networks.trained.values():
             perturb(network)
         sum(losses(trainer, data).values()).backward()
-        found[bound] = gradients(trainer.algorithm.actor)
+        found[bound] = gradients(trainer.algorithm.networks.actor)
         trainer.optimizer.zero_grad()
         whole_loss(trainer, data).backward()
-        expected = gradients(trainer.algorithm.actor)
+        expected = gradients(trainer.algorithm.networks.actor)
         scale = expected.abs().max()
         # float32 sums in another order: a few roundings of the largest entry
         torch.testing.assert_close(found[bound] / scale, expected / scale, atol=1e-5, rtol=0)
@@ -334,8 +339,8 @@ def test_approximate_kl_by_hand(settings):
     valid = data["mask"].sum()
     # a ratio's rounding of 1e-6, in a sum of some sixty
     assert abs(float(trainer.algorithm.loss(data)[1]["approx_kl"] / valid)) < 1e-5
-    perturb(trainer.algorithm.actor)
-    ratio = trainer.algorithm.actor.get_dist(data).log_prob(data["action"]) - data["action_log_prob"]
+    perturb(trainer.algorithm.networks.actor)
+    ratio = trainer.algorithm.networks.actor.distribution(data).log_prob(data["action"]) - data["action_log_prob"]
     expected = (ratio.exp() - 1 - ratio)[data["mask"]].mean().detach()
     found = trainer.algorithm.loss(data)[1]["approx_kl"] / valid
     assert float(found) == pytest.approx(float(expected), rel=1e-4) and found > 0

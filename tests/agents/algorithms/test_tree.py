@@ -110,7 +110,7 @@ def test_the_best_policy_is_learned(reference, name):
     own = dict(learning_starts=32, gradient_steps=10, tau=0.5)
     trainer = make_trainer(settings, algorithm=own, learner=name, **sizes, **rates)
     _, best = solve(reader(reference.tokenizer, reference.model))
-    policy = reader(reference.tokenizer, language_model_of(trainer.algorithm.policy))
+    policy = reader(reference.tokenizer, language_model_of(trainer.algorithm.networks.policy))
     start = distance(leaves_of(policy), best)
     assert start > 0.4 and sum(share > 0.05 for share in best.values()) >= 3  # far to go, and no single answer
     list(trainer.iterate())

@@ -32,7 +32,6 @@ from torch.nn.functional import pad
 import agents.text.rollout
 from agents.algorithms.ppo import PPO, PPOConfig
 from agents.config import TrainConfig
-from agents.objectives.actor_critic import distribution_of
 from agents.text.collector import TextCollector
 from agents.text.config import TextConfig
 from agents.text.networks import TextNetworkFactory
@@ -83,19 +82,19 @@ class TRLStylePPO(PPO):
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
         metrics = super().prepare(rollout)
-        tokens, beyond = int(rollout["mask"].sum()), one_past(rollout["mask"])[..., None]
+        tokens, beyond = int(rollout["mask"].sum()), one_past(rollout["mask"])
         rollout["advantage"] = rollout["advantage"] * ((tokens - 1) / tokens) ** 0.5
-        values = self.networks.all_states(self.critic.module, rollout)[:, :-1]  # [B, R, 1]
+        values = self.networks.state_values(rollout)[:, :-1]  # [B, R]
         rollout["state_value"] = rollout["state_value"].where(~beyond, values)
-        rollout["value_target"] = rollout["value_target"].where(~beyond, rollout["score"][:, None, None])
+        rollout["value_target"] = rollout["value_target"].where(~beyond, rollout["score"][:, None])
         return metrics
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         terms, diagnostics = super().loss(batch)
-        mask, advantage = batch["mask"], batch["advantage"][..., 0]
+        mask, advantage = batch["mask"], batch["advantage"]
         tokens = mask.sum()
         terms["value_loss"] = pulled_back(terms["value_loss"], mask) * tokens / (tokens + one_past(mask).sum())
-        ratio = (distribution_of(self.actor, batch).log_prob(batch["action"]) - batch["action_log_prob"]).exp()
+        ratio = (self.networks.actor.distribution(batch).log_prob(batch["action"]) - batch["action_log_prob"]).exp()
         self.clipped += int(((terms["policy_loss"] > -ratio * advantage) & mask).sum())
         return terms, diagnostics
 
@@ -112,9 +111,9 @@ class TRLStylePPO(PPO):
 
 def named_parameters(algorithm: PPO) -> dict[str, torch.nn.Parameter]:
     """The trained parameters under TRL's names."""
-    critic: Any = algorithm.critic.module
+    critic: Any = algorithm.networks.critic
     groups = [
-        ("actor.", algorithm.policy.model),
+        ("actor.", algorithm.networks.policy.model),
         ("critic.transformer.", critic.backbone),
         ("critic.score.", critic.head),
     ]
@@ -129,10 +128,10 @@ def rollout_of(data: TensorDict) -> dict[str, Tensor]:
         kl=data["kl"],
         scores=data["score"],
         rewards=data["shaped_reward"],
-        values=data["state_value"][..., 0],
-        raw_advantages=data["raw_advantage"][..., 0],
-        advantages=data["advantage"][..., 0],
-        returns=data["value_target"][..., 0],
+        values=data["state_value"],
+        raw_advantages=data["raw_advantage"],
+        advantages=data["advantage"],
+        returns=data["value_target"],
     )
 
 
@@ -163,7 +162,7 @@ def make_trainer(name: str) -> Trainer:
     algorithm = TRLStylePPO(
         PPOConfig(epochs=2, lmbda=GOLDEN["lmbda"][name], **own), TextNetworkFactory(task, "auto", 4)
     )
-    torch.nn.init.constant_(algorithm.critic.module.head.bias, 0.5)
+    torch.nn.init.constant_(algorithm.networks.critic.head.bias, 0.5)
     trainer = Trainer(config, algorithm, TextCollector(task, task.prompts, text, seed=0))
     trainer.optimizer.register_step_pre_hook(algorithm.before_step)
     return trainer

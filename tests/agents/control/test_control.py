@@ -67,8 +67,8 @@ gym.register("Steps-v0", Steps)
 def test_what_a_rollout_holds(limit):
     """Observations, true successors, rewards, ends and the mask are those of the episodes, in two rollouts on end."""
     _, trainer = build("Steps-v0", dict(steps=6, num_envs=2), env_arg=(f"limit={json.dumps(limit)}",))
-    first = trainer.collector.collect(trainer.algorithm.policy)
-    second = trainer.collector.collect(trainer.algorithm.policy)
+    first = trainer.collector.collect(trainer.algorithm.networks.policy)
+    second = trainer.collector.collect(trainer.algorithm.networks.policy)
     columns = {key: torch.cat([value, second.data[key]], 1) for key, value in first.data.items()}
     # three steps, then one that only begins anew, over and over
     assert columns["mask"][0].tolist() == [True, True, True, False] * 3
@@ -78,7 +78,7 @@ def test_what_a_rollout_holds(limit):
     assert columns["terminated"][0].tolist() == [False, False, not limit, False] * 3
     assert columns["reward"][0][columns["mask"][0]].tolist() == [11.0, 12.0, 13.0] * 3
     assert first.metrics["return"] == second.metrics["return"] == 36.0 and first.metrics["length"] == 3.0
-    rows = trainer.collector.rows(first.data)
+    rows = trainer.collector.training_rows(first.data)
     assert len(rows) == 2 * 5 and rows["observation"].shape == (10, 1, 1) and rows["mask"].all()
 
 
@@ -121,9 +121,9 @@ def test_a_rollouts_end_is_bootstrapped():
 def test_first_ratios_are_one(env, settings):
     """Recorded log-probabilities are those of the actor before its first update, and entropy is their mean."""
     _, trainer = build(env, settings)
-    rollout = trainer.collector.collect(trainer.algorithm.policy)
+    rollout = trainer.collector.collect(trainer.algorithm.networks.policy)
     data = rollout.data
-    fresh = trainer.algorithm.actor.get_dist(data).log_prob(data["action"])
+    fresh = trainer.algorithm.networks.actor.distribution(data).log_prob(data["action"])
     # tanh's inverse in float32 loses digits near the bounds
     torch.testing.assert_close(
         fresh, data["action_log_prob"], atol=1e-3 if settings.get("distribution") else 1e-5, rtol=0
@@ -136,7 +136,7 @@ def test_tanh_actions_stay_inside():
     space = gym.spaces.Box(np.array([-2.0], np.float32), np.array([2.0], np.float32))
     for kind, inside in (("tanh", True), ("gaussian", False)):
         _, trainer = build("Pendulum-v1", dict(distribution=kind, initial_log_std=2.0))
-        data = trainer.collector.collect(trainer.algorithm.policy).data
+        data = trainer.collector.collect(trainer.algorithm.networks.policy).data
         assert bool((data["action"].abs() <= 2).all()) is inside
         assert np.abs(playable(data["action"][:, 0].numpy(), space)).max() <= 2
         assert data["action_log_prob"].isfinite().all()
@@ -156,7 +156,7 @@ def test_native_is_sync():
     for mode in ("auto", "sync"):
         experiment, trainer = build("CartPole-v1", dict(vectorization=mode, num_envs=4, steps=64))
         assert isinstance(experiment.environments.env.unwrapped, SyncVectorEnv) is (mode == "sync")
-        rollout = trainer.collector.collect(trainer.algorithm.policy)
+        rollout = trainer.collector.collect(trainer.algorithm.networks.policy)
         mask, done = rollout.data["mask"], rollout.data["done"]
         # each end but one in the last column is followed by one step that is none
         assert torch.equal(~mask[:, 1:], done[:, :-1]) and mask[:, 0].all()
@@ -182,9 +182,13 @@ def test_resumed_equals_uninterrupted(env, settings, tmp_path):
     again = [iteration.rollout.data["reward"] for iteration in resumed[1].iterate()]
     assert same(rewards[2:], again)
     for name in ("actor", "critic"):
-        assert same(weights(whole[1].algorithm.trained[name]), weights(resumed[1].algorithm.trained[name]))
+        assert same(
+            weights(whole[1].algorithm.networks.trained[name]), weights(resumed[1].algorithm.networks.trained[name])
+        )
     assert whole[0].environments.state_dict() == resumed[0].environments.state_dict()
-    assert whole[0].evaluate(whole[1].algorithm.policy) == resumed[0].evaluate(resumed[1].algorithm.policy)
+    assert whole[0].evaluate(whole[1].algorithm.networks.policy) == resumed[0].evaluate(
+        resumed[1].algorithm.networks.policy
+    )
 
 
 def test_same_seed_same_run_other_seed_another():
@@ -194,7 +198,7 @@ def test_same_seed_same_run_other_seed_another():
         torch.manual_seed(len(found))  # global randomness must not matter
         _, trainer = build("CartPole-v1", seed=seed, iterations=1)
         list(trainer.iterate())
-        found.append(weights(trainer.algorithm.actor))
+        found.append(weights(trainer.algorithm.networks.actor))
     assert same(found[0], found[1]) and not same(found[0], found[2])
 
 
@@ -203,7 +207,7 @@ def test_measuring_leaves_the_run_alone():
     experiment, trainer = build("Pendulum-v1", dict(normalize_observation=True, normalize_reward=True))
     next(trainer.iterate())
     before = experiment.environments.state_dict()
-    first, second = (experiment.evaluate(trainer.algorithm.policy) for _ in range(2))
+    first, second = (experiment.evaluate(trainer.algorithm.networks.policy) for _ in range(2))
     assert first == second and len(first.returns) == 4 and set(first.lengths) == {200}
     assert experiment.environments.state_dict() == before and before["observation"]["count"] > 10
     # a cut-off pendulum pays at least −17 a step; normalized rewards would be far smaller
@@ -213,16 +217,16 @@ def test_measuring_leaves_the_run_alone():
 def test_measuring_plays_the_best_action():
     """Each episode's return is that of the policy without chance, by stepping a single environment."""
     experiment, trainer = build("CartPole-v1")
-    found, env = play(experiment.environments, trainer.algorithm.policy), gym.make("CartPole-v1")
+    found, env = play(experiment.environments, trainer.algorithm.networks.policy), gym.make("CartPole-v1")
     observation, _ = env.reset(seed=1_000_000)
     total, ended = 0.0, False
     while not ended:
-        action = int(trainer.algorithm.policy.greedy(torch.as_tensor(observation)[None])[0])
+        action = int(trainer.algorithm.networks.policy.greedy(torch.as_tensor(observation)[None])[0])
         observation, reward, terminated, truncated, _ = env.step(action)
         total, ended = total + float(reward), terminated or truncated
     # the native vector environment draws its starts otherwise, so only a sync one can be compared
     sync, _ = build("CartPole-v1", dict(vectorization="sync"))
-    assert sync.evaluate(trainer.algorithm.policy).returns[0] == total
+    assert sync.evaluate(trainer.algorithm.networks.policy).returns[0] == total
     assert len(found.returns) == 3
 
 
@@ -242,12 +246,12 @@ def test_measuring_gives_up(monkeypatch):
     monkeypatch.setattr("agents.control.experiment.LONGEST", 20)
     experiment, trainer = build("Endless-v0")
     with pytest.raises(ValueError, match=r"4 of 4 episodes had not ended after 20 steps.*max_episode_steps=1000"):
-        experiment.evaluate(trainer.algorithm.policy)
+        experiment.evaluate(trainer.algorithm.networks.policy)
     for unlimited in ("-1", "null"):
         experiment, trainer = build("Endless-v0", env_arg=(f"max_episode_steps={unlimited}",))
         assert experiment.environments.limit is None
     experiment, trainer = build("Endless-v0", env_arg=("max_episode_steps=7",))
-    assert experiment.evaluate(trainer.algorithm.policy).lengths == [7] * 4
+    assert experiment.evaluate(trainer.algorithm.networks.policy).lengths == [7] * 4
 
 
 @pytest.mark.parametrize("limit", [True, False], ids=["cut-off", "terminated"])
@@ -271,7 +275,7 @@ def test_normalized_returns_end_with_their_episodes(limit):
 def test_what_is_normalized_is_cut_off():
     """Early statistics make no giants: normalized observations and rewards stay within 10."""
     _, trainer = build("MountainCar-v0", dict(normalize_observation=True, normalize_reward=True))
-    data = trainer.collector.collect(trainer.algorithm.policy).data
+    data = trainer.collector.collect(trainer.algorithm.networks.policy).data
     assert data["observation"].abs().max() <= 10
     assert data["reward"].min() == -10  # the first rewards are all alike, and their deviation next to nothing
 
@@ -314,7 +318,7 @@ class Tenths(gym.Env):
 def test_networks_read_any_shape(shape):
     """One state, none, a row of them or rows of rows."""
     _, trainer = build("CartPole-v1")
-    assert trainer.algorithm.policy(torch.zeros(shape)).shape == (*shape[:-1], 2)
+    assert trainer.algorithm.networks.policy(torch.zeros(shape)).shape == (*shape[:-1], 2)
 
 
 def test_environments_of_a_module(tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def test_actions_of_a_list_are_drawn_by_the_policy(kind):
     """As often as their probability says: softmax of logits, of values over a temperature, or the best but for ε."""
     torch.manual_seed(0)
     made = networks(gym.spaces.Discrete(4))
-    policy = (made.actor()[0] if kind == "actor" else made.q_network(0.7 if kind == "soft" else 0.0)).module
+    policy = made.actor() if kind == "actor" else made.q_network(0.7 if kind == "soft" else 0.0)
     torch.nn.init.normal_(policy.layers[-1].bias)
     outputs = policy(STATE).detach()
     probability = (outputs / (0.7 if kind == "soft" else 1.0)).softmax(-1)
@@ -71,7 +71,7 @@ def test_continuous_actions_are_drawn_by_the_policy(distribution):
     """Mean and deviation are the network's, before tanh squashes them into the bounds."""
     torch.manual_seed(0)
     space = gym.spaces.Box(torch.tensor([-2.0, 0.0]).numpy(), torch.tensor([2.0, 3.0]).numpy())
-    policy = networks(space, distribution=distribution, initial_log_std=-0.5).actor()[0].module
+    policy = networks(space, distribution=distribution, initial_log_std=-0.5).actor()
     torch.nn.init.normal_(policy.body.layers[-1].bias)
     loc, scale = (part.detach() for part in policy(STATE))
     found = draws(policy)

@@ -63,6 +63,34 @@ def test_advantages_equal_the_loop():
     torch.testing.assert_close(target, (expected + value[:, :-1]).where(mask, 0.0), atol=1e-6, rtol=1e-6)
 
 
+def test_tokens_of_the_environment_are_skipped():
+    """A token of the policy is followed by its next one, whatever stands between: GAE, targets and TD errors by a loop.
+
+    Padding and the tokens in between hold 99 and count nowhere.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(6, 9, generator=generator) < 0.6
+    mask[0], mask[1], mask[2] = True, False, torch.arange(9) == 4
+    reward, value = torch.randn(6, 9, generator=generator), torch.randn(6, 10, generator=generator)
+    ends = response_ends(mask)
+    assert torch.equal(ends.done.sum(1), mask.any(1).long())
+    spoiled_value = value.clone()
+    spoiled_value[:, :-1][~mask], spoiled_value[:, -1] = 99.0, 99.0
+    spoiled_reward = reward.where(mask, 99.0)
+    advantage, target = estimate_advantages(spoiled_reward, spoiled_value, ends, GAMMA, LMBDA)
+    errors = td_errors(spoiled_reward, spoiled_value, ends, GAMMA)
+    for row in range(6):
+        own, following, ahead = mask[row].nonzero()[:, 0].tolist(), 0.0, 0.0
+        for t in reversed(own):
+            error = float(reward[row, t]) + GAMMA * following - float(value[row, t])
+            ahead = error + GAMMA * LMBDA * ahead
+            following = float(value[row, t])
+            numbers = [float(part[row, t]) for part in (errors, advantage, target)]
+            assert numbers == pytest.approx([error, ahead, ahead + following], abs=1e-5)
+        for part in (errors, advantage, target):
+            assert not part[row][~mask[row]].any()
+
+
 def test_td_errors_sum_to_the_advantage():
     """A_t = δ_t + γλ A_{t+1}, so the picture of the credit shows what the learner used."""
     reward, value, mask = random_batch()

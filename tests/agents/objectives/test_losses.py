@@ -1,4 +1,4 @@
-"""PPO's losses: equal to TorchRL's, and by hand where TorchRL has none."""
+"""The losses of PPO, A2C and REINFORCE: equal to TorchRL's, and by hand where TorchRL has none."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
-from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives import A2CLoss, ClipPPOLoss, ReinforceLoss
 
-from agents.objectives.actor_critic import distribution_of, output_of
-from agents.objectives.losses import clipped_surrogate, clipped_terms, clipped_value_loss, distance, value_loss
+from agents.objectives.losses import (
+    clipped_surrogate,
+    clipped_terms,
+    clipped_value_loss,
+    distance,
+    policy_gradient,
+    value_loss,
+)
 
 
 def networks():
@@ -26,6 +32,17 @@ def networks():
     return actor, TensorDictModule(torch.nn.Linear(3, 1), ["observation"], ["state_value"])
 
 
+def log_prob_of(actor, batch: TensorDict) -> torch.Tensor:
+    """Log-probability of the actions taken, [B, R]."""
+    return torch.distributions.Categorical(logits=actor[0].module(batch["observation"])).log_prob(batch["action"])
+
+
+def as_torchrl(batch: TensorDict) -> TensorDict:
+    """The same batch with the trailing dimension that TorchRL's losses expect of values and advantages."""
+    values = {key: batch[key][..., None] for key in ("advantage", "state_value", "value_target")}
+    return TensorDict({**batch, **values}, batch_size=[6])
+
+
 def make_batch() -> TensorDict:
     """Steps whose recorded policy is another than the present one, so that clips act. [B, R] = [6, 4]."""
     generator = torch.Generator().manual_seed(1)
@@ -38,9 +55,9 @@ def make_batch() -> TensorDict:
             "observation": normal(6, 4, 3),
             "action": torch.randint(5, (6, 4), generator=generator),
             "action_log_prob": -1.6 + 0.5 * normal(6, 4),
-            "advantage": normal(6, 4, 1),
-            "state_value": normal(6, 4, 1),
-            "value_target": normal(6, 4, 1),
+            "advantage": normal(6, 4),
+            "state_value": normal(6, 4),
+            "value_target": normal(6, 4),
             "mask": torch.rand(6, 4, generator=generator) < 0.7,
         },
         batch_size=[6],
@@ -54,13 +71,13 @@ def test_equal_to_torchrl(value_clip):
     for ours in (True, False):
         (actor, critic), batch = networks(), make_batch()
         if ours:
-            log_ratio = distribution_of(actor, batch).log_prob(batch["action"]) - batch["action_log_prob"]
-            policy = clipped_surrogate(log_ratio.exp(), batch["advantage"][..., 0], 0.2)
-            value, target = output_of(critic, batch)[..., 0], batch["value_target"][..., 0]
+            log_ratio = log_prob_of(actor, batch) - batch["action_log_prob"]
+            policy = clipped_surrogate(log_ratio.exp(), batch["advantage"], 0.2)
+            value, target = critic.module(batch["observation"])[..., 0], batch["value_target"]
             worth = (
                 value_loss(value, target)
                 if value_clip is None
-                else clipped_value_loss(value, batch["state_value"][..., 0], target, value_clip)
+                else clipped_value_loss(value, batch["state_value"], target, value_clip)
             )
             outside = distance(log_ratio, log_ratio.exp(), 0.2)["clip_fraction"] / 24
         else:
@@ -76,7 +93,7 @@ def test_equal_to_torchrl(value_clip):
                 reduction="none",
             )
             objective.loss_mask_key = None
-            out = objective(batch)
+            out = objective(as_torchrl(batch))
             policy, worth, outside = out["loss_objective"], out["loss_critic"], out["clip_fraction"]
         (policy.sum() + worth.sum()).backward()
         gradients = [parameter.grad for network in (actor, critic) for parameter in network.parameters()]
@@ -86,10 +103,29 @@ def test_equal_to_torchrl(value_clip):
         torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-6)
 
 
-def test_distribution_is_get_dist():
-    """The shortcut gives the distribution that TensorDict's own way gives."""
-    (actor, _), batch = networks(), make_batch()
-    assert torch.equal(distribution_of(actor, batch).logits, actor.get_dist(batch).logits)
+@pytest.mark.parametrize("learner", [A2CLoss, ReinforceLoss])
+def test_policy_gradient_equals_torchrl(learner):
+    """Policy loss, value loss and every gradient of A2C and REINFORCE are those of A2CLoss and ReinforceLoss."""
+    results = []
+    for ours in (True, False):
+        (actor, critic), batch = networks(), make_batch()
+        if ours:
+            policy = policy_gradient(log_prob_of(actor, batch), batch["advantage"])
+            value = value_loss(critic.module(batch["observation"])[..., 0], batch["value_target"])
+        else:
+            options = dict(entropy_bonus=False, critic_coeff=0.5) if learner is A2CLoss else {}
+            objective = learner(actor, critic, loss_critic_type="l2", functional=False, reduction="none", **options)
+            objective.loss_mask_key = None
+            out = objective(as_torchrl(batch))
+            if learner is A2CLoss:
+                policy, value = out["loss_objective"], out["loss_critic"]
+            else:
+                policy, value = out["loss_actor"], 0.5 * out["loss_value"]
+        (policy.sum() + value.sum()).backward()
+        gradients = [parameter.grad for network in (actor, critic) for parameter in network.parameters()]
+        results.append([policy.flatten(), value.flatten(), *gradients])
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-6)
 
 
 def test_distance_by_hand():
@@ -99,7 +135,7 @@ def test_distance_by_hand():
         {
             "action": torch.tensor([[0, 1, 0]]),
             "action_log_prob": torch.tensor([[0.4, 0.5, 0.9]]).log(),
-            "advantage": torch.ones(1, 3, 1),
+            "advantage": torch.ones(1, 3),
             "mask": torch.tensor([[True, True, False]]),
         },
         batch_size=[1],

@@ -23,12 +23,12 @@ ADAPTIVE = dict(kl_controller="adaptive", kl_target=0.5, kl_horizon=20)
 
 def rollout_of(trainer: Trainer, rows_per_pass: int = 8) -> TextRollout:
     """Responses of an actor that has left the reference, under the trainer's own penalty."""
-    perturb(trainer.algorithm.actor, 0.03)
+    perturb(trainer.algorithm.networks.actor, 0.03)
     generator = torch.Generator().manual_seed(3)
     prompts = trainer.collector.prompts.select([0, 1, 2, 3] * 2)
     return collect(
         trainer.collector.task,
-        trainer.algorithm.policy.model,
+        trainer.algorithm.networks.policy.model,
         prompts,
         generator,
         rows_per_pass,
@@ -40,7 +40,7 @@ def distributions(trainer: Trainer, data) -> tuple[list, list]:
     """Probabilities of the actor and of the reference, [B][R][V] in Python's own numbers, by full forwards."""
     width = data["input_ids"].shape[1] - data["mask"].shape[1]
     found = []
-    for model in (trainer.algorithm.policy.model, trainer.collector.task.reference.model):
+    for model in (trainer.algorithm.networks.policy.model, trainer.collector.task.reference.model):
         with torch.no_grad():
             logits = model(
                 input_ids=data["input_ids"],
@@ -136,7 +136,7 @@ def test_a_fixed_beta_stays(settings):
 def test_credit_shows_what_was_paid(settings, estimator):
     """The picture's penalties are those in the shaped reward: with the run's estimator and the run's present β."""
     trainer = make_trainer(settings, kl_estimator=estimator)
-    perturb(trainer.algorithm.actor, 0.03)
+    perturb(trainer.algorithm.networks.actor, 0.03)
     trainer.collector.controller.coef = 2.0
     credit = assign_credit(trainer, trainer.collector.prompts)
     penalties, values, errors, _ = (numbers for _, numbers, _ in credit.panels)

@@ -249,14 +249,14 @@ def test_actor_under_masks(settings):
     trainer = make_trainer(settings | {"action_mask": "top_k:4"})
     rollout = make_rollout(trainer).data
     assert rollout["allowed_ids"].shape[-1] == 4 and rollout["allowed_inside"][rollout["mask"]].all()
-    distribution = trainer.algorithm.actor.get_dist(rollout)
+    distribution = trainer.algorithm.networks.actor.distribution(rollout)
     log_prob = distribution.log_prob(rollout["action"])
     torch.testing.assert_close(log_prob, rollout["action_log_prob"], rtol=0, atol=1e-4)
     assert distribution.entropy().max() <= np.log(4) + 1e-4
     logits = distribution.logits
     assert ((logits > FORBIDDEN / 2).sum(-1)[rollout["mask"]] == 4).all()
     sum(losses(trainer, rollout).values()).backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in trainer.algorithm.actor.parameters())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in trainer.algorithm.networks.actor.parameters())
 
 
 @one_kind
@@ -269,7 +269,7 @@ def test_trainer_refreshes_the_mask_policy(settings):
     next(steps)
     assert same(weights(policy.model), start)
     next(steps)
-    assert same(weights(policy.model), weights(trainer.algorithm.policy.model))
+    assert same(weights(policy.model), weights(trainer.algorithm.networks.policy.model))
     refreshed = weights(policy.model)
     next(steps)
     assert same(weights(policy.model), refreshed) and not same(refreshed, start)
@@ -291,7 +291,7 @@ def test_resume_with_a_mask_policy(settings, tmp_path):
     load_checkpoint(tmp_path, resumed)
     scores += [iteration.metrics["score"] for iteration in resumed.iterate()]
     assert scores == expected
-    assert same(weights(whole.algorithm.actor), weights(resumed.algorithm.actor))
+    assert same(weights(whole.algorithm.networks.actor), weights(resumed.algorithm.networks.actor))
     assert same(weights(whole.collector.mask_policies[0].model), weights(resumed.collector.mask_policies[0].model))
 
 

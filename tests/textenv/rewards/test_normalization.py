@@ -202,7 +202,7 @@ def test_resumed_equals_uninterrupted(settings, tmp_path):
     assert resumed.collector.task.normalizer.statistics.count == 8
     scores = [first.metrics["score"]] + [iteration.metrics["score"] for iteration in resumed.iterate()]
     assert scores == expected
-    assert same(weights(whole.algorithm.actor), weights(resumed.algorithm.actor))
+    assert same(weights(whole.algorithm.networks.actor), weights(resumed.algorithm.networks.actor))
     statistics = whole.collector.task.normalizer.statistics.state_dict()
     assert statistics == resumed.collector.task.normalizer.statistics.state_dict() and statistics["count"] == 24
 
@@ -210,7 +210,7 @@ def test_resumed_equals_uninterrupted(settings, tmp_path):
 def test_measurements_are_raw_and_leave_statistics_alone(settings):
     """Evaluation gives the reward's own numbers, the same before and after the statistics moved, and moves none."""
     trainer = make_trainer(settings | RUNNING | dict(reward=characters, kl_coef=0))
-    model = trainer.algorithm.policy.model
+    model = trainer.algorithm.networks.policy.model
 
     def measure():
         return evaluate(trainer.collector.task, model, trainer.collector.prompts, None, seed=0)
@@ -255,6 +255,6 @@ def test_metrics_show_the_parts(settings):
 def test_the_critic_starts_without_an_opinion(settings):
     """Where scores are normalized, the reward model's head would speak in another unit: the critic's is zero."""
     trainer = make_trainer(settings | dict(score_normalization="fixed", score_mean=3.0))
-    critic = trainer.algorithm.critic.module
+    critic = trainer.algorithm.networks.critic
     assert not critic.head.weight.any() and not critic.head.bias.any()
     assert same(weights(critic.backbone), weights(trainer.collector.task.reward.model.base_model))
