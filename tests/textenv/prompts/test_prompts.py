@@ -82,7 +82,7 @@ def test_bad_lines(tmp_path, lines, says):
         ("prompts.csv", "a path that ends in .jsonl, or 'module:function', got 'prompts.csv'"),
         ("my_prompts:absent", "'my_prompts:absent' names no importable function .*Python path"),
         ("no_such_module:f", "'no_such_module:f' names no importable function .*Python path"),
-        ("my_prompts:number", "must name a function, got a int"),
+        ("my_prompts:number", "must name a function, got int"),
         ("my_prompts:text", "my_prompts:text must return a list of prompts, got str"),
         ("my_prompts:empty", "prompts are empty"),
         ("my_prompts:needy", "my_prompts:needy is called without arguments .*missing .*'path'.*default"),
