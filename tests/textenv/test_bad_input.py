@@ -80,7 +80,7 @@ def copied(folder, target, **edits):
         ({"reward": {"textenv.rewards.library:length": math.nan}}, "weight of reward .*finite number, got nan"),
         ({"reward": {"textenv.rewards.library:length": "1"}}, "weight of reward .*finite number, got '1'"),
         ({"reward": "textenv.rewards.library:absent"}, "'textenv.rewards.library:absent' names no importable function"),
-        ({"reward_label": 3, "reward": "textenv.config:DTYPES"}, "must name a function, got a dict"),
+        ({"reward_label": 3, "reward": "textenv.config:DTYPES"}, "must name a function, got dict"),
         ({"render_mode": "video"}, "render_mode must be None or one of .*'ansi'.*, got 'video'"),
     ],
 )
@@ -171,12 +171,12 @@ def test_code_in_a_folder_is_not_run(settings, folders, kind, tmp_path, known, m
 
 def test_causal_model_is_no_reward_model(settings, folders, kind, tmp_path):
     """A language model given as reward model would have a random head: refused, also under a false label."""
-    refuse(settings, "no sequence-classification model.*head would be random", reward=folders[kind])
+    refuse(settings, "is not a sequence-classification model.*head would be random", reward=folders[kind])
     name = {"gpt2": "GPT2For", "llama": "LlamaFor"}[kind]
     false = copied(folders[kind], tmp_path / "false", architectures=[f"{name}SequenceClassification"])
     refuse(settings, "no weights for score.weight.*random", reward=str(false))
     tokens = copied(folders[kind], tmp_path / "tokens", architectures=[f"{name}TokenClassification"])
-    refuse(settings, "no sequence-classification model", reward=str(tokens))
+    refuse(settings, "is not a sequence-classification model", reward=str(tokens))
 
 
 def test_reward_model_is_no_language_model(settings, folders):

@@ -1,8 +1,10 @@
-"""Action masks: which tokens may come next. How rollouts remember it is in token_sets.py.
+"""Action masks: which tokens may come next. The forms of `action_mask` are in build.py; token_sets.py stores masks.
 
-A mask is advice to whoever samples. The environment shows it and takes any token all the same, so that clients
-that know no masks still work; the fast path and our learners obey it. Masks never change the reward: the
-reference's log-probability is that of its whole distribution, and so stays finite for every token.
+A mask advises whoever samples. The environment shows it and accepts forbidden tokens too, so that clients without masks
+still work; the fast path and our learners obey it. Masks never change the reward: the reference's log-probability
+comes from its whole distribution, and so stays finite for every token.
+
+An object that follows `TokenMask` is accepted as `action_mask`; it needs no base class.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import regex
@@ -28,11 +30,11 @@ from textenv.state import TextState
 
 @dataclass(frozen=True)
 class Contexts:
-    """The texts that a mask is asked about."""
+    """The b unfinished texts for which a mask is computed."""
 
     prompts: Sequence[str]
     state: TextState  # b rows
-    logits: Tensor | None  # float32 [b, V] of the mask's own model, where it has one
+    logits: Tensor | None  # float32 [b, V], next-token logits of the mask's own model; None if it has none
 
     def responses(self) -> list[list[int]]:
         """Token ids written so far, row by row."""
@@ -40,14 +42,26 @@ class Contexts:
         return [row[:length] for row, length in zip(ids, lengths, strict=True)]
 
 
+@runtime_checkable
 class TokenMask(Protocol):
-    """Says which tokens may come next."""
+    """Decides which tokens may come next. Any object with these three members is accepted as `action_mask`.
 
-    name: str
+    A mask is called once per context, with the rows that are running. It may depend on the prompts and on the tokens so
+    far, not on which rows come together.
+    """
+
+    @property
+    def name(self) -> str:
+        """The mask's name in error messages."""
+        ...
 
     @property
     def model(self) -> PreTrainedModel | None:
-        """A language model to be read along, if the mask needs one."""
+        """A causal language model with the policy's vocabulary, in eval mode; None if the mask needs no logits.
+
+        `Contexts.logits` holds its next-token logits. If it is replaced by another model, the texts so far are read
+        again.
+        """
         ...
 
     def allowed(self, contexts: Contexts) -> Tensor:
@@ -56,13 +70,14 @@ class TokenMask(Protocol):
 
 
 class NoSpecialTokens:
-    """Forbids special tokens (save those that end a response) and ids that the tokenizer never writes."""
+    """Forbids special tokens, except those that end a response, and ids that the tokenizer never writes."""
 
     name, model = "special", None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], vocabulary: int) -> None:
-        written = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
-        self.ids = _listed([[one for one in written | set(stop_token_ids) if one < vocabulary]], vocabulary)[0]
+        ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+        ids = [token for token in ordinary | set(stop_token_ids) if token < vocabulary]
+        self.ids = _dense([ids], vocabulary)[0]
 
     def allowed(self, contexts: Contexts) -> Tensor:
         """Bool [V]."""
@@ -72,7 +87,7 @@ class NoSpecialTokens:
 class MaskPolicy:
     """Keeps the likeliest tokens of a language model of its own: the mask of NLPO (Ramamurthy et al. 2023).
 
-    It starts as the reference. Whoever trains hands it the actor from time to time, by `refresh`.
+    It starts as the reference. The trainer calls `refresh` with the actor from time to time.
     """
 
     def __init__(self, model: PreTrainedModel, keep: Sampling) -> None:
@@ -86,12 +101,12 @@ class MaskPolicy:
         return log_probs(contexts.logits, self.keep).isfinite()
 
     def refresh(self, model: PreTrainedModel) -> None:
-        """Takes a frozen copy of a model as the mask's own from now on."""
+        """Replace the mask's model by a frozen copy of `model`."""
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
 
 
 class AllowedIds:
-    """A user's function `f(prompt: str, response_ids: list[int]) -> allowed ids`: a grammar, a lexicon.
+    """A user's function `f(prompt: str, response_ids: list[int]) -> allowed ids`, such as a grammar or a lexicon.
 
     The idea of `prefix_allowed_tokens_fn` in Transformers' `generate`.
     """
@@ -104,24 +119,24 @@ class AllowedIds:
     def allowed(self, contexts: Contexts) -> Tensor:
         """Bool [b, V]."""
         rows = [
-            self._checked(prompt, response)
+            self._call(prompt, response)
             for prompt, response in zip(contexts.prompts, contexts.responses(), strict=True)
         ]
-        return _listed(rows, self.vocabulary).to(contexts.state.length.device)
+        return _dense(rows, self.vocabulary).to(contexts.state.length.device)
 
-    def _checked(self, prompt: str, response: list[int]) -> list[int]:
+    def _call(self, prompt: str, response: list[int]) -> list[int]:
         where = f"for prompt {prompt!r} and response ids {response}"
         try:
-            returned = self.function(prompt, list(response))
-        except Exception as error:  # a user's function may raise whatever it likes
+            result = self.function(prompt, list(response))
+        except Exception as error:  # a user's function may raise anything
             raise ValueError(f"action mask {self.name!r} raised {describe(error)} {where}.") from error
-        ids = _whole_numbers(returned)
+        ids = _as_ids(result)
         if ids is None:
             raise ValueError(
-                f"action mask {self.name!r} must return token ids, got {returned!r:.80} {where}; return a list of "
+                f"action mask {self.name!r} must return token ids, got {result!r:.80} {where}; return a list of "
                 "whole numbers, the ids that may come next."
             )
-        if any(not 0 <= one < self.vocabulary for one in ids):
+        if any(not 0 <= token < self.vocabulary for token in ids):
             raise ValueError(
                 f"action mask {self.name!r} returned an id outside 0..{self.vocabulary - 1} {where}; return ids of the "
                 "vocabulary."
@@ -130,12 +145,12 @@ class AllowedIds:
 
 
 class Pattern:
-    """Allows what can still become a text that a regular expression matches as a whole.
+    """Allows tokens after which the text can still match a regular expression as a whole.
 
-    The text is the response without the one space that parts it from the prompt. A stop token may come where
-    the text matches already. Every token is tried at every text that was not seen lately. Each such text takes
-    1 to 3 ms of a processor's time with the embedded 1,024 tokens and 60 to 140 ms with 50,257 (a number, a word
-    list, sentences, anything); the first use also reads every token's own text, 5 and 260 ms.
+    The text is the response without the single space that separates it from the prompt. A stop token is allowed where
+    the text already matches. For each text that is not in the cache, every token is tried. That takes 1 to 3 ms of CPU
+    time a text with the embedded 1,024 tokens, and 60 to 140 ms with 50,257 (a number, a word list, sentences,
+    anything). The first use also decodes every token by itself, which takes 5 and 260 ms.
     """
 
     model = None
@@ -146,34 +161,36 @@ class Pattern:
         try:
             self.pattern = regex.compile(pattern)
         except regex.error as error:
-            raise ValueError(f"action_mask has no valid regular expression in {pattern!r}: {error}.") from error
+            raise ValueError(f"action_mask has an invalid regular expression, {pattern!r}: {error}.") from error
         self.name, self.vocabulary = f"regex:{pattern}", vocabulary
         self.tokenizer, self.stops = tokenizer, list(stop_token_ids)
-        self._ids = lru_cache(4096)(self._find)  # texts come again: rows share prefixes, episodes share starts
+        self._allowed_after = lru_cache(4096)(self._try_tokens)  # texts repeat: rows share prefixes, episodes starts
 
     def allowed(self, contexts: Contexts) -> Tensor:
         """Bool [b, V]."""
-        rows = [self._ids("".join(self.pieces[one] for one in ids)) for ids in contexts.responses()]
-        return _listed(rows, self.vocabulary).to(contexts.state.length.device)
+        rows = [self._allowed_after("".join(self.pieces[token] for token in ids)) for ids in contexts.responses()]
+        return _dense(rows, self.vocabulary).to(contexts.state.length.device)
 
     @cached_property
     def pieces(self) -> list[str]:
-        """What each id adds to a text; nothing for special and stop tokens, and for parts of a character."""
+        """The text of each id; empty for special and stop tokens, and for parts of a character."""
         ids = range(min(len(self.tokenizer), self.vocabulary))
         texts = TokenTexts(self.tokenizer)(ids)
-        written = ["" if one in self.stops or "\ufffd" in text else text for one, text in zip(ids, texts, strict=True)]
-        return written + [""] * (self.vocabulary - len(written))
+        pieces = [
+            "" if token in self.stops or "\ufffd" in text else text for token, text in zip(ids, texts, strict=True)
+        ]
+        return pieces + [""] * (self.vocabulary - len(pieces))
 
-    def _find(self, text: str) -> list[int]:
+    def _try_tokens(self, text: str) -> list[int]:
         ids = self.stops if text and self.pattern.fullmatch(text.removeprefix(" ")) else []
-        return [*ids, *(one for one, piece in enumerate(self.pieces) if piece and self._goes_on(text + piece))]
+        return [*ids, *(token for token, piece in enumerate(self.pieces) if piece and self._can_match(text + piece))]
 
-    def _goes_on(self, text: str) -> bool:
+    def _can_match(self, text: str) -> bool:
         return self.pattern.fullmatch(text.removeprefix(" "), partial=True) is not None
 
 
 def word_list(words: Sequence[str]) -> str:
-    """The regular expression of a text that consists of these words, with spaces between."""
+    """Regular expression for one or more of these words, separated by single spaces."""
     if not all(map(str.strip, words)):
         raise ValueError(f"action_mask 'words:...' has an empty word in {list(words)}; write words:good,bad,fine.")
     options = "|".join(regex.escape(word.strip()) for word in words)
@@ -181,75 +198,90 @@ def word_list(words: Sequence[str]) -> str:
 
 
 class Masker:
-    """All masks of B texts together, while the texts are being written."""
+    """The conjunction of all masks over B texts, while the texts are being written."""
 
     def __init__(self, masks: Sequence[TokenMask], stop_token_ids: Sequence[int], shape: tuple[int, int, int]) -> None:
         """shape: B, L, V."""
         self.masks, self.vocabulary = masks, shape[2]
         self.stops = list(stop_token_ids)
-        self.readers = [None if mask.model is None else CachedDecoder(mask.model, *shape) for mask in masks]
+        self.decoders = [None if mask.model is None else CachedDecoder(mask.model, *shape) for mask in masks]
 
     def restart(self, state: TextState, rows: Tensor) -> None:
-        """New texts in the rows of indices `rows` [b]; state: all B rows."""
-        for reader in filter(None, self._current(state)):
-            reader.restart(state.select(rows), rows)
+        """Start new texts in the rows of indices `rows` [b]; state: all B rows."""
+        for decoder in filter(None, self._refreshed(state)):
+            decoder.restart(state.select(rows), rows)
 
     def advance(self, state: TextState) -> None:
-        """Reads the token just written in every row."""
-        for reader in filter(None, self._current(state)):
-            reader.advance(state)
+        """Decode the last token of every row."""
+        for decoder in filter(None, self._refreshed(state)):
+            decoder.advance(state)
 
     def keep(self, rows: Tensor) -> None:
-        """Drops all rows but these (indices)."""
-        for reader in filter(None, self.readers):
-            reader.keep(rows)
+        """Drop all rows except these indices."""
+        for decoder in filter(None, self.decoders):
+            decoder.keep(rows)
 
     def allowed(self, state: TextState, prompts: Sequence[str], running: Tensor) -> Tensor:
-        """Bool [B, V]; true in whole where a row is not running.
+        """Bool [B, V]; all true where a row is not running.
 
-        Where the masks leave nothing, the response has come to its end: the stop tokens are allowed.
+        Where the masks leave no token, the response must end: the stop tokens are allowed.
         """
         rows = running.nonzero()[:, 0]
         result = torch.ones(len(running), self.vocabulary, dtype=torch.bool, device=running.device)
         if not len(rows):
             return result
-        chosen = state.select(rows)
-        texts = [prompts[int(row)] for row in rows]
-        together = result[rows]
-        for mask, reader in zip(self.masks, self._current(state), strict=True):
-            logits = None if reader is None else reader.logits[rows]
-            together &= mask.allowed(Contexts(texts, chosen, logits))
-        stuck = (~together.any(1)).nonzero()[:, 0]
-        together[stuck[:, None], torch.tensor(self.stops, device=running.device)] = True
-        result[rows] = together
+        running_state = state.select(rows)
+        running_prompts = [prompts[int(row)] for row in rows]
+        allowed = result[rows]
+        for mask, decoder in zip(self.masks, self._refreshed(state), strict=True):
+            logits = None if decoder is None else decoder.logits[rows]
+            by_mask = mask.allowed(Contexts(running_prompts, running_state, logits))
+            _check_allowed(mask.name, by_mask, len(rows), self.vocabulary)
+            allowed &= by_mask.to(allowed.device)
+        empty = (~allowed.any(1)).nonzero()[:, 0]
+        allowed[empty[:, None], torch.tensor(self.stops, device=running.device)] = True
+        result[rows] = allowed
         return result
 
     def outdated(self) -> bool:
-        """Whether a mask's model was refreshed since it was last asked."""
-        pairs = zip(self.masks, self.readers, strict=True)
-        return any(reader is not None and reader.model is not mask.model for mask, reader in pairs)
+        """Whether a mask's model has been replaced since its decoder was made."""
+        pairs = zip(self.masks, self.decoders, strict=True)
+        return any(decoder is not None and decoder.model is not mask.model for mask, decoder in pairs)
 
-    def _current(self, state: TextState) -> list[CachedDecoder | None]:
-        """The readers, made anew where a mask's model was refreshed; they then read the texts so far again."""
+    def _refreshed(self, state: TextState) -> list[CachedDecoder | None]:
+        """The decoders. If a mask's model was replaced, its new decoder first reads the texts so far."""
         if self.outdated():
-            self.readers = [
-                reader.of_model(mask.model, state) if reader is not None and mask.model is not None else None
-                for mask, reader in zip(self.masks, self.readers, strict=True)
+            self.decoders = [
+                decoder.with_model(mask.model, state) if decoder is not None and mask.model is not None else None
+                for mask, decoder in zip(self.masks, self.decoders, strict=True)
             ]
-        return self.readers
+        return self.decoders
 
 
-def _whole_numbers(returned: Any) -> list[int] | None:
-    """What a function returned as ids; None where it is something else, a mask of truth values for instance."""
+def _check_allowed(name: str, allowed: Any, rows: int, vocabulary: int) -> None:
+    """Refuse a result of `TokenMask.allowed` that is not a bool tensor [b, V] or [V]."""
+    if not isinstance(allowed, Tensor):
+        got = type(allowed).__name__
+    elif allowed.dtype != torch.bool or tuple(allowed.shape) not in ((vocabulary,), (rows, vocabulary)):
+        got = f"{allowed.dtype} of shape {tuple(allowed.shape)}"
+    else:
+        return
+    raise ValueError(
+        f"action mask {name!r} must return a bool tensor of shape ({vocabulary},) or ({rows}, {vocabulary}), got {got}."
+    )
+
+
+def _as_ids(result: Any) -> list[int] | None:
+    """The ids that a function returned; None if they are not integers, as in a mask of truth values."""
     try:
-        ids = np.array(returned.tolist() if isinstance(returned, Tensor) else list(returned))
+        ids = np.array(result.tolist() if isinstance(result, Tensor) else list(result))
     except (TypeError, ValueError):
         return None
     return ids.tolist() if ids.size == 0 or (ids.ndim == 1 and ids.dtype.kind in "iu") else None
 
 
-def _listed(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
-    """Bool [b, V] that is true at the ids of each row."""
+def _dense(rows: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
+    """Bool [b, V], true at the ids of each row."""
     result = torch.zeros(len(rows), vocabulary, dtype=torch.bool)
     for row, ids in enumerate(rows):
         result[row, torch.tensor(ids, dtype=torch.long)] = True

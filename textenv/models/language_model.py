@@ -1,8 +1,7 @@
-"""A Hugging Face causal language model in three verbs: prefill, decode one token, read a whole text.
+"""A Hugging Face causal language model in three operations: prefill, decode one token, forward a whole text.
 
-Owns the key/value cache: one token costs one token's work, whatever the length so far. Rows may be at
-different places, because every row writes the column that it is told to. Never samples, never mutates
-the model.
+Owns the key/value cache: a token costs one token's work, at any length so far. Rows may have different lengths, because
+each row writes its own column of the cache. Never samples, never mutates the model.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.device
 
 
 def response_logits(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, prompt_width: int) -> Tensor:
-    """Logits for the response columns P..L-1 of left-padded texts [B, L]. Returns [B, R, V]."""
+    """Logits that predict the response columns P..L-1 of left-padded texts [B, L]. Returns [B, R, V]."""
     return model(
         input_ids=input_ids[:, :-1],
         attention_mask=attention_mask[:, :-1].long(),
@@ -50,7 +49,7 @@ def response_logits(model: torch.nn.Module, input_ids: Tensor, attention_mask: T
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values of one layer, [B, heads, L, D]: each row writes where the cache says."""
+    """Keys and values of one layer, [B, heads, L, D], written at the rows and columns in `owner.target`."""
 
     def __init__(self, owner: KeyValueCache) -> None:
         super().__init__()
@@ -67,7 +66,7 @@ class _Layer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         rows, columns, used = self.owner.target
-        if columns is None:  # prefill: the prompt attends to itself alone
+        if columns is None:  # prefill: the prompt attends only to itself
             width = key_states.shape[2]
             self.keys[rows, :, :width] = key_states
             self.values[rows, :, :width] = value_states
@@ -87,7 +86,11 @@ class _Layer(CacheLayerMixin):
 
 
 class KeyValueCache(Cache):
-    """Keys and values of B rows by L columns, one token's row and column at a time."""
+    """Keys and values of B rows by L columns.
+
+    `target` says what the next forward writes and reads: the rows, the column of each row (None: a whole prompt from
+    column 0 on), and the number of columns that attention reads.
+    """
 
     def __init__(self, layers: int, rows: int, columns: int) -> None:
         self.rows, self.columns = rows, columns
@@ -95,7 +98,7 @@ class KeyValueCache(Cache):
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
 
     def keep(self, rows: Tensor) -> None:
-        """Drops all rows but these (indices)."""
+        """Drop all rows except these indices."""
         self.rows = len(rows)
         for layer in self.layers:
             assert isinstance(layer, _Layer) and layer.keys is not None and layer.values is not None
@@ -109,9 +112,9 @@ def new_cache(model: PreTrainedModel, rows: int, columns: int) -> KeyValueCache:
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, cache: KeyValueCache, state: TextState, rows: Tensor) -> Tensor:
-    """Reads the prompts of `state` into the cache's rows of indices `rows` [b].
+    """Write the prompts of `state` into the cache at the row indices `rows` [b].
 
-    state: b rows, whose prompt alone is read. Returns the logits of the first token, [b, V].
+    state: b rows; response columns are ignored. Returns the logits of the first response token, [b, V].
     """
     width = state.prompt_width
     mask = state.attention_mask[:, :width]  # [b, P]
@@ -122,7 +125,7 @@ def prefill(model: PreTrainedModel, cache: KeyValueCache, state: TextState, rows
 
 @torch.no_grad()
 def decode(model: PreTrainedModel, cache: KeyValueCache, state: TextState) -> Tensor:
-    """Reads the last token of every row of `state`, whose earlier tokens the cache holds.
+    """Write the last token of every row of `state` into the cache, which must hold the earlier tokens.
 
     Returns the logits of the next token, [B, V].
     """
@@ -130,55 +133,55 @@ def decode(model: PreTrainedModel, cache: KeyValueCache, state: TextState) -> Te
     used = int(columns.max()) + 1
     mask = state.attention_mask[:, :used]
     rows = torch.arange(len(columns), device=columns.device)
-    positions = (mask.sum(1, keepdim=True) - 1).clamp_min(0)  # [B, 1]; rows never started are empty
+    positions = (mask.sum(1, keepdim=True) - 1).clamp_min(0)  # [B, 1]; a row that never started has no token
     cache.target = (rows, columns, used)
     return _forward(model, cache, state.input_ids[rows, columns, None], mask[:, None], positions)
 
 
 class CachedDecoder:
-    """Next-token logits of B texts while they are being written, from a cache of its own."""
+    """Next-token logits of B texts while they are being written. Owns its key/value cache."""
 
     def __init__(self, model: PreTrainedModel, rows: int, columns: int, vocabulary: int) -> None:
         self.model, self.cache = model, new_cache(model, rows, columns)
-        self.logits = torch.zeros(rows, vocabulary, device=model.device)  # float32 [B, V], of the next token
+        self.logits = torch.zeros(rows, vocabulary, device=model.device)  # float32 [B, V]
 
     def restart(self, fresh: TextState, rows: Tensor) -> None:
-        """Reads the prompts of new texts in the rows of indices `rows` [b]; fresh: b rows."""
+        """Prefill new prompts in the row indices `rows` [b]; fresh: b rows."""
         self.logits[rows] = prefill(self.model, self.cache, fresh, rows).float()
 
     def advance(self, state: TextState) -> None:
-        """Reads the token just written in every row."""
+        """Decode the last token of every row; state: all B rows."""
         self.logits = decode(self.model, self.cache, state).float()
 
     def keep(self, rows: Tensor) -> None:
-        """Drops all rows but these (indices)."""
+        """Drop all rows except these indices."""
         self.cache.keep(rows)
         self.logits = self.logits[rows]
 
-    def of_model(self, model: PreTrainedModel, state: TextState) -> CachedDecoder:
-        """A reader of the same texts with another model; state: the texts so far."""
+    def with_model(self, model: PreTrainedModel, state: TextState) -> CachedDecoder:
+        """A decoder of the same texts with another model, which reads them from the start; state: all B rows."""
         rows, vocabulary = self.logits.shape
-        other = CachedDecoder(model, rows, self.cache.columns, vocabulary)
-        other._read_again(state)
-        return other
+        decoder = CachedDecoder(model, rows, self.cache.columns, vocabulary)
+        decoder._replay(state)
+        return decoder
 
-    def _read_again(self, state: TextState) -> None:
+    def _replay(self, state: TextState) -> None:
         self.restart(state, torch.arange(len(state.length), device=state.length.device))
-        at_prompt, columns = self.logits, torch.arange(state.input_ids.shape[1], device=state.length.device)
+        after_prompt, columns = self.logits, torch.arange(state.input_ids.shape[1], device=state.length.device)
         for step in range(1, int(state.length.max()) + 1):
-            # Shorter texts read their last token again, which changes nothing; empty ones are put right below.
+            # Shorter rows decode their last token again, which changes nothing; empty rows are corrected below.
             length = state.length.clamp(1, step)
-            seen = state.attention_mask & (columns < state.prompt_width + length[:, None])
-            self.advance(TextState(state.input_ids, seen, length, state.prompt_width))
-        self.logits = torch.where(state.length[:, None] > 0, self.logits, at_prompt)
+            mask = state.attention_mask & (columns < state.prompt_width + length[:, None])
+            self.advance(TextState(state.input_ids, mask, length, state.prompt_width))
+        self.logits = torch.where(state.length[:, None] > 0, self.logits, after_prompt)
 
 
 def _forward(
     model: PreTrainedModel, cache: KeyValueCache, input_ids: Tensor, visible: Tensor, positions: Tensor
 ) -> Tensor:
     """Last-position logits [b, V]; visible: bool [b, queries, keys]."""
-    # An additive mask in four dimensions is the form that Transformers passes on untouched, to every
-    # attention implementation; a finite minimum keeps rows without a visible key (padding) free of NaN.
+    # Transformers passes a 4-D additive mask unchanged to every attention implementation. The finite minimum keeps
+    # rows without a visible key (padding) free of NaN.
     blocked = torch.finfo(model.dtype).min
     bias = torch.zeros(visible.shape, dtype=model.dtype, device=visible.device)
     output = model(

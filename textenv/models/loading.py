@@ -1,7 +1,7 @@
-"""From names to objects: models, tokenizers and functions, with errors that say the remedy.
+"""Loads models, tokenizers and functions by name; every error states the remedy.
 
-Weights are read as safetensors only, and no code from a model's folder is run. Frozen models are shared:
-a second environment on the same folder costs no memory.
+Loads weights from safetensors only, and never runs code from a model's folder. Frozen models are shared: a second
+environment on the same folder costs no memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 
 class Shared:
-    """A live object that passes through `gym.make` without being copied."""
+    """A handle that carries a live object through `gym.make` without a copy."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -43,32 +43,32 @@ class Shared:
 
 
 def shared(value: Any) -> Shared:
-    """Hands a live model, reward or list to `gym.make` without the copies that Gymnasium makes."""
+    """Pass a live model, reward, mask or list to `gym.make` without the copies that Gymnasium makes."""
     return Shared(value)
 
 
 def unwrap(value: Any) -> Any:
-    """What a user passed, out of its `shared` handle if it is in one."""
+    """The object in a `shared` handle; any other value unchanged."""
     return value.value if isinstance(value, Shared) else value
 
 
 def load_function(name: str) -> Callable:
-    """The callable that `"module:function"` names."""
+    """Import the callable named `"module:function"`. Raises ValueError if there is none."""
     module_name, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"{name!r} names no importable function ({error}); write 'module:function', with the module "
             "on the Python path or in the working directory."
         ) from error
-    if not callable(found):
-        raise ValueError(f"{name!r} must name a function, got a {type(found).__name__}.")
-    return found
+    if not callable(function):
+        raise ValueError(f"{name!r} must name a function, got {type(function).__name__}.")
+    return function
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Where each line of a text file is, and the line; blank ones are left out. Raises ValueError for no UTF-8."""
+    """Yield the place ("PATH, line N") and the text of each line that is not blank. Raises ValueError if not UTF-8."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             place = f"{path}, line {number}"
@@ -86,7 +86,7 @@ _frozen: weakref.WeakValueDictionary[tuple, PreTrainedModel] = weakref.WeakValue
 
 
 def load_frozen(auto_class: type, name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """`load_model` for a model nobody trains: loaded once a process, in eval mode, without gradients."""
+    """Like `load_model`, for a model that is not trained: loaded once per process, in eval mode, without gradients."""
     key = (auto_class, name, _stamp(name), device, dtype)
     model = _frozen.get(key)
     if model is None:
@@ -96,7 +96,7 @@ def load_frozen(auto_class: type, name: str, device: torch.device, dtype: torch.
 
 
 def load_model(auto_class: type, name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model from a folder or hub name, without dropout, so that train mode computes what eval mode does."""
+    """Load a model from a folder or hub name, with dropout 0, so that train mode computes what eval mode does."""
     config = load_config(name)
     switch_off_dropout(config)
     model, report = load_weights(auto_class, name, config, dtype)
@@ -107,9 +107,10 @@ def load_model(auto_class: type, name: str, device: torch.device, dtype: torch.d
 def load_weights(
     auto_class: type, name: str, config: transformers.PretrainedConfig, dtype: torch.dtype, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model of safetensors weights, and Transformers' report of what they lacked; options: of from_pretrained.
+    """Load a model from safetensors weights. Returns it with Transformers' report of missing weights.
 
-    Raises ValueError for pickles, and for a model that only code from its folder could read.
+    options: further arguments of `from_pretrained`. Raises ValueError for pickles, and for a model that needs code from
+    its folder.
     """
     with quietly():
         try:
@@ -131,33 +132,33 @@ def load_weights(
 
 
 def refuse_random(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
-    """Refuses a model that has weights nobody trained; missing: their names."""
+    """Raise ValueError if weights would be random; missing: names of the weights that the checkpoint lacks."""
     if missing:
         raise ValueError(
             f"{name!r} holds no weights for {', '.join(sorted(missing)[:3])} of a "
-            f"{type(model).__name__}: they would be random. Give a model that was trained as one."
+            f"{type(model).__name__}: they would be random. Use a model that was trained as one."
         )
 
 
 def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen causal language model."""
+    """Load a frozen causal language model."""
     return load_frozen(AutoModelForCausalLM, name, device, dtype)
 
 
 def load_classifier(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen sequence-classification model. Refuses a folder that has no trained head."""
+    """Load a frozen sequence-classification model. Raises ValueError if the folder has no trained head."""
     config = load_config(name)
     heads = [architecture for architecture in config.architectures or [] if "SequenceClassification" in architecture]
     if not heads:
         raise ValueError(
-            f"{name!r} is no sequence-classification model (its architectures are {config.architectures}): its "
+            f"{name!r} is not a sequence-classification model (its architectures are {config.architectures}): its "
             "head would be random. Train one with `python -m agents reward-model`."
         )
     return load_frozen(AutoModelForSequenceClassification, name, device, dtype)
 
 
 def load_config(name: str) -> transformers.PretrainedConfig:
-    """The configuration of the model of that name."""
+    """Load a model's configuration from a folder or hub name."""
     _refuse_run(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -169,7 +170,7 @@ def load_config(name: str) -> transformers.PretrainedConfig:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model of that name."""
+    """Load a model's tokenizer from a folder or hub name."""
     _refuse_run(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -181,7 +182,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def check_room(role: str, model_config: Any, length: int) -> None:
-    """Refuses a model that cannot read a whole prompt and response, of `length` tokens together."""
+    """Raise ValueError if a model cannot attend to `length` tokens, a whole prompt and response; role: its name."""
     text_config = model_config.get_text_config()
     room = getattr(text_config, "max_position_embeddings", None)
     if room is not None and length > room:
@@ -190,7 +191,7 @@ def check_room(role: str, model_config: Any, length: int) -> None:
             "of them."
         )
     layer_types = getattr(text_config, "layer_types", None)
-    slides = layer_types is None or "sliding_attention" in layer_types  # Mistral's layers all do, and name no type
+    slides = layer_types is None or "sliding_attention" in layer_types  # every layer of Mistral slides, and has no type
     window = getattr(text_config, "sliding_window", None)
     if slides and window is not None and window < length:
         raise ValueError(
@@ -200,28 +201,30 @@ def check_room(role: str, model_config: Any, length: int) -> None:
 
 
 def switch_off_dropout(config: Any) -> None:
-    """Sets every dropout of a model's configuration to zero."""
+    """Set every dropout of a model's configuration to 0, in place."""
     for field, value in config.to_dict().items():
         if isinstance(value, float) and "drop" in field:
             setattr(config, field, 0.0)
 
 
 def _refuse_run(name: str) -> None:
-    """Refuses the folder that training wrote, whose model is one deeper."""
-    own, actor = Path(name, "config.json"), Path(name, "actor")
-    if not (actor / "config.json").is_file() or (own.is_file() and '"model_type"' in own.read_text(encoding="utf-8")):
+    """Refuse the folder of a training run; its model is in the subfolder `actor`."""
+    config, actor = Path(name, "config.json"), Path(name, "actor")
+    if not (actor / "config.json").is_file():
+        return
+    if config.is_file() and '"model_type"' in config.read_text(encoding="utf-8"):
         return
     raise ValueError(f"{name!r} is the folder of a run, not of a model; did you mean {str(actor)!r}?")
 
 
 def _stamp(name: str) -> tuple:
-    """Changes when the files of a local folder do, so that a retrained model is read anew."""
+    """Changes when the weights of a local folder change, so that a retrained model is loaded again."""
     folder = Path(name)
     return tuple(sorted((file.name, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors")))
 
 
 def _reason(name: str, error: Exception) -> str:
-    """Why a name could not be loaded, in a sentence; Transformers takes a missing folder for a hub name."""
+    """Why a name could not be loaded, as a sentence. Transformers mistakes a missing folder for a hub name."""
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         return "there is no such folder."
     line = (str(error).strip().splitlines() or [""])[0]
@@ -230,19 +233,19 @@ def _reason(name: str, error: Exception) -> str:
 
 @contextmanager
 def quietly():
-    """No bars for models that are read or written in a moment."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """Hide Transformers' progress bars, for models that load or save in a moment."""
+    enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             transformers_logging.enable_progress_bar()
 
 
 @contextmanager
 def without_report():
-    """No table of the weights that a folder lacks, for callers who expect some to be new and look at the rest."""
+    """Hide Transformers' table of missing weights, for callers that expect some and check the rest."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

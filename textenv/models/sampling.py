@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, top-k, top-p, and the log-probability of what was really sampled.
+"""Sampling from logits: temperature, top-k, top-p, and the log-probability under the sampled distribution.
 
 Pure functions; the generator is an argument.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 class Sampling:
     """How a token is drawn from the model's logits."""
 
-    temperature: float = 1.0  # logits are divided by it
+    temperature: float = 1.0  # divides the logits
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
+    top_p: float = 1.0  # keep the fewest likeliest tokens with at least this total probability
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
@@ -32,10 +32,10 @@ class Sampling:
 
 
 def log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities of the distribution that is sampled from; -inf for tokens filtered out.
+    """Log-probabilities of the sampling distribution; -inf for filtered tokens.
 
-    logits: [..., V]. Returns float32 [..., V]. Temperature first, then top-k, then top-p
-    (Holtzman et al. 2020), as Transformers orders them.
+    logits: [..., V]. Returns float32 [..., V]. Temperature comes first, then top-k, then top-p (Holtzman et al. 2020),
+    the order of Transformers.
     """
     logits = logits.float() / sampling.temperature
     if sampling.top_k:
@@ -51,7 +51,7 @@ def log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-probability.
+    """Sample one token per row, and return its log-probability.
 
     logits: [B, V]. Returns int64 [B] and float32 [B].
     """
@@ -61,7 +61,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tu
 
 
 def chosen_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Log-probability of the given tokens at a temperature.
+    """Log-probability of `tokens` at a temperature, without top-k and top-p.
 
     logits: [..., V]; tokens: int64 [...]. Returns float32 [...].
     """

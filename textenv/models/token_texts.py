@@ -1,4 +1,4 @@
-"""What each token says by itself."""
+"""Decoding of single tokens."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from transformers import PreTrainedTokenizerBase
 
 
 class TokenTexts:
-    """The text of each token by itself, with the space that it brings along; of special tokens, none.
+    """The text of each token by itself, with its leading space; "" for special tokens.
 
-    Put together they are the response, but for characters of several tokens, whose parts show as "\ufffd".
+    Concatenated, the texts are the response, except for characters of several tokens: each part is "\ufffd".
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.known: dict[int, str] = {}
-        # Some tokenizers (SentencePiece) drop the space in front of a text, so each token is read after another one.
+        self.cache: dict[int, str] = {}
+        # Some tokenizers (SentencePiece) drop a text's first space, so each token is decoded after an anchor token.
         special = set(tokenizer.all_special_ids)
         ordinary = (
-            one for one in range(len(tokenizer)) if one not in special and self._decode([one]).strip().isalnum()
+            token for token in range(len(tokenizer)) if token not in special and self._decode([token]).strip().isalnum()
         )
         self.anchor = list(islice(ordinary, 1))
-        self.skipped = len(self._decode(self.anchor))
+        self.anchor_length = len(self._decode(self.anchor))
 
     def __call__(self, ids: Iterable[int]) -> list[str]:
-        """Texts of these ids."""
-        return [self._text(one) for one in ids]
+        """The text of each id, in order."""
+        return [self._text(token) for token in ids]
 
-    def _text(self, one: int) -> str:
-        if one not in self.known:
-            self.known[one] = self._decode([*self.anchor, one])[self.skipped :]
-        return self.known[one]
+    def _text(self, token: int) -> str:
+        if token not in self.cache:
+            self.cache[token] = self._decode([*self.anchor, token])[self.anchor_length :]
+        return self.cache[token]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

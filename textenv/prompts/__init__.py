@@ -1,1 +1,1 @@
-"""The life of a prompt: where it comes from, its tokens, when it is played."""
+"""Prompts: their sources, their tokens, the order in which they are played, and the choice of one at reset."""

@@ -1,7 +1,20 @@
-"""In which order prompts are played: four strategies behind one protocol, and groups of episodes on one prompt.
+"""The order in which prompts are played: `prompt_sampling`, and groups of episodes on one prompt (`group_size`).
 
-Pure arithmetic on prompt indices: no tokens, no models, and no generator of their own, so that whoever draws decides
-where the randomness comes from. What a strategy has seen is its state, and goes into checkpoints.
+| `prompt_sampling` | order |
+|---|---|
+| `None` | "uniform" in the environment, "shuffle" for the learners |
+| `"uniform"` | every prompt equally likely, with replacement |
+| `"shuffle"` | each prompt once per round, in a new order every round |
+| `"weighted"` | with replacement, in proportion to the prompts' field `weight`; weight 0 is never drawn |
+| `"prioritized"` | a curriculum: prompts with low recent scores more often (Prioritized Level Replay) |
+
+`group_size=G` plays each drawn prompt G times in a row, as group-relative learners (RLOO, GRPO) need.
+
+In a vector environment every row has a sampler and a generator of its own. `reset(seed=...)` starts rounds, groups and
+curricula from the beginning.
+
+Samplers do arithmetic on prompt indices. They have no tokens, no models and no generator: the caller passes the
+generator. Their memory is their state, and is part of checkpoints.
 """
 
 from __future__ import annotations
@@ -16,27 +29,27 @@ from numpy.typing import NDArray
 
 
 class PromptSampler(Protocol):
-    """Decides which prompt is played next."""
+    """Draws the index of the next prompt."""
 
     def draw(self, generator: np.random.Generator, count: int) -> list[int]:
-        """The next `count` prompt indices; many small draws give what one large draw gives."""
+        """The next `count` prompt indices; several small draws equal one large draw."""
         ...
 
     def update(self, indices: Sequence[int], returns: Sequence[float]) -> None:
-        """Learns what the episodes just finished on these prompts were worth."""
+        """Record the scores of episodes that ended on the prompts `indices`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on as if never stopped, fit for JSON."""
+        """The sampler's memory, as JSON values, so that a resumed run draws the same prompts."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave. Raises ValueError where it was of another number of prompts."""
+        """Restore the state returned by `state_dict`. Raises ValueError for another number of prompts."""
         ...
 
 
 class UniformSampler:
-    """Each prompt as likely as any other, with replacement."""
+    """Every prompt equally likely, with replacement."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -46,23 +59,23 @@ class UniformSampler:
         return [int(generator.integers(self.size)) for _ in range(count)]
 
     def update(self, indices: Sequence[int], returns: Sequence[float]) -> None:
-        """Nothing: chance has no memory."""
+        """Do nothing: draws do not depend on scores."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of prompts, to be compared."""
+        """The number of prompts, which `load_state_dict` checks."""
         return {"size": self.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         _check_size(state, self.size)
 
 
 class ShuffledSampler:
-    """Rounds without replacement: each prompt once a round, in another order every round."""
+    """Rounds without replacement: each prompt once per round, in a new order every round."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.queue: NDArray[np.int64] = np.zeros(0, dtype=np.int64)  # what is left of the round
+        self.queue: NDArray[np.int64] = np.zeros(0, dtype=np.int64)  # the rest of the round
 
     def draw(self, generator: np.random.Generator, count: int) -> list[int]:
         """The next `count` prompt indices."""
@@ -72,65 +85,67 @@ class ShuffledSampler:
         return drawn.tolist()
 
     def update(self, indices: Sequence[int], returns: Sequence[float]) -> None:
-        """Nothing: the round is what it is."""
+        """Do nothing: draws do not depend on scores."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The rest of the round."""
+        """The number of prompts and the rest of the round."""
         return {"size": self.size, "queue": self.queue.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         _check_size(state, self.size)
         self.queue = np.asarray(state["queue"], dtype=np.int64)
 
 
 class WeightedSampler:
-    """With replacement, each prompt in proportion to its weight; one of weight 0 is never drawn."""
+    """With replacement, in proportion to the weights; a prompt of weight 0 is never drawn."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.size = len(weights)
         self.cumulative = _check_weights(weights).cumsum()
-        self.cumulative /= self.cumulative[-1]  # ends in exactly 1, which no random() reaches
+        self.cumulative /= self.cumulative[-1]  # ends in exactly 1, and random() < 1
 
     def draw(self, generator: np.random.Generator, count: int) -> list[int]:
         """The next `count` prompt indices."""
-        return [_pick(self.cumulative, generator) for _ in range(count)]
+        return [_sample_index(self.cumulative, generator) for _ in range(count)]
 
     def update(self, indices: Sequence[int], returns: Sequence[float]) -> None:
-        """Nothing: the weights are the user's."""
+        """Do nothing: the user fixes the weights."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of prompts, to be compared."""
+        """The number of prompts, which `load_state_dict` checks."""
         return {"size": self.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         _check_size(state, self.size)
 
 
 class PrioritizedSampler:
-    """A curriculum: prompts whose recent returns are low come more often, and none is forgotten.
+    """A curriculum: prompts with low recent returns are drawn more often, and every prompt keeps being drawn.
 
-    The rank-based scheme of Prioritized Level Replay (Jiang et al. 2021), with the return where they have the value
-    loss, since a prompt that is already answered well has little left to teach:
+    The rank-based scheme of Prioritized Level Replay (Jiang et al. 2021). The return replaces the paper's value loss,
+    since a prompt that is already answered well has little left to teach:
 
         P(i) = (1 − staleness) · rank(i)^−exponent / Σ_j rank(j)^−exponent  +  staleness · age(i) / Σ_j age(j)
 
-    rank 1 is the lowest recent return; prompts never played rank before all others, so each is tried once before the
-    order means much; prompts of equal return share the probability of their ranks equally. age(i) = 1 + the episodes
-    finished since i was last updated. The recent return is the mean of the last `window` returns; an exponential
-    average would make the most played of equally hopeless prompts the lowest, and play it still more. Ranks, unlike
-    values, do not care for the scale of the reward. The exponent is that of rank-based replay in Schaul et al.
-    (2016): a whole rollout is drawn before any of it is known, and a steeper one would fill it with the same prompt.
+    Rank 1 is the lowest recent return. Prompts that were never played rank first, so that each is tried once before the
+    order means much. Prompts with equal returns share the probability of their ranks equally. age(i) = 1 + the number
+    of episodes finished since i was last updated.
+
+    The recent return is the mean of the last `window` returns. An exponential average would make the most played of
+    equally hard prompts the lowest, and play it still more. Ranks, unlike values, do not depend on the scale of the
+    reward. The exponent is that of rank-based replay in Schaul et al. (2016): a whole rollout is drawn before any of
+    its returns is known, and a steeper exponent would fill the rollout with one prompt.
     """
 
     def __init__(self, size: int, *, exponent: float = 0.7, staleness: float = 0.1, window: int = 4) -> None:
         self.size, self.staleness = size, staleness
         self.by_rank = (np.arange(1, size + 1) ** -exponent).cumsum()
         self.by_rank /= self.by_rank[-1]
-        self.returns = np.full((size, window), np.nan)  # the last ones, newest last; NaN = not played so often
-        self.recent = np.full(size, -np.inf)  # their mean; -inf = never played
-        self.updated = np.zeros(size, dtype=np.int64)  # `episodes` when the prompt was last updated
+        self.returns = np.full((size, window), np.nan)  # [N, window], newest last; NaN = fewer returns so far
+        self.recent = np.full(size, -np.inf)  # [N], mean of `returns`; -inf = never played
+        self.updated = np.zeros(size, dtype=np.int64)  # [N], value of `episodes` at the last update
         self.episodes = 0  # finished so far
 
     def draw(self, generator: np.random.Generator, count: int) -> list[int]:
@@ -138,24 +153,24 @@ class PrioritizedSampler:
         return [self._draw(generator) for _ in range(count)]
 
     def update(self, indices: Sequence[int], returns: Sequence[float]) -> None:
-        """Several episodes on one prompt in one call count as one, of their mean return."""
-        total: dict[int, list[float]] = {}
+        """Record returns. Several episodes on one prompt in one call count as one episode with their mean return."""
+        by_prompt: dict[int, list[float]] = {}
         for index, value in zip(indices, returns, strict=True):
-            total.setdefault(index, []).append(value)
+            by_prompt.setdefault(index, []).append(value)
         self.episodes += len(indices)
-        for index, values in total.items():
+        for index, values in by_prompt.items():
             row = self.returns[index]
             row[:-1], row[-1] = row[1:].copy(), sum(values) / len(values)
             self.recent[index] = np.nanmean(row)
             self.updated[index] = self.episodes
 
     def state_dict(self) -> dict[str, Any]:
-        """The last returns of each prompt and when they were updated."""
+        """The number of prompts, their last returns, and when each was updated."""
         returns = [row[~np.isnan(row)].tolist() for row in self.returns]
         return {"size": self.size, "returns": returns, "updated": self.updated.tolist(), "episodes": self.episodes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         _check_size(state, self.size)
         self.returns[:], self.recent[:] = np.nan, -np.inf
         for index, values in enumerate(state["returns"]):
@@ -168,19 +183,19 @@ class PrioritizedSampler:
     def _draw(self, generator: np.random.Generator) -> int:
         if generator.random() < self.staleness:
             ages = (1.0 + self.episodes - self.updated).cumsum()
-            return _pick(ages / ages[-1], generator)
-        rank = _pick(self.by_rank, generator)  # first a rank, then who holds it: no sorting
+            return _sample_index(ages / ages[-1], generator)
+        rank = _sample_index(self.by_rank, generator)  # a partition finds the prompts of a rank without sorting
         value = np.partition(self.recent, rank)[rank]
         tied = np.flatnonzero(self.recent == value)
         return int(tied[generator.integers(len(tied))])
 
 
 class GroupedSampler:
-    """Each prompt that another sampler draws, `group_size` times in a row: what group-relative learners compare."""
+    """Repeats each prompt of another sampler `group_size` times in a row, for group-relative learners."""
 
     def __init__(self, sampler: PromptSampler, group_size: int) -> None:
         self.sampler, self.group_size = sampler, group_size
-        self.queue: list[int] = []  # what is left of the group
+        self.queue: list[int] = []  # the rest of the group
 
     def draw(self, generator: np.random.Generator, count: int) -> list[int]:
         """The next `count` prompt indices."""
@@ -190,40 +205,40 @@ class GroupedSampler:
         return drawn
 
     def update(self, indices: Sequence[int], returns: Sequence[float]) -> None:
-        """Hands it on."""
+        """Pass the returns to the inner sampler."""
         self.sampler.update(indices, returns)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rest of the group, and the other sampler's state."""
+        """The rest of the group and the inner sampler's state."""
         return {"queue": list(self.queue), "sampler": self.sampler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         self.queue = list(state["queue"])
         self.sampler.load_state_dict(state["sampler"])
 
 
-# A strategy from the number of prompts and their field `weight` (None where they have none).
+# name -> constructor from the number of prompts and their field `weight` (None if they have none)
 SAMPLERS: dict[str, Callable[[int, Sequence[float] | None], PromptSampler]] = {
     "uniform": lambda size, weights: UniformSampler(size),
     "shuffle": lambda size, weights: ShuffledSampler(size),
-    "weighted": lambda size, weights: WeightedSampler(_given(weights)),
+    "weighted": lambda size, weights: WeightedSampler(_require(weights)),
     "prioritized": lambda size, weights: PrioritizedSampler(size),
 }
 
 
 def make_sampler(strategy: str, size: int, weights: Sequence[float] | None, group_size: int) -> PromptSampler:
-    """The strategy of that name over `size` prompts, in groups. Raises ValueError for weights it cannot use."""
+    """A sampler of `size` prompts by the name of its strategy, in groups. Raises ValueError for unusable weights."""
     sampler = SAMPLERS[strategy](size, weights)
     return sampler if group_size == 1 else GroupedSampler(sampler, group_size)
 
 
-def _pick(cumulative: NDArray[np.float64], generator: np.random.Generator) -> int:
-    """An index by its share; cumulative: [N], rising to exactly 1."""
+def _sample_index(cumulative: NDArray[np.float64], generator: np.random.Generator) -> int:
+    """Sample an index by cumulative probabilities [N], which end in exactly 1."""
     return int(np.searchsorted(cumulative, generator.random(), side="right"))
 
 
-def _given(weights: Sequence[float] | None) -> Sequence[float]:
+def _require(weights: Sequence[float] | None) -> Sequence[float]:
     if weights is None:
         raise ValueError(
             "prompt_sampling='weighted' draws by the prompts' weights, and they have none; give rows such as "
@@ -247,8 +262,8 @@ def _check_weights(weights: Sequence[float]) -> NDArray[np.float64]:
 
 
 def _as_float(weight: Any) -> float:
-    """NaN for what is no number."""
-    if type(weight) is float:  # the usual case first: every row of an environment looks at every weight
+    """The weight as a float; NaN if it is not a number."""
+    if type(weight) is float:  # fast path: every row of an environment checks every weight
         return weight
     if isinstance(weight, bool) or not isinstance(weight, Real):
         return math.nan
@@ -261,6 +276,6 @@ def _as_float(weight: Any) -> float:
 def _check_size(state: dict[str, Any], size: int) -> None:
     if state["size"] != size:
         raise ValueError(
-            f"the saved state is of {state['size']} prompts, and there are {size} now; go on with the prompts that it "
-            "was saved with, or start anew."
+            f"the saved state has {state['size']} prompts, and there are {size} now; resume with the same prompts, or "
+            "start a new run."
         )

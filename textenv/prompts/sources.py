@@ -1,4 +1,28 @@
-"""Where prompts come from: lists, files, functions and datasets, of texts, of chats, or of rows with further fields."""
+"""Sources of prompts: the forms of the argument `prompts`.
+
+`gym.make("TextGen-v0", prompts=...)` takes, and on the command line `--env-arg prompts=...` for the strings:
+
+| `prompts` | source |
+|---|---|
+| `None` | the prompts of the embedded task |
+| a list or tuple | its entries; `textenv.shared(entries)` passes it through `gym.make` without a copy |
+| `"path.jsonl"` | a UTF-8 file, one JSON object per line, the prompt in its field `prompt`; blank lines are skipped |
+| `"module:function"`, a function | the list that it returns, called without arguments |
+| `datasets.Dataset` | its rows, the prompt in the column `prompt`; or one column of it |
+
+An entry is one of:
+
+- a text: `"Review of the phone:"`;
+- a chat: `[{"role": "user", "content": "Hi"}, ...]`, for models with a chat template, with `chat=True`. Then a text
+  becomes one message of the user, and the tokens end where the assistant is to speak;
+- a row: `{"prompt": a text or a chat, "answer": "4", ...}`. All rows must have the same fields.
+
+Further fields go to reward functions that have a parameter of that name, such as `answer`, or take `**fields`. The
+field `weight` is used by `prompt_sampling="weighted"`.
+
+Every prompt has at least one token and at most `max_prompt_tokens`. `prompt_sampling` and `group_size` decide the order
+(samplers.py), and `reset(options=...)` chooses one prompt (reset_options.py).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +38,7 @@ from textenv.prompts.tokenized import Prompt
 
 FORMS = 'texts, chats (lists of {"role", "content"}) or rows {"prompt": ..., further fields}'
 KINDS = "a list, a path that ends in .jsonl, 'module:function', or a datasets.Dataset with a column 'prompt'"
-REMEDIES = {  # of what `datasets` also calls a dataset, by the name of its type
+REMEDIES = {  # for other types of the library `datasets`, by type name
     "DatasetDict": "pick a split, such as prompts=table['train']",
     "IterableDataset": "make it a list, such as prompts=list(table.take(1000))",
     "IterableDatasetDict": "pick a split and make it a list, such as prompts=list(table['train'].take(1000))",
@@ -23,30 +47,30 @@ REMEDIES = {  # of what `datasets` also calls a dataset, by the name of its type
 
 @dataclass(frozen=True)
 class PromptRows:
-    """What a source of prompts holds, not yet tokens."""
+    """The entries of a source of prompts, before tokenization."""
 
     prompts: tuple[Prompt, ...]
-    fields: dict[str, tuple[Any, ...]]  # the further fields of the rows, by name
-    places: tuple[str, ...] = ()  # the file and line of each, where they come from a file
+    fields: dict[str, tuple[Any, ...]]  # further fields by name, one value per prompt
+    places: tuple[str, ...] = ()  # file and line of each prompt; empty if they are not from a file
 
 
 def read_prompts(source: Any) -> PromptRows:
-    """Rows from a list, a `datasets.Dataset` or a column of one, a `.jsonl` path, a function, or `"module:function"`.
+    """Read prompts from any source in the module's table.
 
-    Raises ValueError for what is none of these, and for rows that do not all have the same fields.
+    Raises ValueError for any other source, an empty one, an invalid entry, and rows with different fields.
     """
     source = unwrap(source)
     places, rows = _read(source)
     if not rows:
         raise ValueError("prompts are empty; give at least one.")
-    rows = [_as_row(place, given) for place, given in zip(places, rows, strict=True)]
+    rows = [_as_row(place, entry) for place, entry in zip(places, rows, strict=True)]
     _check_same_fields(places, rows)
     fields = {name: tuple(row[name] for row in rows) for name in rows[0] if name != "prompt"}
     return PromptRows(tuple(row["prompt"] for row in rows), fields, tuple(places) if _is_jsonl(source) else ())
 
 
 def _read(source: Any) -> tuple[list[str], list[Any]]:
-    """The rows of a source and where each is, for errors to say."""
+    """The place of each entry, for error messages, and the entries."""
     if _is_jsonl(source):
         return _read_jsonl(Path(source))
     if isinstance(source, str | Path):
@@ -69,13 +93,13 @@ def _is_jsonl(source: Any) -> bool:
 
 
 def _is_collection(source: Any) -> bool:
-    """Whether it has an order and an end; a table that iterates over its column names is none."""
+    """Whether it is finite and ordered, with prompts as items; a table that iterates over column names is not."""
     if isinstance(source, str | Mapping | Set):
         return False
     if isinstance(source, Sequence):
         return True
-    ends = isinstance(source, Sized)
-    return ends and isinstance(source, Iterable) and all(isinstance(row, Mapping) for row in source)
+    finite = isinstance(source, Sized)
+    return finite and isinstance(source, Iterable) and all(isinstance(row, Mapping) for row in source)
 
 
 def _number(source: Iterable[Any]) -> tuple[list[str], list[Any]]:
@@ -83,11 +107,11 @@ def _number(source: Iterable[Any]) -> tuple[list[str], list[Any]]:
     return [f"number {index}" for index in range(len(rows))], rows
 
 
-def _as_row(place: str, given: Any) -> dict[str, Any]:
-    row = dict(given) if isinstance(given, Mapping) else {"prompt": given}
+def _as_row(place: str, entry: Any) -> dict[str, Any]:
+    row = dict(entry) if isinstance(entry, Mapping) else {"prompt": entry}
     prompt = row.get("prompt")
     if not isinstance(prompt, str) and not _is_chat(prompt):
-        raise ValueError(f"prompts must be {FORMS}; {place} is a {type(given).__name__}: {str(given)[:80]!r}.")
+        raise ValueError(f"prompts must be {FORMS}; {place} has type {type(entry).__name__}: {str(entry)[:80]!r}.")
     return row
 
 
@@ -104,16 +128,16 @@ def _check_same_fields(places: Sequence[str], rows: Sequence[dict[str, Any]]) ->
         if row.keys() != rows[0].keys():
             raise ValueError(
                 f"all prompts must have the same fields: {places[0]} has {sorted(rows[0])}, {place} has "
-                f"{sorted(row)}; give every row all of them (null where there is nothing to say)."
+                f"{sorted(row)}; give every row all of them (null for a missing value)."
             )
 
 
 def _call(function: Callable, name: str) -> tuple[list[str], list[Any]]:
     try:
-        inspect.signature(function).bind()  # ahead of the call, whose own TypeErrors are another matter
-    except (TypeError, ValueError) as error:  # ValueError is for what has no signature
+        inspect.signature(function).bind()  # checked before the call, whose TypeErrors are the function's own
+    except (TypeError, ValueError) as error:  # ValueError: no signature
         raise ValueError(
-            f"{name} is called without arguments to get prompts, and does not take that ({error}); give every "
+            f"{name} is called without arguments to get prompts, and that fails ({error}); give every "
             "parameter a default, or call it yourself and pass the list."
         ) from error
     rows = function()
@@ -124,7 +148,7 @@ def _call(function: Callable, name: str) -> tuple[list[str], list[Any]]:
 
 def _read_jsonl(path: Path) -> tuple[list[str], list[Any]]:
     if not path.is_file():
-        raise ValueError(f'no prompts file at {str(path)!r}; give a .jsonl with one {{"prompt": ...}} a line.')
+        raise ValueError(f'no prompts file at {str(path)!r}; give a .jsonl file with {{"prompt": ...}} on each line.')
     lines = list(read_lines(path))
     return [place for place, _ in lines], [_read_line(place, line) for place, line in lines]
 
@@ -133,7 +157,7 @@ def _read_line(place: str, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error}); write one object a line.") from error
+        raise ValueError(f"{place}: not JSON ({error}); write one object per line.") from error
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) and not _is_chat(prompt):
         raise ValueError(f'{place}: no text in the field "prompt", got {line.strip()[:80]!r}.')

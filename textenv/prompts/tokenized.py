@@ -1,6 +1,6 @@
-"""Prompts as tokens, read once: texts, or chats through a tokenizer's chat template.
+"""Tokenized prompts: texts, or chats through a tokenizer's chat template.
 
-Where they come from is in sources.py, in which order they are played in samplers.py.
+sources.py reads the prompts, samplers.py orders them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat, each {role, content}
+Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages {role, content} of a chat
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """N prompts as texts and as left-padded tokens, and what else their source says of each."""
+    """N prompts as texts and as left-padded tokens, with their further fields."""
 
-    texts: tuple[str, ...]  # as given; of a chat, the contents of its messages, one a line
+    texts: tuple[str, ...]  # for a chat, the contents of its messages, one per line
     input_ids: Tensor  # int64 [N, P]
     attention_mask: Tensor  # bool [N, P]
     fields: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # further fields by name, N values each
@@ -30,22 +30,22 @@ class Prompts:
         return len(self.texts)
 
     def to(self, device: torch.device) -> Prompts:
-        """The same prompts on a device."""
+        """The same prompts with their tensors on `device`."""
         return Prompts(self.texts, self.input_ids.to(device), self.attention_mask.to(device), self.fields)
 
     def select(self, indices: Sequence[int]) -> Prompts:
-        """The prompts of these indices alone."""
-        chosen = torch.as_tensor(list(indices), dtype=torch.long, device=self.input_ids.device)
+        """The prompts at these indices, in this order."""
+        rows = torch.as_tensor(list(indices), dtype=torch.long, device=self.input_ids.device)
         return Prompts(
             tuple(self.texts[index] for index in indices),
-            self.input_ids[chosen],
-            self.attention_mask[chosen],
+            self.input_ids[rows],
+            self.attention_mask[rows],
             {name: tuple(values[index] for index in indices) for name, values in self.fields.items()},
         )
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills empty columns. It means nothing: masks say what is real."""
+    """The id in empty columns; 0 if the tokenizer has no pad token. Only masks tell which tokens are real."""
     pad: Any = tokenizer.pad_token_id
     return 0 if pad is None else pad
 
@@ -53,9 +53,10 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def tokenize(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, places: Sequence[str] = ()
 ) -> Prompts:
-    """Left-padded tokens of texts. Refuses a prompt that is empty, longer than the budget, or a chat.
+    """Tokenize texts and left-pad them to `max_prompt_tokens`.
 
-    places: the file and line of each, where they come from a file, for errors to say.
+    places: file and line of each prompt, for error messages; may be empty. Raises ValueError for a prompt that is
+    empty, longer than the budget, or a chat.
     """
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
@@ -71,10 +72,10 @@ def tokenize(
 def tokenize_chats(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, places: Sequence[str] = ()
 ) -> Prompts:
-    """Left-padded tokens of chats up to where the assistant is to speak, by the tokenizer's chat template.
+    """Tokenize chats by the tokenizer's chat template, up to where the assistant is to speak, and left-pad them.
 
-    A text is put as one message of the user. Refuses what `tokenize` refuses, a tokenizer without a template, and
-    messages that its template does not take.
+    A text becomes one message of the user. Raises ValueError for an empty or too long prompt, a tokenizer without a
+    template, and messages that the template refuses.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -88,10 +89,10 @@ def tokenize_chats(
             rendered.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
             raise ValueError(
-                f"the chat template refuses {_name(index, places)} ({error}); give messages with roles and in an "
-                "order that the model was trained on."
+                f"the chat template refuses {_name(index, places)} ({error}); use the roles and the order of "
+                "messages that the model was trained on."
             ) from error
-    # The template writes the special tokens itself.
+    # The template already writes the special tokens.
     encoded = [list(ids) for ids in tokenizer(rendered, add_special_tokens=False).input_ids]
     texts = [_chat_text(prompt) for prompt in prompts]
     _check_lengths(texts, encoded, max_prompt_tokens, places)
@@ -111,7 +112,7 @@ def _check_lengths(
 ) -> None:
     for index, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
         if not ids or not text.strip():
-            raise ValueError(f"{_name(index, places)} is empty ({text!r}); leave it out, or write a start of text.")
+            raise ValueError(f"{_name(index, places)} is empty ({text!r}); leave it out, or write some text.")
         if len(ids) > max_prompt_tokens:
             raise ValueError(
                 f"{_name(index, places)} has {len(ids)} tokens, more than max_prompt_tokens={max_prompt_tokens} "

@@ -1,4 +1,4 @@
-"""Action masks: what they allow, that every face shows them alike, that rollouts obey them and remember them."""
+"""Action masks: the tokens they allow, the same in every face, obeyed and stored by rollouts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torchrl.envs import TransformedEnv
 from torchrl.envs.transforms import ActionMask
 from torchrl.envs.utils import check_env_specs
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.text.networks import FORBIDDEN
@@ -27,30 +28,30 @@ from textenv.torchrl_env import TextGenTorchEnv
 from textenv.vector_env import TextGenVectorEnv
 
 SAMPLING = Sampling(temperature=0.7)
-one_kind = pytest.mark.parametrize("kind", ["gpt2"], indirect=True)  # where the architecture plays no part
+one_kind = pytest.mark.parametrize("kind", ["gpt2"], indirect=True)  # for tests that do not depend on the architecture
 
 
 def vowels_first(prompt, response_ids):
-    """A user's function: vowels at even places, any letter of the prompt at odd ones, the end after four."""
+    """A user's function: vowels at even steps, letters of the prompt at odd steps, the end token after four."""
     if len(response_ids) == 4:
         return [tiny.END]
     letters = "aeiou" if len(response_ids) % 2 == 0 else prompt.replace(" ", "")
     return tiny.tokenizer().encode(letters)
 
 
-def no_way(prompt, response_ids):
-    """Allows nothing after two tokens."""
+def nothing_after_two(prompt, response_ids):
+    """Allow token 5 twice, then nothing."""
     return [5] if len(response_ids) < 2 else []
 
 
 @pytest.fixture
 def task(settings):
-    """A task's maker: `task(action_mask=...)`."""
+    """Build a task: `task(action_mask=...)`."""
     return lambda **changes: build_task(TextGenConfig(**(settings | changes)))
 
 
 def write(task, rows=8, seed=0):
-    """Responses of the reference, under the task's masks."""
+    """Responses of the reference under the task's masks: the generation, its prompts and its token ids."""
     prompts = task.prompts.select([row % len(task.prompts) for row in range(rows)])
     generation = generate(task, task.load_reference().model, prompts, SAMPLING, torch.Generator().manual_seed(seed))
     ids, lengths = generation.state.response_ids.tolist(), generation.state.length.tolist()
@@ -69,7 +70,7 @@ def full_logits(model, state):
 
 
 def test_token_sets_by_hand():
-    """The smaller side is stored: what is in the set, or what is not."""
+    """The smaller side is stored: the members, or the tokens left out."""
     dense = torch.tensor([[1, 0, 0, 0, 1], [1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
     sets = TokenSets.of(dense)
     assert sets.ids.tolist() == [[0, 4], [2, -1], [-1, -1], [-1, -1]]
@@ -79,7 +80,7 @@ def test_token_sets_by_hand():
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.98, 1.0])
 def test_token_sets_round_trip(share):
-    """Any masks come back as they were, and never as more ids than half the vocabulary."""
+    """`of` then `dense` returns the same mask, with at most half the vocabulary stored; so do `stack` and `scatter`."""
     generator = torch.Generator().manual_seed(0)
     dense = torch.rand(3, 4, 101, generator=generator) < share
     sets = TokenSets.of(dense)
@@ -94,31 +95,31 @@ def test_token_sets_round_trip(share):
 
 @one_kind
 def test_special_tokens(task):
-    """`special` forbids the pad token and ids that no text has; the end token stays."""
-    allowed = TextDynamics(task(action_mask="special"), 1)
-    allowed.reset([0], [0])
-    mask = allowed.action_mask()[0]
+    """`special` forbids the pad token and ids that the tokenizer never writes; the end token stays allowed."""
+    dynamics = TextDynamics(task(action_mask="special"), 1)
+    dynamics.reset([0], [0])
+    mask = dynamics.action_mask()[0]
     assert mask[:256].all() and mask[tiny.END] and not mask[tiny.PAD] and not mask[258:].any()
 
 
 @pytest.mark.parametrize(("mask", "keep"), [("top_k:5", Sampling(top_k=5)), ("top_p:0.6", Sampling(top_p=0.6))])
-def test_mask_policy_is_the_reference_at_first(task, mask, keep):
-    """At every step of stepping the mask is the top-k or top-p of the reference's own full forward."""
+def test_mask_policy_starts_as_the_reference(task, mask, keep):
+    """Before any refresh the mask is the top-k or top-p of the reference's full forward, at every step."""
     built = task(action_mask=mask)
     dynamics = TextDynamics(built, 3)
     dynamics.reset([0, 1, 2], [0, 1, 2])
     tokens = torch.randint(0, 255, (6, 3), generator=torch.Generator().manual_seed(1))
     for written in tokens:
-        state, shown = dynamics.state, dynamics.action_mask()
+        state, allowed = dynamics.state, dynamics.action_mask()
         logits = full_logits(built.load_reference().model, state)
-        wanted = log_probs(logits[torch.arange(3), state.length], keep).isfinite()
-        assert (shown == wanted).float().mean() > 0.999  # the last one kept may be a tie to rounding
-        assert shown.any(1).all() and not shown.all(1).any()
+        expected = log_probs(logits[torch.arange(3), state.length], keep).isfinite()
+        assert (allowed == expected).float().mean() > 0.999  # the last token kept may be a tie up to rounding
+        assert allowed.any(1).all() and not allowed.all(1).any()
         dynamics.step(written)
 
 
-def test_refreshed_mask_policy_reads_the_texts_again(task):
-    """After a refresh in the middle of episodes the mask is the new model's, as if it had read all along."""
+def test_refresh_rereads_unfinished_texts(task):
+    """After a refresh in mid-episode the mask is the new model's, as if it had read the texts from the start."""
     built = task(action_mask="top_k:5")
     dynamics, other = TextDynamics(built, 3), tiny.language_model("gpt2", seed=9)
     dynamics.reset([0, 1], [0, 1])
@@ -128,19 +129,19 @@ def test_refreshed_mask_policy_reads_the_texts_again(task):
     before = dynamics.action_mask()
     built.masks[0].refresh(other)
     state = dynamics.state
-    wanted = log_probs(full_logits(other, state)[torch.arange(3), state.length], Sampling(top_k=5)).isfinite()
-    assert dynamics.action_mask().equal(wanted) and not wanted.equal(before)
+    expected = log_probs(full_logits(other, state)[torch.arange(3), state.length], Sampling(top_k=5)).isfinite()
+    assert dynamics.action_mask().equal(expected) and not expected.equal(before)
     dynamics.reset([0], [3])
     dynamics.step(torch.tensor([8, 8, 8]))
     state = dynamics.state
-    wanted = log_probs(full_logits(other, state)[torch.arange(3), state.length], Sampling(top_k=5)).isfinite()
-    assert dynamics.action_mask().equal(wanted)
+    expected = log_probs(full_logits(other, state)[torch.arange(3), state.length], Sampling(top_k=5)).isfinite()
+    assert dynamics.action_mask().equal(expected)
 
 
 @one_kind
 @pytest.mark.parametrize("pattern", [r"[ab]{2,4}", r"(?:yes|no), (?:\d+)!", r"é?x+"])
 def test_pattern_by_brute_force(task, pattern):
-    """Written under a pattern, every response that ended by itself matches it, and none left its path."""
+    """Responses that stopped match the whole pattern; responses cut by the budget could still match it."""
     built = task(action_mask=f"regex:{pattern}", max_new_tokens=10)
     _, _, responses = write(built, rows=12)
     assert any(row[-1] == tiny.END for row in responses)
@@ -154,34 +155,165 @@ def test_pattern_by_brute_force(task, pattern):
 
 @one_kind
 def test_word_list(task):
-    """`words:` allows these words and spaces between them, at every token."""
+    """`words:` allows only these words, with spaces between them."""
     built = task(action_mask="words:good,bad,fine")
     _, _, responses = write(built, rows=12)
     texts = [built.tokenizer.decode(row, skip_special_tokens=True) for row in responses]
-    words = {word for text in texts for word in text.removeprefix(" ").split(" ")[:-1]}  # the last one may be cut
+    words = {
+        word for text in texts for word in text.removeprefix(" ").split(" ")[:-1]
+    }  # the budget may cut the last word
     assert words and words <= {"good", "bad", "fine"}
 
 
 @one_kind
 def test_function_and_intersection(task):
-    """A user's function gets the prompt and the ids so far; several masks must all agree."""
+    """A user's function receives the prompt and the ids so far; with several masks, a token must pass all."""
     built = task(action_mask=[shared(vowels_first), "special"])
     _, prompts, responses = write(built)
     for prompt, row in zip(prompts.texts, responses, strict=True):
-        for place, one in enumerate(row):
-            assert one in vowels_first(prompt, row[:place])
+        for step, token in enumerate(row):
+            assert token in vowels_first(prompt, row[:step])
         assert row[-1] == tiny.END and len(row) == 5
 
 
+class ProtocolMask:
+    """A user's mask that inherits nothing: ids below `limit`, from a model's logits or from none."""
+
+    def __init__(self, limit, model=None):
+        self.name, self.limit, self.model = f"below {limit}", limit, model
+        self.contexts = []
+
+    def allowed(self, contexts):
+        """Bool [V], or bool [b, V] of the likeliest id below the limit where the mask has a model."""
+        self.contexts.append(contexts)
+        below = torch.arange(tiny.VOCABULARY) < self.limit
+        if contexts.logits is None:
+            return below
+        best = contexts.logits.masked_fill(~below, -torch.inf).argmax(1)
+        return torch.nn.functional.one_hot(best, tiny.VOCABULARY).bool()
+
+
 @one_kind
-def test_nothing_left_means_the_end(task):
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda mask: mask,
+        shared,
+        lambda mask: [mask, "special"],
+        lambda mask: [shared(mask), "special"],
+        lambda mask: shared(["special", mask]),
+        lambda mask: ("special", [shared(mask)]),
+    ],
+    ids=["bare", "shared", "in a list", "shared in a list", "in a shared list", "nested"],
+)
+def test_protocol_mask_is_accepted(task, wrap):
+    """An object that follows `TokenMask` is a mask, alone or in a list, shared or not; the object itself is called."""
+    mask = ProtocolMask(90)
+    built = task(action_mask=wrap(mask))
+    assert any(built_mask is mask for built_mask in built.masks)
+    _, _, responses = write(built)
+    assert mask.contexts and all(token < 90 for row in responses for token in row)
+
+
+@one_kind
+def test_protocol_mask_reads_its_model(task):
+    """The logits in `Contexts` are those of the mask's own model, at every step."""
+    model = tiny.language_model("gpt2", seed=9)
+    mask = ProtocolMask(90, model)
+    generation, _, _ = write(task(action_mask=shared(mask)), rows=4)
+    best = full_logits(model, generation.state)[..., :90].argmax(-1)  # [B, R]
+    written = generation.state.response_mask
+    assert generation.state.response_ids[written].equal(best[written])
+
+
+@one_kind
+def test_protocol_mask_through_gym_make(settings):
+    """`gym.make` passes a shared mask on without a copy, in single and vector environments."""
+    mask = ProtocolMask(90)
+    env = gym.make("TextGen-v0", action_mask=shared(mask), **settings)
+    assert env.reset(seed=0)[1]["action_mask"].nonzero()[0].tolist() == list(range(90))
+    assert env.unwrapped.task.masks == (mask,)
+    vector = gym.make_vec("TextGen-v0", num_envs=2, action_mask=[shared(mask)], **settings)
+    assert vector.reset(seed=0)[1]["action_mask"].sum(1).tolist() == [90, 90]
+
+
+@one_kind
+def test_protocol_mask_that_is_callable_is_a_mask(task):
+    """`allowed` decides, not `__call__`: only a callable without the protocol is a function of prompt and ids."""
+
+    class CallableMask(ProtocolMask):
+        def __call__(self, prompt, response_ids):
+            raise AssertionError("called as a function")
+
+    mask = CallableMask(90)
+    assert task(action_mask=mask).masks == (mask,)
+
+
+class NoModel:
+    """Lacks `model`, so it does not follow `TokenMask`."""
+
+    name = "half"
+
+    def allowed(self, contexts):
+        """Every id."""
+        return torch.ones(tiny.VOCABULARY, dtype=torch.bool)
+
+
+@one_kind
+@pytest.mark.parametrize(
+    "wrap", [lambda mask: mask, shared, lambda mask: [shared(mask)]], ids=["bare", "shared", "list"]
+)
+@pytest.mark.parametrize(
+    ("make_mask", "message"),
+    [
+        (NoModel, r"object that follows TokenMask \(name, model, allowed\), or a list of these; got NoModel"),
+        (object, "object that follows TokenMask .*; got object"),
+        (lambda: ProtocolMask, "is the class ProtocolMask; pass an instance of it"),
+        (lambda: ProtocolMask(5, "gpt2"), "'below 5' has a model of type str; .* PreTrainedModel or None"),
+        (lambda: ProtocolMask(5, tiny.language_model().train()), "'below 5' has a model in train mode.*eval"),
+        (lambda: ProtocolMask(5, narrow_model()), r"'below 5' has a model of 7 token ids, .* 300; "),
+    ],
+)
+def test_objects_that_are_not_masks(task, make_mask, wrap, message):
+    """An object that does not follow `TokenMask`, or has an unusable model, is refused when the task is built."""
+    with pytest.raises(ValueError, match=message):
+        task(action_mask=wrap(make_mask()))
+
+
+def narrow_model():
+    """A language model of seven token ids."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=7, n_embd=8, n_layer=1, n_head=1)).eval()
+
+
+@one_kind
+@pytest.mark.parametrize(
+    ("result", "got"),
+    [
+        ([True] * 300, "list"),
+        (torch.ones(300), r"torch.float32 of shape \(300,\)"),
+        (torch.ones(299, dtype=torch.bool), r"torch.bool of shape \(299,\)"),
+        (torch.ones(2, 300, dtype=torch.bool), r"torch.bool of shape \(2, 300\)"),
+        (torch.tensor(True), r"torch.bool of shape \(\)"),
+    ],
+)
+def test_protocol_mask_with_a_bad_result(task, result, got):
+    """A wrong result is refused; the error names the mask, the shapes it may have, and the result."""
+    mask = ProtocolMask(5)
+    mask.allowed = lambda contexts: result
+    says = rf"action mask 'below 5' must return a bool tensor of shape \(300,\) or \(3, 300\), got {got}"
+    with pytest.raises(ValueError, match=says):
+        write(task(action_mask=mask), rows=3)
+
+
+@one_kind
+def test_empty_mask_allows_stop_tokens(task):
     """Where the masks leave no token, the stop tokens are allowed, so that the response can end."""
-    _, _, responses = write(task(action_mask="tests.textenv.masks.test_masks:no_way"), rows=3)
+    _, _, responses = write(task(action_mask="tests.textenv.masks.test_masks:nothing_after_two"), rows=3)
     assert responses == [[5, 5, tiny.END]] * 3
 
 
-def test_rollouts_remember_masks(task):
-    """What generation stores is what stepping shows for the same tokens, and the log-probability is the masked one."""
+def test_rollouts_store_masks(task):
+    """Generation stores the masks that stepping shows for the same tokens, and records the masked log-probability."""
     built = task(action_mask=["special", "top_k:7"])
     generation, prompts, responses = write(built, rows=4)
     dense = generation.allowed.dense(built.vocabulary)  # [B, R, V]
@@ -191,30 +323,30 @@ def test_rollouts_remember_masks(task):
     dynamics.reset(range(4), [built.prompts.texts.index(text) for text in prompts.texts])
     for step in range(built.config.max_new_tokens):
         active = dynamics.running.clone()
-        shown = dynamics.action_mask()
+        allowed = dynamics.action_mask()
         if not active.any():
             break
-        assert dense[:, step][active].equal(shown[active])
+        assert dense[:, step][active].equal(allowed[active])
         dynamics.step(generation.state.response_ids[:, step], active)
     for row, response in enumerate(responses):
-        wanted = masked[row, torch.arange(len(response)), torch.tensor(response)]
-        torch.testing.assert_close(generation.log_prob[row, : len(response)], wanted, rtol=0, atol=1e-4)
+        expected = masked[row, torch.arange(len(response)), torch.tensor(response)]
+        torch.testing.assert_close(generation.log_prob[row, : len(response)], expected, rtol=0, atol=1e-4)
 
 
 @one_kind
-def test_masks_leave_rewards_alone(settings):
-    """Rewards and reference log-probabilities are the same with and without masks, for forbidden tokens too."""
+def test_masks_do_not_change_rewards(settings):
+    """Rewards and ends are the same with and without masks, and finite, for forbidden tokens too."""
     plain, masked = gym.make("TextGen-v0", **settings), gym.make("TextGen-v0", action_mask="words:no", **settings)
     plain.reset(seed=0), masked.reset(seed=0)
     for token in (70, 80, tiny.PAD, 299, tiny.END):
-        one, other = plain.step(token), masked.step(token)
-        assert one[1:4] == other[1:4] and np.isfinite(one[1])
-        assert "action_mask" in other[4] and "action_mask" not in one[4]
+        unmasked_step, masked_step = plain.step(token), masked.step(token)
+        assert unmasked_step[1:4] == masked_step[1:4] and np.isfinite(unmasked_step[1])
+        assert "action_mask" in masked_step[4] and "action_mask" not in unmasked_step[4]
 
 
 @one_kind
 def test_info_and_method(settings):
-    """`info["action_mask"]` is a fresh int8 array at reset and at every step; `action_masks()` says the same."""
+    """`info["action_mask"]` is a fresh int8 array at reset and at every step; `action_masks()` is equal to it."""
     env = gym.make("TextGen-v0", action_mask="words:no", **settings)
     _, info = env.reset(seed=0)
     first = info["action_mask"]
@@ -235,7 +367,7 @@ def test_info_and_method(settings):
 
 @one_kind
 def test_torchrl_action_mask(settings):
-    """TorchRL's ActionMask reads ours: random actions of a rollout never leave the word list."""
+    """TorchRL's ActionMask uses our mask: random actions of a rollout stay in the word list."""
     built = build_task(TextGenConfig(**settings, action_mask="words:no,yes"))
     check_env_specs(TextGenTorchEnv(built, 2))
     env = TransformedEnv(TextGenTorchEnv(built, 4), ActionMask())
@@ -245,7 +377,7 @@ def test_torchrl_action_mask(settings):
 
 
 def test_actor_under_masks(settings):
-    """Ratios start at 1 under masks, the entropy is that of allowed tokens, and forbidden logits get no gradient."""
+    """Ratios start at 1 under masks, the entropy covers allowed tokens only, and gradients are finite."""
     trainer = make_trainer(settings | {"action_mask": "top_k:4"})
     rollout = make_rollout(trainer).data
     assert rollout["allowed_ids"].shape[-1] == 4 and rollout["allowed_inside"][rollout["mask"]].all()
@@ -256,12 +388,13 @@ def test_actor_under_masks(settings):
     logits = distribution.logits
     assert ((logits > FORBIDDEN / 2).sum(-1)[rollout["mask"]] == 4).all()
     sum(losses(trainer, rollout).values()).backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in trainer.algorithm.networks.actor.parameters())
+    gradients = [parameter.grad for parameter in trainer.algorithm.networks.actor.parameters()]
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
 
 
 @one_kind
 def test_trainer_refreshes_the_mask_policy(settings):
-    """NLPO's point: every `mask_refresh` iterations the mask policy takes the actor's weights, and not before."""
+    """Every `mask_refresh` iterations, and not before, the mask policy takes the actor's weights (NLPO)."""
     trainer = make_trainer(settings | {"action_mask": "top_k:9"}, iterations=4, mask_refresh=2)
     (policy,) = trainer.collector.mask_policies
     start = weights(policy.model)
@@ -273,12 +406,12 @@ def test_trainer_refreshes_the_mask_policy(settings):
     refreshed = weights(policy.model)
     next(steps)
     assert same(weights(policy.model), refreshed) and not same(refreshed, start)
-    assert same(weights(trainer.collector.task.load_reference().model), start)  # the reference itself never moves
+    assert same(weights(trainer.collector.task.load_reference().model), start)  # the reference never changes
 
 
 @one_kind
 def test_resume_with_a_mask_policy(settings, tmp_path):
-    """Its weights are in the checkpoint: stopped between refreshes and resumed gives the same run to the bit."""
+    """The mask policy is in the checkpoint: a run resumed between refreshes equals the uninterrupted run to the bit."""
     settings = settings | {"action_mask": "top_k:9"}
     changes = dict(iterations=4, mask_refresh=2)
     whole = make_trainer(settings, **changes)
@@ -297,7 +430,7 @@ def test_resume_with_a_mask_policy(settings, tmp_path):
 
 @one_kind
 def test_masks_without_a_penalty(settings):
-    """A mask policy needs the reference even where kl_coef is 0 and the environment pays no penalty."""
+    """A mask policy starts from the reference even if `kl_coef` is 0 and the environment has no penalty."""
     model = LanguageModel(tiny.language_model(), tiny.tokenizer(), (tiny.END,))
     built = build_task(TextGenConfig(**(settings | dict(kl_coef=0, reference=shared(model), action_mask="top_k:3"))))
     assert built.reference is None
@@ -312,10 +445,10 @@ def test_masks_without_a_penalty(settings):
         ("sepcial", "'special'"),
         ("top_k:0", "keeps every token"),
         ("top_k:-1", "top_k"),
-        ("top_k:many", "no such mask"),
+        ("top_k:many", "top_k:many' is not valid: invalid literal"),
         ("top_p:1.0", "keeps every token"),
         ("top_p:2", "top_p must lie"),
-        ("regex:(", "no valid regular expression"),
+        ("regex:(", "invalid regular expression"),
         ("regex:", "must be"),
         ("words:", "must be"),
         ("words:a,,b", "has an empty word in .*'a', '', 'b'"),
@@ -326,7 +459,7 @@ def test_masks_without_a_penalty(settings):
     ],
 )
 def test_bad_masks(task, mask, message):
-    """A wrong mask is refused when the task is built, with what may be given."""
+    """A wrong `action_mask` is refused when the task is built; the error lists the accepted forms."""
     with pytest.raises(ValueError, match=message):
         task(action_mask=mask)
 
@@ -342,36 +475,36 @@ def test_bad_masks(task, mask, message):
         (None, "must return token ids"),
         ([3.0], "must return token ids"),
         ([[3]], "must return token ids"),
-        ([True] * 300, "must return token ids"),  # a mask of truth values is no list of ids
+        ([True] * 300, "must return token ids"),  # a mask of truth values is not a list of ids
         (np.ones(300, dtype=bool), "must return token ids"),
         (torch.ones(300, dtype=torch.bool), "must return token ids"),
     ],
 )
-def test_functions_that_return_nonsense(settings, returned, message):
-    """The error names the mask and the text, and the environment works again after reset."""
-    answers = [returned]
-    env = gym.make("TextGen-v0", action_mask=shared(lambda *_: answers[0]), disable_env_checker=True, **settings)
+def test_function_with_a_bad_result(settings, returned, message):
+    """The error names the mask, the prompt and the ids; the environment works again after reset."""
+    results = [returned]
+    env = gym.make("TextGen-v0", action_mask=shared(lambda *_: results[0]), disable_env_checker=True, **settings)
     with pytest.raises(ValueError, match=message):
         env.reset(seed=0)
-    for right in ([5], {5}, iter([5]), np.array([5]), torch.tensor([5]), [np.int64(5)], [torch.tensor(5)]):
-        answers[0] = right
+    for valid in ([5], {5}, iter([5]), np.array([5]), torch.tensor([5]), [np.int64(5)], [torch.tensor(5)]):
+        results[0] = valid
         assert env.reset(seed=0)[1]["action_mask"].nonzero()[0].tolist() == [5]
-    answers[0] = []
+    results[0] = []
     assert env.step(5)[4]["action_mask"].nonzero()[0].tolist() == [tiny.END]
 
 
-BROKEN = []  # holds an exception where `breaks` is to go wrong
+BROKEN = []  # an exception for `breaks` to raise, or empty
 
 
 def breaks(prompt, response_ids):
-    """Letters only; goes wrong after the token 7."""
+    """Allow ids below 100; raise the exception in BROKEN, if any, after the token 7."""
     if BROKEN and response_ids[-1:] == [7]:
         raise BROKEN[0]
     return range(100)
 
 
 def drive(face, settings):
-    """A face's environment, and its reset, step and masks as functions that give comparable values."""
+    """An environment, and its reset, step and masks as functions with comparable results."""
     if face == "single":
         env = gym.make("TextGen-v0", disable_env_checker=True, **settings).unwrapped
         return env, lambda: env.reset(seed=4), lambda tokens: env.step(tokens[0]), env.action_masks
@@ -379,25 +512,25 @@ def drive(face, settings):
         env = TextGenVectorEnv(2, autoreset_mode=face, **settings)
         return env, lambda: env.reset(seed=4), lambda tokens: env.step(np.array(tokens)), env.action_masks
     env = TextGenTorchEnv(build_task(TextGenConfig(**settings)), 2, seed=4)
-    shown = [None]
+    current = [None]
 
     def reset():
         env.set_seed(4)
-        shown[0] = env.reset()
-        return {key: value.numpy() for key, value in shown[0].flatten_keys().items()}
+        current[0] = env.reset()
+        return {key: value.numpy() for key, value in current[0].flatten_keys().items()}
 
     def step(tokens):
-        stepped, after = env.step_and_maybe_reset(shown[0].set("action", torch.tensor(tokens)))
-        shown[0] = after
-        return tuple({key: value.numpy() for key, value in one.flatten_keys().items()} for one in (stepped, after))
+        stepped, after = env.step_and_maybe_reset(current[0].set("action", torch.tensor(tokens)))
+        current[0] = after
+        return tuple({key: value.numpy() for key, value in data.flatten_keys().items()} for data in (stepped, after))
 
     return env, reset, step, lambda: env.dynamics.action_mask().numpy()
 
 
 @one_kind
 @pytest.mark.parametrize("face", ["single", "NextStep", "SameStep", "Disabled", "torchrl"])
-def test_a_mask_that_goes_wrong_leaves_the_step_undone(settings, face):
-    """As with a reward that raises: nothing moved in any face, the step can be tried again, and `reset` works."""
+def test_failing_mask_leaves_the_state_unchanged(settings, face):
+    """After a mask raises, no state of any face has changed: the step can be repeated, and `reset` works."""
     changes = dict(score_normalization="running", prompt_sampling="prioritized", max_new_tokens=4)
     settings = {**settings, **changes, "action_mask": ["special", "top_k:200", breaks]}
     (env, reset, step, masks), (untouched, plain_reset, plain_step, _) = (drive(face, settings) for _ in range(2))
@@ -407,25 +540,25 @@ def test_a_mask_that_goes_wrong_leaves_the_step_undone(settings, face):
     says = r"action mask 'breaks' raised KeyError: 'lost' \(.*test_masks.py, line \d+\) for prompt '.+' and .*\[65, 7\]"
     for _ in range(2):
         with pytest.raises(ValueError, match=says):
-            step([7, tiny.END])  # where there is a second row it ends here: its score is paid, its curriculum hears it
+            step([7, tiny.END])  # a second row would end here, with a score and a sampler update
         assert (masks() == before).all()
     BROKEN.clear()
     for tokens in ([7, tiny.END], [68, 69], [tiny.END, 70]):
         assert_same(step(list(tokens)), plain_step(list(tokens)), f"{tokens}")
         if face == "Disabled" and tokens[1] == tiny.END:
-            again = [one.reset(options={"reset_mask": np.array([False, True])}) for one in (env, untouched)]
-            assert_same(*again, "reset of the row that ended")
-    statistics, wanted = (one.task.normalizer.statistics.state_dict() for one in (env, untouched))
-    assert statistics == wanted and wanted["count"] == (1 if face == "single" else 2)
-    found, wanted = ([one.state_dict() for one in each.dynamics.samplers] for each in (env, untouched))
-    assert found == wanted
+            results = [each.reset(options={"reset_mask": np.array([False, True])}) for each in (env, untouched)]
+            assert_same(*results, "reset of the row that ended")
+    statistics, expected = (each.task.normalizer.statistics.state_dict() for each in (env, untouched))
+    assert statistics == expected and expected["count"] == (1 if face == "single" else 2)
+    samplers, expected = ([sampler.state_dict() for sampler in each.dynamics.samplers] for each in (env, untouched))
+    assert samplers == expected
     assert_same(reset(), plain_reset(), "reset at the end")
 
 
 @one_kind
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
-def test_a_mask_that_goes_wrong_at_a_reset(settings, mode):
-    """A row that could not be started is over, rather than half begun; `reset` starts it."""
+def test_failing_mask_at_a_reset(settings, mode):
+    """If a mask raises at a reset, the row counts as ended; the next `reset` starts it."""
     broken = []
 
     def at_the_start(prompt, response_ids):
@@ -446,21 +579,21 @@ def test_a_mask_that_goes_wrong_at_a_reset(settings, mode):
 
 
 @one_kind
-def test_masks_are_asked_once(settings):
-    """A user's function hears of every context once, however often the masks are looked at."""
-    heard = []
+def test_masks_are_called_once(settings):
+    """A user's function is called once per context, however often the mask is shown."""
+    calls = []
 
-    def listen(prompt, response_ids):
-        heard.append(list(response_ids))
+    def record(prompt, response_ids):
+        calls.append(list(response_ids))
         return [65]
 
-    env = TextGenVectorEnv(2, autoreset_mode="SameStep", action_mask=shared(listen), **settings)
+    env = TextGenVectorEnv(2, autoreset_mode="SameStep", action_mask=shared(record), **settings)
     env.reset(seed=0)
     env.step(np.array([65, tiny.END]))
     env.action_masks()
-    assert heard == [[], [], [65], []]
+    assert calls == [[], [], [65], []]
 
 
 def test_mask_policy_name():
-    """Masks have names, for errors and logs."""
+    """A mask policy is named after its filter, for error messages."""
     assert MaskPolicy(tiny.language_model(), Sampling(top_p=0.9)).name == "top_p:0.9"

@@ -1,4 +1,4 @@
-"""The cached language model and the fast path, against plain forwards of one unpadded row each."""
+"""The cached language model and the fast path, against forwards of one unpadded row at a time."""
 
 import dataclasses
 import random
@@ -24,7 +24,7 @@ R = 8
 
 @pytest.fixture(scope="module")
 def models():
-    """One language model of each architecture, as live objects."""
+    """One live language model of each architecture."""
     return {kind: tiny.language_model(kind) for kind in ("gpt2", "llama")}
 
 
@@ -36,34 +36,34 @@ def model(models, kind):
 
 @torch.no_grad()
 def plain_logits(model, ids):
-    """The oracle: logits after each token of one row, with no cache, padding or mask. [T, V]."""
+    """The oracle: logits after each token of one row, without cache, padding or mask. [T, V]."""
     return model(input_ids=torch.tensor([ids])).logits[0].float()
 
 
 def prompt_state(extra, texts=TEXTS, new_tokens=R):
-    """States before the first token, left-padded by `extra` columns more than the longest prompt needs."""
+    """The state before the first token, with `extra` columns more than the longest prompt needs."""
     prompts = tokenize(texts, tiny.tokenizer(), max(map(len, texts)) + extra)
     return start(prompts.input_ids, prompts.attention_mask, new_tokens, tiny.PAD)
 
 
 def real_ids(state, row):
-    """The tokens that count, as a list."""
+    """The real tokens of a row, as a list."""
     return state.input_ids[row][state.attention_mask[row]].tolist()
 
 
 def scrambled(state, seed=0):
-    """The same state with random ids in every column that the mask calls empty."""
+    """The same state with random ids in every column where the mask is false."""
     noise = torch.randint(tiny.VOCABULARY, state.input_ids.shape, generator=torch.Generator().manual_seed(seed))
     return dataclasses.replace(state, input_ids=state.input_ids.where(state.attention_mask, noise))
 
 
 def write(state, tokens):
-    """Each row one token longer."""
+    """Append one token to every row."""
     return state.append(torch.tensor(tokens), torch.ones(len(tokens), dtype=torch.bool))
 
 
 def random_response(state, seed=0):
-    """The state after R random tokens in each row."""
+    """The state after random tokens in all R columns of each row."""
     draw = random.Random(seed)
     for _ in range(state.input_ids.shape[1] - state.prompt_width):
         state = write(state, [draw.randrange(tiny.VOCABULARY) for _ in state.length])
@@ -72,7 +72,7 @@ def random_response(state, seed=0):
 
 @pytest.mark.parametrize("extra", [0, 7, 31])
 def test_cached_steps_and_full_forward_equal_plain_forward(model, extra):
-    """Next-token logits by the cache, by one padded forward and by a bare forward of each row are the same."""
+    """Next-token logits are the same by the cache, by one padded forward, and by a bare forward of each row."""
     state, draw = prompt_state(extra), random.Random(extra)
     cache = new_cache(model, len(TEXTS), state.input_ids.shape[1])
     stepped = [prefill(model, cache, state, torch.arange(len(TEXTS)))]
@@ -83,43 +83,43 @@ def test_cached_steps_and_full_forward_equal_plain_forward(model, extra):
     with torch.no_grad():
         whole = response_logits(model, state.input_ids, state.attention_mask, state.prompt_width)  # [B, R, V]
     for row, text in enumerate(TEXTS):
-        wanted = plain_logits(model, real_ids(state, row))[len(text) - 1 : -1]  # [R, V]
-        torch.testing.assert_close(torch.stack(stepped, 1)[row], wanted, rtol=0, atol=TOLERANCE)
-        torch.testing.assert_close(whole[row], wanted, rtol=0, atol=TOLERANCE)
+        expected = plain_logits(model, real_ids(state, row))[len(text) - 1 : -1]  # [R, V]
+        torch.testing.assert_close(torch.stack(stepped, 1)[row], expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(whole[row], expected, rtol=0, atol=TOLERANCE)
 
 
-def test_models_are_sensitive_to_what_is_tested(model):
-    """The tolerance can fail: one more pad token seen, or one position off, moves the logits a thousandfold."""
+def test_tolerance_detects_a_wrong_mask_or_position(model):
+    """One visible pad token, or one wrong position, moves the logits by more than 1000 times the tolerance."""
     ids = [*b"the cat"]
     plain = plain_logits(model, ids)[-1]
     assert (plain_logits(model, [tiny.PAD, *ids])[-1] - plain).abs().max() > 1000 * TOLERANCE
     with torch.no_grad():
-        places = torch.tensor([[place + 1 + (place > 2) for place in range(len(ids))]])
-        moved = model(input_ids=torch.tensor([ids]), position_ids=places).logits[0, -1]
+        positions = torch.tensor([[place + 1 + (place > 2) for place in range(len(ids))]])
+        moved = model(input_ids=torch.tensor([ids]), position_ids=positions).logits[0, -1]
     assert (moved - plain).abs().max() > 1000 * TOLERANCE
 
 
 @pytest.mark.parametrize("extra", [7, 31])
-def test_ids_of_empty_columns_mean_nothing(model, extra):
-    """Whatever ids stand where the mask is false, every logit of a real column is the same bit for bit."""
+def test_ids_of_empty_columns_are_ignored(model, extra):
+    """Any ids may stand where the mask is false: the logits of real columns are equal to the bit."""
     state = random_response(prompt_state(extra))
     cut = dataclasses.replace(state, attention_mask=state.attention_mask.clone(), length=torch.tensor([8, 3, 1, 5]))
     for row, length in enumerate(cut.length.tolist()):
         cut.attention_mask[row, cut.prompt_width + length :] = False
-    answers = []
-    for one in (cut, scrambled(cut, 1), scrambled(cut, 2)):
-        cache = new_cache(model, len(TEXTS), one.input_ids.shape[1])
-        first = prefill(model, cache, one, torch.arange(len(TEXTS)))
-        log_probs = response_log_probs(model, one, 0.7)
-        answers.append((first, log_probs))
-    for first, log_probs in answers[1:]:
-        assert torch.equal(first, answers[0][0])
-        assert torch.equal(log_probs, answers[0][1])
+    results = []
+    for state in (cut, scrambled(cut, 1), scrambled(cut, 2)):
+        cache = new_cache(model, len(TEXTS), state.input_ids.shape[1])
+        first = prefill(model, cache, state, torch.arange(len(TEXTS)))
+        log_probs = response_log_probs(model, state, 0.7)
+        results.append((first, log_probs))
+    for first, log_probs in results[1:]:
+        assert torch.equal(first, results[0][0])
+        assert torch.equal(log_probs, results[0][1])
     assert (log_probs != 0).sum(1).tolist() == cut.length.tolist()
 
 
-def test_rows_at_different_places(settings, model):
-    """Rows that start anew mid-way, one at a time, get the logits that they would get alone."""
+def test_rows_of_different_lengths(settings, model):
+    """Rows that restart at different steps get the logits that they would get alone."""
     task, draw = build_task(TextGenConfig(**settings)), random.Random(1)
     dynamics = TextDynamics(task, rows=3)
     dynamics.reset([0, 2], [1, 0])
@@ -129,8 +129,8 @@ def test_rows_at_different_places(settings, model):
             dynamics.reset(*restarts[step])
         for row in range(3):
             if dynamics.running[row]:
-                wanted = plain_logits(model, real_ids(dynamics.state, row))[-1]
-                torch.testing.assert_close(dynamics.reference.logits[row], wanted, rtol=0, atol=TOLERANCE)
+                expected = plain_logits(model, real_ids(dynamics.state, row))[-1]
+                torch.testing.assert_close(dynamics.reference.logits[row], expected, rtol=0, atol=TOLERANCE)
         tokens = torch.tensor([draw.randrange(256) for _ in range(3)])
         active = dynamics.running & torch.tensor([True, step != 7, True])  # a row may also wait a step
         transition = dynamics.step(tokens, active)
@@ -140,7 +140,7 @@ def test_rows_at_different_places(settings, model):
 
 @pytest.mark.parametrize("pad", ["<pad>", "<end>"])
 def test_sampled_pad_token_is_a_token(settings, folders, kind, tmp_path, pad):
-    """Masks come from `done`, never from ids: a pad id that was sampled counts like any other token."""
+    """Masks never come from ids: a sampled pad id counts like any other token."""
     folder = tiny.save(tiny.language_model(kind), tmp_path / "model", pad=pad)
     task = build_task(TextGenConfig(**{**settings, "reference": folder, "stop_token_ids": [65]}))
     pad_id = task.tokenizer.pad_token_id
@@ -154,11 +154,11 @@ def test_sampled_pad_token_is_a_token(settings, folders, kind, tmp_path, pad):
         rewards.append(transition.reward[0].item())
     assert real_ids(transition.state, 0) == prompt + written
     log_prob = (plain_logits(tiny.language_model(kind), prompt + written) / 0.7).log_softmax(-1)
-    wanted = [0.3 * log_prob[len(prompt) - 1 + step, token].item() for step, token in enumerate(written)]
-    wanted[-1] += transition.score[0].item()
-    assert rewards == pytest.approx(wanted, abs=TOLERANCE)
+    expected = [0.3 * log_prob[len(prompt) - 1 + step, token].item() for step, token in enumerate(written)]
+    expected[-1] += transition.score[0].item()
+    assert rewards == pytest.approx(expected, abs=TOLERANCE)
     scored = score_responses(task, transition.state, [tiny.PROMPTS[1]])
-    assert scored.reward[0].tolist() == pytest.approx(wanted + [0.0] * 7, abs=TOLERANCE)
+    assert scored.reward[0].tolist() == pytest.approx(expected + [0.0] * 7, abs=TOLERANCE)
 
 
 def test_frozen_models_have_no_dropout(settings, folders):
@@ -172,39 +172,41 @@ def test_frozen_models_have_no_dropout(settings, folders):
 
 
 def ragged_task(settings, **changes):
-    """A task whose responses end at many lengths: a quarter of all ids are stop tokens."""
+    """A task with responses of many lengths: a quarter of all ids are stop tokens."""
     return build_task(TextGenConfig(**{**settings, "stop_token_ids": list(range(75)), **changes}))
 
 
 def respond(task, model, indices, seed=0, **sampling):
-    """Responses to the prompts of these indices."""
+    """Generate responses to the prompts at these indices."""
     prompts = task.prompts.select(indices)
     return generate(task, model, prompts, Sampling(**sampling), torch.Generator().manual_seed(seed))
 
 
 def test_recorded_log_probs(settings, model):
-    """What `generate` records is the log-probability by a bare forward, whenever neighbors ended."""
+    """`generate` records the log-probability of a bare forward, whichever other rows have ended."""
     task, indices = ragged_task(settings), [0, 1, 2, 3] * 8
-    made = respond(task, model, indices, temperature=0.7)
-    lengths = made.state.length.tolist()
-    assert min(lengths) == 1 and max(lengths) > 6 and len(set(lengths)) > 4  # rows did drop out of the cache
+    generation = respond(task, model, indices, temperature=0.7)
+    lengths = generation.state.length.tolist()
+    assert min(lengths) == 1 and max(lengths) > 6 and len(set(lengths)) > 4  # rows left the cache at many steps
     for row, index in enumerate(indices):
-        ids, prompt = real_ids(made.state, row), tiny.PROMPTS[index]
+        ids, prompt = real_ids(generation.state, row), tiny.PROMPTS[index]
         assert ids[: len(prompt)] == task.tokenizer(prompt).input_ids
         written = ids[len(prompt) :]
         assert len(written) == lengths[row]
-        assert written == made.state.response_ids[row, : len(written)].tolist()
+        assert written == generation.state.response_ids[row, : len(written)].tolist()
         ended_early = len(written) < 12
         assert (written[-1] < 75) or not ended_early
         assert all(token >= 75 for token in written[:-1])
         log_prob = (plain_logits(model, ids) / 0.7).log_softmax(-1)[len(prompt) - 1 : -1]
-        wanted = [log_prob[step, token].item() for step, token in enumerate(written)]
-        assert made.log_prob[row].tolist() == pytest.approx(wanted + [0.0] * (12 - len(written)), abs=TOLERANCE)
-    assert torch.allclose(response_log_probs(model, made.state, 0.7, rows_per_pass=5), made.log_prob, atol=TOLERANCE)
+        expected = [log_prob[step, token].item() for step, token in enumerate(written)]
+        assert generation.log_prob[row].tolist() == pytest.approx(expected + [0.0] * (12 - len(written)), abs=TOLERANCE)
+    assert torch.allclose(
+        response_log_probs(model, generation.state, 0.7, rows_per_pass=5), generation.log_prob, atol=TOLERANCE
+    )
 
 
-def test_rows_do_not_disturb_each_other(settings, model):
-    """Greedy responses in a batch, where rows drop out at different times, are those of each prompt alone."""
+def test_rows_are_independent(settings, model):
+    """Greedy responses of a batch, in which rows end at different steps, equal those of each prompt alone."""
     prompts = [text * times for text in ("a", "xy", "q ", "7b") for times in (1, 2, 3, 5)]
     task = ragged_task(settings, prompts=prompts)
     together = respond(task, model, range(16), top_k=1).state
@@ -214,25 +216,25 @@ def test_rows_do_not_disturb_each_other(settings, model):
         assert real_ids(alone, 0) == real_ids(together, row)
 
 
-def test_response_that_ends_at_its_first_token(settings, model):
-    """If every token ends a response, all have one token, and its log-probability is recorded."""
+def test_response_of_one_token(settings, model):
+    """If every id is a stop token, all responses have one token, with its log-probability."""
     task = ragged_task(settings, stop_token_ids=list(range(tiny.VOCABULARY)))
-    made = respond(task, model, [0, 1, 2])
-    assert made.state.length.tolist() == [1, 1, 1]
-    assert made.state.response_mask.sum(1).tolist() == [1, 1, 1]
-    assert (made.log_prob[:, 0] < 0).all() and not made.log_prob[:, 1:].any()
-    scored = score_responses(task, made.state, made_texts := [tiny.PROMPTS[row] for row in range(3)])
-    assert scored.finish_code.tolist() == [1, 1, 1] and len(scored.responses) == len(made_texts)
+    generation = respond(task, model, [0, 1, 2])
+    assert generation.state.length.tolist() == [1, 1, 1]
+    assert generation.state.response_mask.sum(1).tolist() == [1, 1, 1]
+    assert (generation.log_prob[:, 0] < 0).all() and not generation.log_prob[:, 1:].any()
+    scored = score_responses(task, generation.state, tiny.PROMPTS[:3])
+    assert scored.finish_code.tolist() == [1, 1, 1] and len(scored.responses) == 3
 
 
 def test_budget_of_one_token(settings, model):
-    """With one token to spend, the first token ends the response, by its kind: stop or length."""
+    """With a budget of one token, the response ends at it: with "stop" at a stop token, else with "length"."""
     task = ragged_task(settings, max_new_tokens=1)
-    made = respond(task, model, [0, 1, 2, 3] * 8)
-    assert set(made.state.length.tolist()) == {1}
-    wanted = ["stop" if token < 75 else "length" for token in made.state.response_ids[:, 0].tolist()]
-    scored = score_responses(task, made.state, tiny.PROMPTS * 8)
-    assert {*wanted} == {"stop", "length"} and [scored.finish_reason(row) for row in range(32)] == wanted
+    generation = respond(task, model, [0, 1, 2, 3] * 8)
+    assert set(generation.state.length.tolist()) == {1}
+    expected = ["stop" if token < 75 else "length" for token in generation.state.response_ids[:, 0].tolist()]
+    scored = score_responses(task, generation.state, tiny.PROMPTS * 8)
+    assert {*expected} == {"stop", "length"} and [scored.finish_reason(row) for row in range(32)] == expected
 
 
 def test_stop_token_other_than_the_end_token(settings, model):
@@ -246,7 +248,7 @@ def test_stop_token_other_than_the_end_token(settings, model):
 
 
 def test_stop_token_at_the_last_column_is_a_stop(settings):
-    """A stop token that is also the last of the budget counts as a stop."""
+    """A stop token that is also the last token of the budget counts as a stop."""
     task = ragged_task(settings, max_new_tokens=2)
     dynamics = TextDynamics(task, rows=2)
     dynamics.reset([0, 1], [0, 1])
@@ -257,73 +259,74 @@ def test_stop_token_at_the_last_column_is_a_stop(settings):
 
 
 def test_end_token_inside_the_prompt(settings, model):
-    """Only a generated token ends a response."""
+    """End tokens in the prompt do not end the response."""
     task = build_task(TextGenConfig(**{**settings, "prompts": ["a<end>b<end>", "<end>"]}))
     assert task.stop_token_ids == (tiny.END,)
     assert task.prompts.input_ids[0, -1] == tiny.END
     dynamics = TextDynamics(task, rows=2)
     dynamics.reset([0, 1], [0, 1])
     assert dynamics.step(torch.tensor([65, 65])).terminated.tolist() == [False, False]
-    made = respond(task, model, [0, 1] * 4)
-    assert made.state.length.max() > 1
-    assert score_responses(task, made.state, ["a<end>b<end>", "<end>"] * 4).finish_code.min() > 0
+    generation = respond(task, model, [0, 1] * 4)
+    assert generation.state.length.max() > 1
+    assert score_responses(task, generation.state, ["a<end>b<end>", "<end>"] * 4).finish_code.min() > 0
 
 
 def test_generation_is_seeded(settings, model):
-    """Same seed, same tokens, whatever the global generator; another seed, other tokens."""
-    task, made = ragged_task(settings), []
+    """The seed decides the tokens, whatever the state of the global generator."""
+    task, generations = ragged_task(settings), []
     for seed, noise in ((3, 1), (3, 2), (4, 1)):
         torch.manual_seed(noise)
-        made.append(respond(task, model, [0, 1, 2, 3], seed=seed))
-    assert torch.equal(made[0].state.input_ids, made[1].state.input_ids)
-    assert torch.equal(made[0].log_prob, made[1].log_prob)
-    assert not torch.equal(made[0].state.response_ids, made[2].state.response_ids)
+        generations.append(respond(task, model, [0, 1, 2, 3], seed=seed))
+    assert torch.equal(generations[0].state.input_ids, generations[1].state.input_ids)
+    assert torch.equal(generations[0].log_prob, generations[1].log_prob)
+    assert not torch.equal(generations[0].state.response_ids, generations[2].state.response_ids)
 
 
 def test_generation_with_padding_and_without(settings, model):
-    """The width of the prompt column block changes no token: padding is not part of the text."""
+    """The prompt width P changes no token."""
     narrow, wide = ragged_task(settings), ragged_task(settings, max_prompt_tokens=40)
     first, second = (respond(task, model, [0, 1, 2, 3] * 2, temperature=0.7) for task in (narrow, wide))
     assert [real_ids(first.state, row) for row in range(8)] == [real_ids(second.state, row) for row in range(8)]
 
 
-def test_judge_in_parts(settings, model):
-    """The number of rows in a pass changes nothing; every row is scored."""
+def test_scoring_in_passes(settings, model):
+    """The number of rows per pass does not change the result; every row is scored."""
     task = ragged_task(settings)
-    made, texts = respond(task, model, [0, 1, 2, 3] * 3), tiny.PROMPTS * 3
-    whole, parts = score_responses(task, made.state, texts), score_responses(task, made.state, texts, rows_per_pass=5)
+    generation, texts = respond(task, model, [0, 1, 2, 3] * 3), tiny.PROMPTS * 3
+    whole = score_responses(task, generation.state, texts)
+    parts = score_responses(task, generation.state, texts, rows_per_pass=5)
     for name in ("reward", "reference_log_prob", "score"):
         assert torch.allclose(getattr(whole, name), getattr(parts, name), atol=TOLERANCE), name
     assert torch.equal(whole.finish_code, parts.finish_code) and whole.responses == parts.responses
     assert len(whole.responses) == 12
 
 
-def test_judge_wants_a_text_for_each_row(settings, model):
-    """Too few or too many prompt texts are refused, not cut to fit."""
+def test_scoring_needs_a_text_per_row(settings, model):
+    """Too few or too many prompt texts are refused."""
     task = ragged_task(settings)
-    made = respond(task, model, [0, 1, 2])
+    generation = respond(task, model, [0, 1, 2])
     for texts in (tiny.PROMPTS[:2], tiny.PROMPTS[:4]):
         with pytest.raises(ValueError, match=f"3 .*{len(texts)}"):
-            score_responses(task, made.state, texts)
+            score_responses(task, generation.state, texts)
 
 
 def test_state_is_a_value():
-    """append, restart and select leave the state they start from as it was."""
+    """append, restart and select do not change the original state."""
     state = random_response(prompt_state(2, new_tokens=3))
     fresh = prompt_state(2, new_tokens=3)
-    kept: list[TextState] = [fresh, state]
-    before = [(one.input_ids.clone(), one.attention_mask.clone(), one.length.clone()) for one in kept]
+    originals: list[TextState] = [fresh, state]
+    before = [(each.input_ids.clone(), each.attention_mask.clone(), each.length.clone()) for each in originals]
     write(fresh, [1, 2, 3, 4])
     restarted = state.restart(torch.tensor([1]), fresh.select(torch.tensor([1])))
     state.select(torch.tensor([0])).append(torch.tensor([0]), torch.tensor([False]))
     assert restarted.length.tolist() == [3, 0, 3, 3] and not restarted.response_mask[1].any()
-    for one, (ids, mask, length) in zip(kept, before, strict=True):
-        assert torch.equal(one.input_ids, ids) and torch.equal(one.attention_mask, mask)
-        assert torch.equal(one.length, length)
+    for original, (ids, mask, length) in zip(originals, before, strict=True):
+        assert torch.equal(original.input_ids, ids) and torch.equal(original.attention_mask, mask)
+        assert torch.equal(original.length, length)
 
 
 def test_vocabulary_and_pad(model):
-    """V is the width of the logits, which may exceed the tokenizer's; without a pad token, 0 fills the columns."""
+    """V is the width of the logits, which may exceed the tokenizer's; without a pad token the pad id is 0."""
     lm = LanguageModel(model, tiny.tokenizer(), (tiny.END,))
     assert lm.vocabulary == tiny.VOCABULARY == plain_logits(model, [1]).shape[-1] > len(tiny.tokenizer())
     assert (pad_token_id(tiny.tokenizer()), pad_token_id(tiny.tokenizer(None))) == (tiny.PAD, 0)  # type: ignore[arg-type]

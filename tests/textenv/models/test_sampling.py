@@ -1,4 +1,4 @@
-"""From logits to tokens: the distribution really sampled from, against an oracle in plain Python."""
+"""The sampling distribution against an oracle in plain Python."""
 
 import math
 
@@ -11,19 +11,19 @@ LOGITS = [2.0, 0.5, -1.0, 3.0, 0.0, 2.5]
 
 
 def oracle(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Probabilities by the textbook: heat, keep the k likeliest, keep the nucleus, normalize."""
-    heated = [math.exp(logit / temperature) for logit in logits]
-    order = sorted(range(len(logits)), key=lambda token: -heated[token])
+    """Probabilities step by step: divide by the temperature, keep the k likeliest, keep the nucleus, normalize."""
+    scaled = [math.exp(logit / temperature) for logit in logits]
+    order = sorted(range(len(logits)), key=lambda token: -scaled[token])
     kept = order[: top_k or len(order)]
-    total = sum(heated[token] for token in kept)
+    total = sum(scaled[token] for token in kept)
     nucleus, mass = [], 0.0
     for token in kept:
         if mass >= top_p:
             break
         nucleus.append(token)
-        mass += heated[token] / total
-    total = sum(heated[token] for token in nucleus)
-    return [heated[token] / total if token in nucleus else 0.0 for token in range(len(logits))]
+        mass += scaled[token] / total
+    total = sum(scaled[token] for token in nucleus)
+    return [scaled[token] / total if token in nucleus else 0.0 for token in range(len(logits))]
 
 
 @pytest.mark.parametrize(
@@ -43,18 +43,18 @@ def oracle(logits, temperature=1.0, top_k=0, top_p=1.0):
 )
 def test_distribution(options):
     """`log_probs` is the distribution after temperature, then top-k, then top-p; filtered tokens have -inf."""
-    got = log_probs(torch.tensor([LOGITS, LOGITS[::-1]]), Sampling(**options))
+    result = log_probs(torch.tensor([LOGITS, LOGITS[::-1]]), Sampling(**options))
     # float32 has 2^-24 = 6e-8 relative error, a softmax of six terms some ten times that
-    assert got[0].exp().tolist() == pytest.approx(oracle(LOGITS, **options), abs=1e-6)
-    assert got[1].exp().tolist() == pytest.approx(oracle(LOGITS[::-1], **options), abs=1e-6)
+    assert result[0].exp().tolist() == pytest.approx(oracle(LOGITS, **options), abs=1e-6)
+    assert result[1].exp().tolist() == pytest.approx(oracle(LOGITS[::-1], **options), abs=1e-6)
 
 
 def test_literal_numbers():
     """Hand-computed: odds 1 : 2 : 4, temperature 1/2 squares them, top-k 2 drops the smallest."""
     logits = torch.tensor([[0.0, math.log(2), math.log(4)]])
     assert log_probs(logits, Sampling()).exp()[0].tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7])
-    heated = log_probs(logits, Sampling(temperature=0.5)).exp()[0].tolist()
-    assert heated == pytest.approx([1 / 21, 4 / 21, 16 / 21])
+    scaled = log_probs(logits, Sampling(temperature=0.5)).exp()[0].tolist()
+    assert scaled == pytest.approx([1 / 21, 4 / 21, 16 / 21])
     assert log_probs(logits, Sampling(top_k=2)).exp()[0].tolist() == pytest.approx([0, 1 / 3, 2 / 3])
     # 4/7 = 0.571 is less than 0.6, so the second token is still needed to reach it
     assert log_probs(logits, Sampling(top_p=0.6)).exp()[0].tolist() == pytest.approx([0, 1 / 3, 2 / 3])
@@ -79,7 +79,7 @@ def test_arguments_stay_unchanged():
 
 
 def test_sample_frequencies():
-    """Tokens are drawn as often as they should be, filtered ones never, and the log-probability is theirs."""
+    """Tokens have their expected frequencies, filtered ones are never drawn, and the log-probability matches."""
     count, options = 20_000, dict(temperature=0.8, top_k=5, top_p=0.95)
     logits = torch.tensor([LOGITS]).expand(count, -1)
     tokens, drawn_log_prob = sample(logits, Sampling(**options), torch.Generator().manual_seed(0))
@@ -87,14 +87,14 @@ def test_sample_frequencies():
     assert 0.0 in expected
     for token, probability in enumerate(expected):
         frequency = (tokens == token).float().mean().item()
-        # five standard deviations of a binomial: a chance of 6e-7 that a right sampler fails
+        # five standard deviations of a binomial: a correct sampler fails with probability 6e-7
         assert abs(frequency - probability) <= 5 * math.sqrt(probability * (1 - probability) / count)
-    wanted = [math.log(expected[token]) for token in tokens[:100].tolist()]
-    assert drawn_log_prob[:100].tolist() == pytest.approx(wanted, abs=1e-6)
+    expected_log_probs = [math.log(expected[token]) for token in tokens[:100].tolist()]
+    assert drawn_log_prob[:100].tolist() == pytest.approx(expected_log_probs, abs=1e-6)
 
 
 def test_seeded():
-    """The generator that is passed is the only source of chance."""
+    """The generator argument is the only source of randomness."""
     logits = torch.tensor([LOGITS]).expand(64, -1)
     draws = []
     for seed, noise in ((1, 5), (1, 6), (2, 5)):
@@ -104,15 +104,15 @@ def test_seeded():
 
 
 def test_chosen_log_probs():
-    """A given token's log-probability at a temperature, for logits of any leading shape."""
+    """The log-probability of a token at a temperature, for logits of any leading shape."""
     logits = torch.tensor([[LOGITS, LOGITS[::-1]]])  # [1, 2, V]
-    got = chosen_log_probs(logits, torch.tensor([[3, 0]]), 0.7)
-    wanted = [math.log(oracle(LOGITS, 0.7)[3]), math.log(oracle(LOGITS[::-1], 0.7)[0])]
-    assert got[0].tolist() == pytest.approx(wanted, abs=1e-6)
+    result = chosen_log_probs(logits, torch.tensor([[3, 0]]), 0.7)
+    expected_log_probs = [math.log(oracle(LOGITS, 0.7)[3]), math.log(oracle(LOGITS[::-1], 0.7)[0])]
+    assert result[0].tolist() == pytest.approx(expected_log_probs, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0.*top_k=1"),
         ({"temperature": -1.0}, "temperature must be above 0 and finite, got -1.0"),
@@ -125,7 +125,7 @@ def test_chosen_log_probs():
         ({"top_p": math.nan}, r"top_p must lie in \(0, 1\], got nan"),
     ],
 )
-def test_bad_sampling(options, says):
-    """A setting that means nothing is refused when it is written down."""
-    with pytest.raises(ValueError, match=says):
+def test_bad_sampling(options, message):
+    """A setting out of range is refused at construction."""
+    with pytest.raises(ValueError, match=message):
         Sampling(**options)

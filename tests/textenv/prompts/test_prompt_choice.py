@@ -1,4 +1,4 @@
-"""Which prompt an episode plays: the order, the seed, groups and options, alike in every face."""
+"""The prompt of an episode: order, seed, groups and reset options, the same in every face."""
 
 import copy
 
@@ -20,14 +20,14 @@ PROMPTS = [{"prompt": f"p{index}", "easy": index < 9, "weight": 0.5 * (index % 4
 
 
 def easy_reward(prompts, responses):
-    """One for the prompts that are marked as easy, and a little for length."""
+    """1 for the easy prompts and 0 for the others, plus 0.01 per character of the response."""
     easy = {row["prompt"] for row in PROMPTS if row["easy"]}
     return [float(prompt in easy) + 0.01 * len(response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 @pytest.fixture
 def kind():
-    """One architecture: nothing here depends on it."""
+    """One architecture; no test here depends on it."""
     return "gpt2"
 
 
@@ -40,12 +40,12 @@ def quick(settings):
 
 
 def make(**settings):
-    """A single environment without the checker of the first steps."""
+    """A single environment without Gymnasium's checker."""
     return gym.make("TextGen-v0", disable_env_checker=True, **settings)
 
 
 def drawn(env, count, seed=None):
-    """The prompts of that many episodes, each ended by its first token."""
+    """The prompt indices of `count` episodes, each ended by its first token."""
     indices = []
     for episode in range(count):
         _, info = env.reset(seed=seed if episode == 0 else None)
@@ -60,23 +60,23 @@ def drawn(env, count, seed=None):
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 @pytest.mark.parametrize("strategy", list(SAMPLERS))
 def test_native_equals_sync(quick, strategy, mode):
-    """Step for step, in all autoreset modes and orders, with groups: observations, rewards and infos."""
+    """The native vector environment equals SyncVectorEnv at every step, in all autoreset modes and orders."""
     quick = {**quick, "prompt_sampling": strategy, "group_size": 2}
     native = TextGenVectorEnv(3, autoreset_mode=mode, **quick)
     sync = SyncVectorEnv([lambda: make(**quick)] * 3, autoreset_mode=mode)
     for seed, steps in ((7, 18), ([3, 3, None], 6)):
         assert_same(native.reset(seed=seed), sync.reset(seed=seed), f"reset {seed}")
         for step, actions in enumerate(random_tokens(steps, 3)):
-            got, wanted = native.step(actions), sync.step(actions)
-            assert_same(got, wanted, f"seed {seed}, step {step}")
-            if mode is AutoresetMode.DISABLED and got[2].any():
-                again = [env.reset(options={"reset_mask": got[2].copy()}) for env in (native, sync)]
-                assert_same(*again, f"reset after step {step}")
+            result, expected = native.step(actions), sync.step(actions)
+            assert_same(result, expected, f"seed {seed}, step {step}")
+            if mode is AutoresetMode.DISABLED and result[2].any():
+                resets = [env.reset(options={"reset_mask": result[2].copy()}) for env in (native, sync)]
+                assert_same(*resets, f"reset after step {step}")
 
 
 @pytest.mark.parametrize("strategy", list(SAMPLERS))
 def test_torchrl_equals_native(quick, strategy):
-    """Seeded alike, the TorchRL environment plays the prompts of the vector environment."""
+    """With the same seed, the TorchRL environment plays the prompts of the vector environment."""
     quick = {**quick, "prompt_sampling": strategy, "group_size": 2}
     native = TextGenVectorEnv(3, autoreset_mode="SameStep", **quick)
     env = TextGenTorchEnv(build_task(TextGenConfig(**quick)), 3)
@@ -95,8 +95,8 @@ def test_torchrl_equals_native(quick, strategy):
 
 
 @pytest.mark.parametrize("strategy", list(SAMPLERS))
-def test_a_seed_decides_all_that_follows(quick, strategy):
-    """A seeded reset begins rounds, groups and curricula anew, whatever was played before; without one they go on."""
+def test_seed_decides_the_order(quick, strategy):
+    """A seeded reset restarts rounds, groups and curricula, whatever was played before; an unseeded one goes on."""
     quick = {**quick, "prompt_sampling": strategy, "group_size": 2}
     env = make(**quick)
     first = drawn(env, 15, seed=5)
@@ -106,8 +106,8 @@ def test_a_seed_decides_all_that_follows(quick, strategy):
     assert all(first[start] == first[start + 1] for start in range(0, 14, 2))
 
 
-def test_orders_are_what_they_say(quick):
-    """`shuffle` plays each prompt once a round; `weighted` none of weight 0; without a name it is `uniform`."""
+def test_strategies_by_name(quick):
+    """`shuffle` plays each prompt once per round, `weighted` never one of weight 0; the default is `uniform`."""
     rounds = drawn(make(**{**quick, "prompt_sampling": "shuffle"}), 24, seed=0)
     assert sorted(rounds[:12]) == sorted(rounds[12:]) == list(range(12))
     weighted = set(drawn(make(**{**quick, "prompt_sampling": "weighted"}), 60, seed=0))
@@ -115,32 +115,33 @@ def test_orders_are_what_they_say(quick):
     assert drawn(make(**{**quick, "prompt_sampling": "uniform"}), 20, seed=0) == drawn(make(**quick), 20, seed=0)
 
 
-def test_the_environment_is_a_curriculum(quick):
-    """With `prioritized` the prompts that score low come more often than their share of a quarter."""
+def test_prioritized_environment(quick):
+    """With `prioritized`, prompts with low scores are drawn more often than their uniform share of a quarter."""
     env = make(**{**quick, "prompt_sampling": "prioritized"})
     drawn(env, 40, seed=0)
     hard = np.mean([index >= 9 for index in drawn(env, 200)])
     assert hard > 0.35  # a quarter, and three standard deviations of 200 draws
 
 
-def test_curricula_learn_from_scores(quick, folders):
-    """The sampler of each row hears `info["score"]` of its own episodes, not the return with its penalty."""
+def test_prioritized_updates_from_scores(quick, folders):
+    """The sampler of each row is updated with `info["score"]` of its episodes, not with the return, which has the penalty."""
     quick = {**quick, "prompt_sampling": "prioritized", "kl_coef": 0.3}
     env = TextGenVectorEnv(2, autoreset_mode="SameStep", **quick)
-    wanted = [PrioritizedSampler(12) for _ in range(2)]
+    expected = [PrioritizedSampler(12) for _ in range(2)]
     _, info = env.reset(seed=0)
     current = info["prompt_index"]
     for actions in random_tokens(25, 2):
         _, _, ended, _, info = env.step(actions)
         for row in np.flatnonzero(ended):
-            wanted[row].update([current[row]], [info["final_info"]["score"][row]])
+            expected[row].update([current[row]], [info["final_info"]["score"][row]])
             current[row] = info["prompt_index"][row]
-    assert [one.state_dict() for one in env.dynamics.samplers] == [one.state_dict() for one in wanted]
-    assert wanted[0].episodes > 5
+    samplers = env.dynamics.samplers
+    assert [sampler.state_dict() for sampler in samplers] == [sampler.state_dict() for sampler in expected]
+    assert expected[0].episodes > 5
 
 
 def test_equal_seeds_make_groups(quick):
-    """Rows of equal seeds start from equal prompts, in the orders that do not depend on returns ever after."""
+    """Rows with equal seeds play equal prompts, forever in orders that do not depend on returns."""
     env = TextGenVectorEnv(8, autoreset_mode="SameStep", prompt_sampling="shuffle", **quick)
     for seed in ([7] * 4 + [8] * 4, [1] * 4 + [2] * 4):
         _, info = env.reset(seed=seed)
@@ -154,7 +155,7 @@ def test_equal_seeds_make_groups(quick):
 
 
 def text_of(observation):
-    """The prompt in an observation, or those of all rows."""
+    """The prompt in an observation, or a list of them for a vector observation."""
     ids, mask = observation["input_ids"][..., :16], observation["attention_mask"][..., :16]
     decode = tiny.tokenizer().decode
     if ids.ndim == 1:
@@ -163,7 +164,7 @@ def text_of(observation):
 
 
 def test_options(quick):
-    """A prompt of the caller's own, or one by index; the order goes on as if it had not been asked for."""
+    """A reset plays the caller's own prompt, or one by index; the sampler's order is not disturbed."""
     env, plain = make(**quick), make(**quick)
     options = [
         ({"prompt": "my own"}, "my own", -1),
@@ -172,36 +173,36 @@ def test_options(quick):
         ({"prompt_index": np.int64(11)}, "p11", 11),
     ]
     assert env.reset(seed=1)[1] == plain.reset(seed=1)[1]
-    for given, text, index in options:
-        before = copy.deepcopy(given)
-        observation, info = env.reset(options=given)
-        assert (text_of(observation), info) == (text, {"prompt_index": index}) and given == before
+    for option, text, index in options:
+        before = copy.deepcopy(option)
+        observation, info = env.reset(options=option)
+        assert (text_of(observation), info) == (text, {"prompt_index": index}) and option == before
         assert env.unwrapped.dynamics.episode_prompts[0].text == text
     for empty in ({}, None):
         assert_same(env.reset(options=empty), plain.reset(options=empty), "after options")
 
 
-def test_columns_of_the_prompt_played(quick):
-    """The dynamics knows the further fields of the prompt that each row plays, of options too."""
+def test_fields_of_the_current_prompt(quick):
+    """The dynamics stores the further fields of each row's prompt, also of a prompt from options."""
     env = make(**quick)
     fields = {"easy": False, "weight": 0.5}
-    for options, played in [
+    for options, expected in [
         ({"prompt_index": 9}, EpisodePrompt(9, "p9", fields)),
         ({"prompt": {"prompt": "x", **fields}}, EpisodePrompt(-1, "x", fields)),
         ({"prompt": "x"}, EpisodePrompt(-1, "x", {})),
     ]:
         env.reset(options=options)
-        assert env.unwrapped.dynamics.episode_prompts == [played]
+        assert env.unwrapped.dynamics.episode_prompts == [expected]
 
 
 def bonus_reward(prompts, responses, bonus=None):
-    """The prompts' field `bonus`; where there is none, 100."""
-    return [100.0] * len(prompts) if bonus is None else [float(one) for one in bonus]
+    """The prompts' field `bonus`; 100 for prompts without it."""
+    return [100.0] * len(prompts) if bonus is None else [float(value) for value in bonus]
 
 
 @pytest.mark.parametrize("ends", [[0, 0, 0], [0, 200, 0], [200, 0, 200]])
-def test_neighbors_do_not_decide_the_fields(quick, ends):
-    """What a reward sees of a prompt is the same whichever rows end with it, with fields of its own or without."""
+def test_fields_do_not_depend_on_other_rows(quick, ends):
+    """A reward gets the same fields for a prompt, whichever rows end at the same step, with fields or without."""
     prompts = [{"prompt": "a", "bonus": 1}, {"prompt": "b", "bonus": 2}]
     reward = "tests.textenv.prompts.test_prompt_choice:bonus_reward"
     env = TextGenVectorEnv(3, **{**quick, "prompts": prompts, "reward": reward, "score_normalization": "running"})
@@ -213,17 +214,17 @@ def test_neighbors_do_not_decide_the_fields(quick, ends):
     assert env.task.normalizer.statistics.count == ended.sum()
 
 
-def needy_reward(prompts, responses, bonus):
-    """The prompts' field `bonus`."""
+def needs_bonus(prompts, responses, bonus):
+    """The prompts' field `bonus`, which is required."""
     return bonus
 
 
-def test_a_prompt_without_a_needed_field_is_refused_at_reset(quick):
-    """A prompt of the caller's own that the reward could never score is refused before it is played."""
+def test_missing_field_is_refused_at_reset(quick):
+    """A caller's prompt without a field that the reward needs is refused at reset, before it is played."""
     settings = {
         **quick,
         "prompts": [{"prompt": "a", "bonus": 1}],
-        "reward": "tests.textenv.prompts.test_prompt_choice:needy_reward",
+        "reward": "tests.textenv.prompts.test_prompt_choice:needs_bonus",
     }
     for env in (make(**settings), TextGenVectorEnv(2, **settings)):
         with pytest.raises(ValueError, match="needs the prompts' field 'bonus', and they have no fields"):
@@ -231,8 +232,8 @@ def test_a_prompt_without_a_needed_field_is_refused_at_reset(quick):
         env.reset(options={"prompt": {"prompt": "bare", "bonus": 5}})
 
 
-def test_what_was_asked_for_is_learned_from(quick):
-    """The curriculum hears of a prompt asked for by index, and not of one that is not the environment's."""
+def test_prioritized_updates_after_options(quick):
+    """The sampler is updated after a prompt chosen by index, and not after a prompt of the caller's own."""
     env = make(**{**quick, "prompt_sampling": "prioritized"})
     for options in ({"prompt_index": 4}, {"prompt": "p5"}):
         env.reset(options=options)
@@ -243,21 +244,21 @@ def test_what_was_asked_for_is_learned_from(quick):
 
 @pytest.mark.parametrize("option", [{"prompt": "my own"}, {"prompt_index": 3}])
 def test_vector_options_equal_sync(quick, option):
-    """One option for all rows that are reset, as SyncVectorEnv hands it to each; automatic resets draw again."""
+    """One option applies to all rows that are reset, as in SyncVectorEnv; automatic resets draw from the sampler."""
     native = TextGenVectorEnv(3, **quick)
     sync = SyncVectorEnv([lambda: make(**quick)] * 3)
     for mask in (None, np.array([True, False, True])):
         options = option if mask is None else {**option, "reset_mask": mask}
-        given = copy.deepcopy(options)
-        got, wanted = native.reset(seed=2, options=given), sync.reset(seed=2, options=copy.deepcopy(options))
-        assert_same(got, wanted, "reset")
-        assert given.keys() == options.keys()  # Gymnasium's own take the mask out of the caller's dict
+        passed = copy.deepcopy(options)
+        result, expected = native.reset(seed=2, options=passed), sync.reset(seed=2, options=copy.deepcopy(options))
+        assert_same(result, expected, "reset")
+        assert passed.keys() == options.keys()  # Gymnasium's vector environments remove the mask from the caller's dict
         for actions in random_tokens(12, 3):
             assert_same(native.step(actions), sync.step(actions), "step")
 
 
 def test_vector_options_of_rows(quick):
-    """One prompt or index a row; a mask chooses among them."""
+    """Lists hold one prompt or index per row; a reset mask selects rows."""
     env = TextGenVectorEnv(3, **quick)
     observation, info = env.reset(options={"prompts": ["a", "b", "c"]})
     assert text_of(observation) == ["a", "b", "c"] and info["prompt_index"].tolist() == [-1] * 3
@@ -268,11 +269,11 @@ def test_vector_options_of_rows(quick):
 
 
 def test_torchrl_options(quick):
-    """The TorchRL environment takes the same options, for one reset."""
+    """The TorchRL environment takes the same options, for one reset only."""
     env = TextGenTorchEnv(build_task(TextGenConfig(**quick)), 2)
-    for options, wanted in (({"prompt_index": 3}, [3, 3]), ({"prompts": ["a", "b"]}, [-1, -1])):
+    for options, expected in (({"prompt_index": 3}, [3, 3]), ({"prompts": ["a", "b"]}, [-1, -1])):
         data = env.reset(options=options)
-        assert data["prompt_index"][:, 0].tolist() == wanted
+        assert data["prompt_index"][:, 0].tolist() == expected
     assert text_of({"input_ids": data["input_ids"], "attention_mask": data["attention_mask"]}) == ["a", "b"]
     seen = set()
     for _ in range(8):
@@ -282,14 +283,14 @@ def test_torchrl_options(quick):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"promt": "x"}, "no option 'promt'; known options are .*prompt, prompt_index"),
-        ({"prompt": "x", "prompt_index": 1}, r"\['prompt', 'prompt_index'\] contradict each other; give one"),
+        ({"prompt": "x", "prompt_index": 1}, r"\['prompt', 'prompt_index'\] contradict each other; pass only one"),
         ({"prompt": ""}, "prompt number 0 is empty"),
         ({"prompt": "x" * 17}, "prompt number 0 has 17 tokens, more than max_prompt_tokens=16"),
-        ({"prompt": 7}, "prompts must be texts, chats .*number 0 is a int"),
-        ({"prompt": None}, "prompts must be texts, chats .*number 0 is a NoneType"),
+        ({"prompt": 7}, "prompts must be texts, chats .*number 0 has type int"),
+        ({"prompt": None}, "prompts must be texts, chats .*number 0 has type NoneType"),
         ({"prompt": [{"role": "user", "content": "hi"}]}, "prompt number 0 is a chat .*pass chat=True"),
         ({"prompt_index": 12}, "index must be a whole number from 0 to 11, got 12"),
         ({"prompt_index": -1}, "index must be a whole number from 0 to 11, got -1"),
@@ -298,23 +299,23 @@ def test_torchrl_options(quick):
         (["prompt"], "options must be a dict, got list"),
     ],
 )
-def test_bad_options(quick, options, says):
-    """Options that are unknown or no prompt are refused by all faces, and nothing has moved or been drawn."""
+def test_bad_options(quick, options, message):
+    """Unknown options and invalid prompts are refused by all faces; no state has changed and no prompt is drawn."""
     env, untouched = make(**quick), make(**quick)
     assert_same(env.reset(seed=0), untouched.reset(seed=0), "reset")
     vector = TextGenVectorEnv(2, **quick)
     for one in (env, vector):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             one.reset(seed=9, options=options)
     assert_same(env.step(200), untouched.step(200), "step")
     assert_same(env.reset(), untouched.reset(), "the next prompt")
 
 
 def test_bad_vector_options(quick):
-    """Lists need one entry a row, and are nothing for a single environment."""
+    """Lists need one entry per row; a single environment takes none."""
     env = TextGenVectorEnv(2, **quick)
     for options in ({"prompts": ["a"]}, {"prompts": "ab"}, {"prompt_indices": [1, 2, 3]}, {"prompt_indices": 1}):
-        with pytest.raises(ValueError, match=r"must be a list of 2 \(num_envs\), one a row, got"):
+        with pytest.raises(ValueError, match=r"must be a list of 2 \(num_envs\), one per row, got"):
             env.reset(options=options)
     with pytest.raises(ValueError, match=r"index must be .* got None"):
         env.reset(options={"prompt_indices": [1, None]})
@@ -323,7 +324,7 @@ def test_bad_vector_options(quick):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"prompt_sampling": "best"}, r"prompt_sampling must be None or one of \['uniform', .*got 'best'"),
         ({"prompt_sampling": 3}, "prompt_sampling must be None or one of .*got 3"),
@@ -341,8 +342,8 @@ def test_bad_vector_options(quick):
         ),
     ],
 )
-def test_bad_arguments(quick, changes, says):
-    """Bad orders, groups, chats and weights are refused when an environment is made."""
-    for face in (make, lambda **given: TextGenVectorEnv(2, **given)):
-        with pytest.raises(ValueError, match=says):
+def test_bad_arguments(quick, changes, message):
+    """Wrong orders, groups, chats and weights are refused when the environment is made."""
+    for face in (make, lambda **settings: TextGenVectorEnv(2, **settings)):
+        with pytest.raises(ValueError, match=message):
             face(**{**quick, **changes})

@@ -1,4 +1,4 @@
-"""Prompts: where they come from, what else their rows hold, how texts and chats become padded tokens."""
+"""Prompts: their sources, the further fields of rows, and the tokenization of texts and chats."""
 
 import json
 import sys
@@ -17,25 +17,25 @@ from textenv.prompts.tokenized import tokenize, tokenize_chats
 @pytest.fixture
 def module(monkeypatch):
     """An importable module `my_prompts` of functions."""
-    made = types.ModuleType("my_prompts")
-    made.good = lambda: ["one", "two"]  # type: ignore[attr-defined]
-    made.text = lambda: "one"  # type: ignore[attr-defined]
-    made.empty = lambda: []  # type: ignore[attr-defined]
-    made.number = 7  # type: ignore[attr-defined]
-    made.needy = lambda path: [path]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "my_prompts", made)
-    return made
+    module = types.ModuleType("my_prompts")
+    module.good = lambda: ["one", "two"]  # type: ignore[attr-defined]
+    module.text = lambda: "one"  # type: ignore[attr-defined]
+    module.empty = lambda: []  # type: ignore[attr-defined]
+    module.number = 7  # type: ignore[attr-defined]
+    module.needs_path = lambda path: [path]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_prompts", module)
+    return module
 
 
 def write(folder, text):
-    """A file of prompts."""
+    """A prompts.jsonl with this text."""
     path = folder / "prompts.jsonl"
     path.write_text(text, encoding="utf-8")
     return path
 
 
 def test_sources(tmp_path, module):
-    """A list, a tuple, a shared list, a function by value or by name and a .jsonl give the same texts."""
+    """A list, a tuple, a shared list, a function, a function's name and a .jsonl file give the same prompts."""
     path = write(tmp_path, '{"prompt": "one"}\n\n{"prompt": "two"}\n')
     sources = [["one", "two"], ("one", "two"), shared(["one", "two"]), lambda: ["one", "two"]]
     for source in [*sources, "my_prompts:good", str(path), path]:
@@ -44,7 +44,7 @@ def test_sources(tmp_path, module):
 
 
 def test_unicode_lines(tmp_path):
-    """A .jsonl is UTF-8, whatever the locale."""
+    """A .jsonl file is read as UTF-8, whatever the locale."""
     assert read_prompts(write(tmp_path, '{"prompt": "naïve ☃"}\n')).prompts == ("naïve ☃",)
 
 
@@ -58,50 +58,50 @@ def test_datasets_column():
 
 
 @pytest.mark.parametrize(
-    ("lines", "says"),
+    ("lines", "message"),
     [
-        ('{"prompt": "a"}\nnot json\n', "line 2: not JSON .*one object a line"),
+        ('{"prompt": "a"}\nnot json\n', "line 2: not JSON .*one object per line"),
         ('{"prompt": "a"}\n\n{"text": "b"}\n', 'line 3: no text in the field "prompt", got .*"text"'),
         ('{"prompt": 5}\n', 'line 1: no text in the field "prompt"'),
         ('["a"]\n', 'line 1: no text in the field "prompt"'),
         ("\n", "prompts are empty; give at least one"),
     ],
 )
-def test_bad_lines(tmp_path, lines, says):
-    """A malformed file names its line."""
+def test_bad_lines(tmp_path, lines, message):
+    """An error about a file names the path and the line."""
     path = write(tmp_path, lines)
-    with pytest.raises(ValueError, match=says) as raised:
+    with pytest.raises(ValueError, match=message) as raised:
         read_prompts(str(path))
-    assert str(path) in str(raised.value) or "empty" in says
+    assert str(path) in str(raised.value) or "empty" in message
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "message"),
     [
         ("missing.jsonl", "no prompts file at 'missing.jsonl'; give a .jsonl"),
         ("prompts.csv", "a path that ends in .jsonl, or 'module:function', got 'prompts.csv'"),
         ("my_prompts:absent", "'my_prompts:absent' names no importable function .*Python path"),
         ("no_such_module:f", "'no_such_module:f' names no importable function .*Python path"),
-        ("my_prompts:number", "must name a function, got a int"),
+        ("my_prompts:number", "must name a function, got int"),
         ("my_prompts:text", "my_prompts:text must return a list of prompts, got str"),
         ("my_prompts:empty", "prompts are empty"),
-        ("my_prompts:needy", "my_prompts:needy is called without arguments .*missing .*'path'.*default"),
+        ("my_prompts:needs_path", "my_prompts:needs_path is called without arguments .*missing .*'path'.*default"),
         (lambda count: ["a"] * count, "<lambda> is called without arguments .*missing .*'count'"),
         ([], "prompts are empty"),
-        (["a", 3], "prompts must be texts, chats .*; number 1 is a int: .3"),
-        (b"ab", "prompts must be texts, chats .*; number 0 is a int"),
+        (["a", 3], "prompts must be texts, chats .*; number 1 has type int: .3"),
+        (b"ab", "prompts must be texts, chats .*; number 0 has type int"),
         (7, "prompts must be a list, .*got int; give one of these"),
         ({"prompt": ["a"]}, "prompts must be a list, .*got dict; give one of these"),
     ],
 )
-def test_bad_sources(module, source, says):
-    """What is no source of prompts is refused with the remedy."""
-    with pytest.raises(ValueError, match=says):
+def test_bad_sources(module, source, message):
+    """Anything else is refused with the remedy."""
+    with pytest.raises(ValueError, match=message):
         read_prompts(source)
 
 
-def test_an_error_inside_a_function_is_its_own():
-    """A TypeError of the function's body is not taken for a missing argument."""
+def test_error_inside_a_function_passes_through():
+    """A TypeError of the function's body is not mistaken for a missing argument."""
 
     def broken():
         return len(3)  # type: ignore[arg-type]
@@ -110,16 +110,16 @@ def test_an_error_inside_a_function_is_its_own():
         read_prompts(broken)
 
 
-def test_bytes_that_are_not_utf_8(tmp_path):
-    """A file in another encoding is refused by its line."""
+def test_other_encodings(tmp_path):
+    """A file that is not UTF-8 is refused; the error names the line."""
     path = tmp_path / "prompts.jsonl"
     path.write_bytes('{"prompt": "a"}\n{"prompt": "naïve"}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"prompts.jsonl, line 2: not UTF-8 .*byte 0xef.*save the file as UTF-8"):
         read_prompts(path)
 
 
-def test_tables_that_are_no_source():
-    """A dictionary of splits and a stream are refused with the kinds that are taken, and how to get one of them."""
+def test_other_datasets_types():
+    """A DatasetDict and an IterableDataset are refused, with how to get a source of prompts from them."""
     datasets, pyarrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
     table = datasets.Dataset(pyarrow.table({"prompt": ["one", "two"]}), fingerprint="prompts")
     kinds = r"a list, a path that ends in .jsonl, 'module:function', or a datasets.Dataset with a column 'prompt'"
@@ -133,33 +133,33 @@ def test_tables_that_are_no_source():
             r"got IterableDataset; make it a list, such as prompts=list\(table.take\(1000\)\)",
         ),
     ]:
-        for given in (source, shared(source)):
+        for passed in (source, shared(source)):
             with pytest.raises(ValueError, match=f"{kinds}.*{remedy}"):
-                read_prompts(given)
+                read_prompts(passed)
 
 
 def test_tokenize():
-    """Bytes as tokens, left-padded to P; the mask is true on the real ones."""
+    """Texts become left-padded tokens of width P (here one per byte); the mask is true on real tokens."""
     tokenizer = tiny.tokenizer()
     prompts = tokenize(["ab", "abc<end>"], tokenizer, 5)
     a, b, c = tokenizer("abc").input_ids
     assert prompts.texts == ("ab", "abc<end>")
     assert prompts.input_ids.tolist() == [[tiny.PAD] * 3 + [a, b], [tiny.PAD, a, b, c, tiny.END]]
     assert prompts.attention_mask.tolist() == [[False] * 3 + [True] * 2, [False] + [True] * 4]
-    chosen = prompts.select([1, 0, 1])
-    assert chosen.texts == ("abc<end>", "ab", "abc<end>")
-    assert chosen.input_ids.tolist() == prompts.input_ids[[1, 0, 1]].tolist()
-    assert chosen.attention_mask.tolist() == prompts.attention_mask[[1, 0, 1]].tolist()
+    selected = prompts.select([1, 0, 1])
+    assert selected.texts == ("abc<end>", "ab", "abc<end>")
+    assert selected.input_ids.tolist() == prompts.input_ids[[1, 0, 1]].tolist()
+    assert selected.attention_mask.tolist() == prompts.attention_mask[[1, 0, 1]].tolist()
 
 
 def test_pad_token_may_be_the_end_token():
-    """With pad = end, and with no pad token at all, the mask alone says what is real."""
+    """With pad = end, and without a pad token, the mask still marks the real tokens."""
     for pad in ("<end>", None):
         prompts = tokenize(["ab<end>"], tiny.tokenizer(pad), 5)
         assert prompts.attention_mask.tolist() == [[False, False, True, True, True]]
 
 
-def test_tokenize_leaves_the_tokenizer_alone():
+def test_tokenize_does_not_change_the_tokenizer():
     """The caller's tokenizer keeps its padding side and pad token."""
     tokenizer = tiny.tokenizer(None)
     before = (tokenizer.padding_side, tokenizer.pad_token, tokenizer.truncation_side)
@@ -168,21 +168,21 @@ def test_tokenize_leaves_the_tokenizer_alone():
 
 
 @pytest.mark.parametrize(
-    ("texts", "says"),
+    ("texts", "message"),
     [
         (["ok", ""], "prompt number 1 is empty"),
         (["ok", "  \n"], "prompt number 1 is empty"),
         (["abcdefgh", "123456"], "prompt number 0 has 8 tokens, more than max_prompt_tokens=5 .*to 8"),
     ],
 )
-def test_bad_prompts(texts, says):
-    """An empty prompt or one too long is refused, by number, before any episode."""
-    with pytest.raises(ValueError, match=says):
+def test_bad_prompts(texts, message):
+    """An empty or too long prompt is refused when it is tokenized; the error names its number."""
+    with pytest.raises(ValueError, match=message):
         tokenize(texts, tiny.tokenizer(), 5)
 
 
 def test_bad_prompts_of_a_file(tmp_path):
-    """A prompt from a file is named by its line as well, with blank lines between counted."""
+    """An error about a prompt from a file also names its line, with blank lines counted."""
     path = write(tmp_path, '{"prompt": "ok"}\n\n{"prompt": " "}\n')
     for read in (tokenize, tokenize_chats):
         rows = read_prompts(path)
@@ -190,7 +190,7 @@ def test_bad_prompts_of_a_file(tmp_path):
             read(rows.prompts, chat_tokenizer(), 32, rows.places)
         with pytest.raises(ValueError, match=r"prompt number 0 \(.*prompts.jsonl, line 1\) has .* tokens, more than"):
             read(rows.prompts[:1], chat_tokenizer(), 1, rows.places)
-    assert read_prompts(["a", "b"]).places == ()  # a list's place is its number
+    assert read_prompts(["a", "b"]).places == ()  # an entry of a list is named by its number
 
 
 # ---- rows with further fields
@@ -203,7 +203,7 @@ ROWS = [
 
 
 def test_fields(tmp_path, module):
-    """Further fields of rows become fields, whatever the source; `select` and the device move carry them."""
+    """Further fields are read from every source; `select` and `to` keep them."""
     pyarrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
     lines = "\n".join(json.dumps(row) for row in ROWS)
     module.rows = lambda: ROWS
@@ -213,37 +213,37 @@ def test_fields(tmp_path, module):
         assert rows.prompts == ("2+2=", "3+3=", "4+4=")
         assert rows.fields == {"answer": ("4", "6", None), "weight": (1.0, 0.0, 2.5)}
     prompts = replace(tokenize(rows.prompts, tiny.tokenizer(), 8), fields=rows.fields)
-    chosen = prompts.to(prompts.input_ids.device).select([2, 0, 2])
-    assert chosen.fields == {"answer": (None, "4", None), "weight": (2.5, 1.0, 2.5)}
-    assert chosen.texts == ("4+4=", "2+2=", "4+4=")
+    selected = prompts.to(prompts.input_ids.device).select([2, 0, 2])
+    assert selected.fields == {"answer": (None, "4", None), "weight": (2.5, 1.0, 2.5)}
+    assert selected.texts == ("4+4=", "2+2=", "4+4=")
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "message"),
     [
         (
             [*ROWS[:2], {"prompt": "x"}],
             r"number 0 has \['answer', 'prompt', 'weight'\], number 2 has \['prompt'\]; give",
         ),
         ([ROWS[0], "x"], "all prompts must have the same fields.*number 1 has .'prompt'"),
-        ([{"text": "x"}], 'prompts must be texts, chats .* or rows .*"prompt".*number 0 is a dict'),
-        ([[]], "number 0 is a list"),
-        ([[{"role": "user"}]], "number 0 is a list"),
-        ([[{"role": "user", "content": 3}]], "number 0 is a list"),
-        ([None], "number 0 is a NoneType"),
+        ([{"text": "x"}], 'prompts must be texts, chats .* or rows .*"prompt".*number 0 has type dict'),
+        ([[]], "number 0 has type list"),
+        ([[{"role": "user"}]], "number 0 has type list"),
+        ([[{"role": "user", "content": 3}]], "number 0 has type list"),
+        ([None], "number 0 has type NoneType"),
         ({"a", "b"}, "prompts must be a list.*got set"),
         (iter(["a"]), "prompts must be a list.*got list_iterator"),
         (lambda: {"a"}, "<lambda> must return a list of prompts, got set"),
     ],
 )
-def test_bad_rows(source, says):
-    """Rows that differ in their fields, or hold no prompt, are refused by number; what has no order is no source."""
-    with pytest.raises(ValueError, match=says):
+def test_bad_rows(source, message):
+    """Rows with different fields or without a prompt are refused by number; so are unordered sources and iterators."""
+    with pytest.raises(ValueError, match=message):
         read_prompts(source)
 
 
 def test_uneven_lines_and_tables(tmp_path):
-    """A line with other fields is named by its line; a table that iterates over column names is refused."""
+    """A row of a file with other fields is named by its line; a DataFrame is refused: it iterates over column names."""
     path = write(tmp_path, '{"prompt": "a", "answer": 1}\n\n{"prompt": "b"}\n')
     with pytest.raises(ValueError, match=r"line 1 has \['answer', 'prompt'\], .*line 3 has \['prompt'\]"):
         read_prompts(path)
@@ -262,14 +262,14 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"
 
 
 def chat_tokenizer():
-    """A tokenizer that has a chat template, and writes an end token of its own after plain texts."""
+    """A tokenizer with a chat template."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
 def test_chats():
-    """A text is one message of the user; tokens are the template's, up to where the assistant speaks."""
+    """A text is one message of the user; the template writes the tokens, up to where the assistant speaks."""
     tokenizer = chat_tokenizer()
     prompts = tokenize_chats(["hi", CHAT], tokenizer, 32)
     rendered = ["[u]hi<end>[a]", "[u]hi<end>[a]yo<end>[u]so<end>[a]"]
@@ -277,16 +277,16 @@ def test_chats():
         real = prompts.input_ids[row][prompts.attention_mask[row]].tolist()
         assert real == tokenizer(text).input_ids and tokenizer.decode(real) == text
     assert (prompts.input_ids == tiny.END).sum(1).tolist() == [1, 3]
-    assert prompts.texts == ("hi", "hi\nyo\nso")  # what people and rewards read
+    assert prompts.texts == ("hi", "hi\nyo\nso")  # the texts for rewards and reports
 
 
 def test_bad_chats():
-    """No template, chats where chat is off, and what the template refuses: each gets a sentence."""
+    """A missing template, a chat with chat off, and messages that the template refuses: each error has its remedy."""
     with pytest.raises(ValueError, match=r"no chat template; choose a chat model .*or pass chat=False"):
         tokenize_chats(["hi"], tiny.tokenizer(), 32)
     with pytest.raises(ValueError, match=r"prompt number 1 is a chat .*pass chat=True"):
         tokenize(["hi", CHAT], tiny.tokenizer(), 32)
-    with pytest.raises(ValueError, match=r"chat template refuses prompt number 1 \(no system role\); give messages"):
+    with pytest.raises(ValueError, match=r"chat template refuses prompt number 1 \(no system role\); use the roles"):
         tokenize_chats(["hi", [{"role": "system", "content": "x"}]], chat_tokenizer(), 32)
     with pytest.raises(ValueError, match="prompt number 0 is empty"):
         tokenize_chats([" "], chat_tokenizer(), 32)
@@ -296,7 +296,7 @@ def test_bad_chats():
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_chat_task(settings, tmp_path):
-    """`chat=True` in the settings: the task's prompts, held-out ones and those of options go through the template."""
+    """With `chat=True` the template applies to the task's prompts and to all that `Task.read_prompts` reads."""
     folder = tiny.save(tiny.language_model("gpt2"), tmp_path)
     chat_tokenizer().save_pretrained(folder)
     settings = {**settings, "reference": folder, "prompts": ["hi", "you"], "chat": True}
