@@ -55,15 +55,9 @@ def sample_responses(actor, input_ids: Tensor, attention_mask: Tensor, task) -> 
     for _ in range(task.config.max_new_tokens):
         # The first pass reads the prompts, each later one a single token: the cache holds keys and values of the rest.
         # Positions count real tokens only, so padding before a prompt changes nothing.
-        position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)  # [B, P + t]
-        output = actor(
-            input_ids=new_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids[:, -new_ids.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, -new_ids.shape[1] :]  # [B, P], then [B, 1]
+        text = {"input_ids": new_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        output = actor(**text, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         # The policy π is the softmax at the sampling temperature, here and everywhere below.
         distribution = (output.logits[:, -1] / task.config.temperature).log_softmax(-1)  # [B, V]
@@ -87,7 +81,7 @@ def sample_responses(actor, input_ids: Tensor, attention_mask: Tensor, task) -> 
 
 
 # ---- Reading finished texts: one forward pass gives the numbers at all tokens
-TEXT = ("input_ids", "attention_mask", "position_ids")
+TEXT = ("input_ids", "attention_mask", "position_ids")  # what the models read of a batch, [B, L] each
 
 
 def response_log_probs(model, batch: dict[str, Tensor], temperature: float) -> Tensor:
@@ -130,20 +124,19 @@ def rewards(task, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # ---- 3. Advantages
-def advantages(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lmbda: float) -> Tensor:
-    """Generalized advantage estimation (Schulman et al. 2016). All [B, R].
+def advantages(reward: Tensor, value: Tensor, gamma: float, lmbda: float) -> Tensor:
+    """Generalized advantage estimation (Schulman et al. 2016). All [B, R], and 0 in the padding after a response.
 
     δ_t = r_t + γ V(s_{t+1}) − V(s_t)    how much better token t was than the critic expected
     A_t = δ_t + γ λ A_{t+1}              and, fading, how much better the tokens after it were
     """
     advantage = torch.zeros_like(reward)
-    next_value = next_advantage = torch.zeros_like(reward[:, 0])  # [B]; nothing comes after the end, so both are 0
+    # Nothing is worth anything after the end: both stay 0 through the padding, until the last token reads them.
+    next_value = next_advantage = torch.zeros_like(reward[:, 0])  # [B]
     for t in reversed(range(reward.shape[1])):
         delta = reward[:, t] + gamma * next_value - value[:, t]
-        # Still 0 in the padding after a response, so that its last token finds zeros too.
-        next_advantage = (delta + gamma * lmbda * next_advantage) * mask[:, t]
-        next_value = value[:, t] * mask[:, t]
-        advantage[:, t] = next_advantage
+        advantage[:, t] = next_advantage = delta + gamma * lmbda * next_advantage
+        next_value = value[:, t]
     return advantage
 
 
@@ -198,7 +191,7 @@ def main(settings: Settings):
     actor = copy.deepcopy(task.reference.model).requires_grad_(True)
     # The critic starts as the reward model: what can score a whole response has a good guess after half of it.
     critic = copy.deepcopy(task.reward.model).requires_grad_(True)
-    critic.score.bias = nn.Parameter(torch.zeros(1, device=task.device))
+    critic.score.bias = nn.Parameter(torch.zeros(1, device=task.device))  # by which all values can move at once
     rates = {actor: settings.learning_rate, critic: settings.critic_learning_rate}
     groups = [{"params": network.parameters(), "lr": rate} for network, rate in rates.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -214,7 +207,7 @@ def main(settings: Settings):
         with torch.no_grad():
             rollout["value"] = value = values(critic, rollout)
         mask = rollout["mask"]
-        advantage = advantages(rollout["reward"], value, mask, settings.gamma, settings.lmbda)
+        advantage = advantages(rollout["reward"], value, settings.gamma, settings.lmbda)
         rollout["value_target"] = advantage + value  # what the critic should have said
         rollout["advantage"] = whiten(advantage, mask)
         update(actor, critic, optimizer, rollout, settings, task.config.temperature)
