@@ -85,8 +85,8 @@ def test_client(name, library, settings, steps_taken, capsys):
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short(path):
-    """An example has at most 60 lines; what several share is in warm_start.py."""
-    assert path.stem == "warm_start" or len(path.read_text(encoding="utf-8").splitlines()) <= 60
+    """An example has at most 60 lines; what several share is in warm_start.py, and one_file_ppo.py is a whole trainer."""
+    assert path.stem in ("warm_start", "one_file_ppo") or len(path.read_text(encoding="utf-8").splitlines()) <= 60
 
 
 def test_policies_start_as_the_reference():
