@@ -10,8 +10,8 @@ Name a function as `reward="module:function"`, or pass it to `gym.make` directly
 - `@textenv.per_token`: `f(prompts: list[str], tokens: list[list[str]]) -> list[list[float]]`, one reward per token
   (per_token.py).
 
-The plain and per-response forms may be `async`. All forms but `per_batch` may take further parameters, which receive
-the prompts' fields of the same name, such as `answer`: B values, or one value in the per-response form.
+All forms may be `async`. All but `per_batch` (which has `batch.fields`) may take further parameters, which receive the
+prompts' fields of the same name, such as `answer`: B values, or one value in the per-response form.
 
     @textenv.per_response(workers=8)
     async def helpful(prompt, response, answer):
