@@ -21,7 +21,7 @@ from agents.config import TrainConfig
 from agents.text.shading import shaded_responses
 from agents.trainer import Trainer
 from tests.support.learning import make_trainer
-from textenv.rendering.text import ABOVE, BELOW
+from textenv.rendering.text import NEGATIVE_COLORS, POSITIVE_COLORS
 
 SHRUNK = [
     "--iterations",
@@ -129,7 +129,9 @@ def test_generate_colors_tokens(trained, monkeypatch, capsys):
         first, _, rest = shown[color].partition("\n")
         assert first.startswith(f"[{color}: blue below zero, red above, strongest at ")
         assert re.sub(r"\x1b\[[0-9;]*m", "", rest) == shown["none"]
-        assert any(f"38;5;{code}m" in rest for code in (BELOW[2], ABOVE[2]))  # the greatest is at full strength
+        assert any(
+            f"38;5;{code}m" in rest for code in (NEGATIVE_COLORS[2], POSITIVE_COLORS[2])
+        )  # the greatest is at full strength
     assert shown["penalty"] != shown["advantage"]
     with pytest.raises(SystemExit):
         main(["generate", "--run", "runs/whole", "--prompt", "a", "--color", "penalty", "--top-k", "5"])

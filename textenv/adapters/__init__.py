@@ -1,1 +1,1 @@
-"""The environment as other libraries' clients need it."""
+"""Adapters of the environment to other libraries."""

@@ -1,1 +1,1 @@
-"""ResponseBatch as text and as pictures."""
+"""Episodes as colored text and as images."""

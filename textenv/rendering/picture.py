@@ -1,6 +1,6 @@
-"""A page as a picture: every frame of an environment has the same size, so that frames make a video.
+"""Draw an `EpisodeView` as an image. All frames of an environment have the same size, so that they form a video.
 
-Tokens stand on the color of their number, from blue (below zero) over the paper's own to red (above).
+The background color of a token shows its value, from blue (negative) through the page color (zero) to red (positive).
 """
 
 from __future__ import annotations
@@ -20,130 +20,133 @@ from textenv.rendering.text import EpisodeView
 
 Color = tuple[int, int, int]
 PAPER, INK, GRAY, FAINT = (252, 252, 250), (28, 30, 34), (128, 132, 140), (226, 227, 224)
-BLUE, RED = (104, 164, 222), (240, 128, 108)  # behind ink, at their strongest
+BLUE, RED = (104, 164, 222), (240, 128, 108)  # background colors at full strength
 WIDTH, MARGIN, LINE, FOOTER = 768, 28, 30, 52  # pixels
-BLOCK = 16  # video codecs want sides that are multiples of it
-FACT = 160  # pixels from one fact of the footer to the next, so that they stand still in a video
-FEWEST, MOST = 4, 24  # lines of text
-LETTERS_A_TOKEN, LETTERS_A_LINE = 5, 70  # rough, to choose a height; what does not fit scrolls
+BLOCK = 16  # video codecs need sides that are multiples of this
+FOOTER_ITEM = 160  # pixels from one footer item to the next, fixed so that items do not move in a video
+MIN_LINES, MAX_LINES = 4, 24  # lines of text
+CHARACTERS_PER_TOKEN, CHARACTERS_PER_LINE = 5, 70  # rough, to choose a height; longer text scrolls
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A run of letters in its place."""
+class Span:
+    """Text with its position and colors."""
 
     text: str
     left: float  # pixels from the left margin
     line: int
     ink: Color
-    back: Color | None
+    background: Color | None
+
+
+TextRun = tuple[str, Color, Color | None]  # text, ink, background
 
 
 def lines_for(tokens: int) -> int:
-    """Lines of text that a picture should have room for, if its texts have up to so many tokens."""
-    return min(max(math.ceil(tokens * LETTERS_A_TOKEN / LETTERS_A_LINE), FEWEST), MOST)
+    """The number of text lines in an image for texts of up to `tokens` tokens."""
+    return min(max(math.ceil(tokens * CHARACTERS_PER_TOKEN / CHARACTERS_PER_LINE), MIN_LINES), MAX_LINES)
 
 
-def draw(page: EpisodeView, lines: int) -> NDArray[np.uint8]:
-    """A page as a picture, uint8 [H, W, 3]. H depends on `lines` alone; of longer texts the last lines show."""
+def draw(view: EpisodeView, lines: int) -> NDArray[np.uint8]:
+    """Draw a view, uint8 [H, W, 3]. H depends only on `lines`; of longer texts the last lines are shown."""
     height = BLOCK * math.ceil((MARGIN + lines * LINE + FOOTER) / BLOCK)
     image = Image.new("RGB", (WIDTH, height), PAPER)
     canvas = ImageDraw.Draw(image)
-    marks = list(_lay_out(page))
-    hidden = max(marks[-1].line + 1 - lines, 0) if marks else 0
-    for mark in marks:
-        if mark.line >= hidden:
-            _draw_mark(canvas, mark, MARGIN + (mark.line - hidden) * LINE)
-    _draw_footer(canvas, page, height)
+    spans = list(_layout(view))
+    hidden = max(spans[-1].line + 1 - lines, 0) if spans else 0
+    for span in spans:
+        if span.line >= hidden:
+            _draw_span(canvas, span, MARGIN + (span.line - hidden) * LINE)
+    _draw_footer(canvas, view, height)
     return np.array(image)
 
 
 def tint(value: float, scale: float) -> Color:
-    """The color behind a token: the paper's own at zero, full blue or red from `scale` on."""
+    """The background color of a value: the page color at zero, full blue or red from magnitude `scale` on."""
     strength = min(abs(value) / scale, 1.0)
-    return _mix(PAPER, BLUE if value < 0 else RED, strength)
+    return _blend(PAPER, BLUE if value < 0 else RED, strength)
 
 
-def _mix(start: Color, end: Color, share: float) -> Color:
+def _blend(start: Color, end: Color, share: float) -> Color:
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(start, end, strict=True))
     return red, green, blue
 
 
-def _lay_out(page: EpisodeView) -> Iterator[Mark]:
-    """Letters in lines, broken between words where a line has a space, else wherever it is full."""
+def _layout(view: EpisodeView) -> Iterator[Span]:
+    """Break the text into lines: between words, or inside a word that is longer than a line."""
     left, line, limit = 0.0, 0, WIDTH - 2 * MARGIN
-    broken = False  # whether this line began because the last one was full: then no space begins it
-    for word in _words(page):
+    wrapped = False  # whether the current line continues a full one; then its leading spaces are dropped
+    for word in _words(view):
         width = sum(_width(text) for text, _, _ in word)
         if left and left + width > limit:
-            left, line, broken = 0.0, line + 1, True
-        for text, ink, back in word:
+            left, line, wrapped = 0.0, line + 1, True
+        for text, ink, background in word:
             for part in [text] if width <= limit else text:
                 if part == "\n":
-                    left, line, broken = 0.0, line + 1, False
+                    left, line, wrapped = 0.0, line + 1, False
                     continue
                 if left and left + _width(part) > limit:
-                    left, line, broken = 0.0, line + 1, True
-                if left or not broken or not part.isspace():
-                    yield Mark(part, left, line, ink, back)
+                    left, line, wrapped = 0.0, line + 1, True
+                if left or not wrapped or not part.isspace():
+                    yield Span(part, left, line, ink, background)
                     left += _width(part)
 
 
-def _words(page: EpisodeView) -> Iterator[list[tuple[str, Color, Color | None]]]:
-    """Runs without a space, and spaces and line ends by themselves; a word may be of several tokens."""
-    word: list[tuple[str, Color, Color | None]] = []
-    for text, ink, back in _inked(page):
+def _words(view: EpisodeView) -> Iterator[list[TextRun]]:
+    """Split the text into words, spaces and line breaks. A word may consist of several tokens."""
+    word: list[TextRun] = []
+    for text, ink, background in _colored_pieces(view):
         for part in re.findall(r"\n|[^\S\n]+|\S+", text.replace("\t", "    ")):
             if part.isspace():
                 yield from [word] if word else []
-                yield [(part, ink, back)]
+                yield [(part, ink, background)]
                 word = []
             else:
-                word.append((part, ink, back))
+                word.append((part, ink, background))
     yield from [word] if word else []
 
 
-def _inked(page: EpisodeView) -> Iterator[tuple[str, Color, Color | None]]:
-    yield page.prompt, GRAY, None
-    for index, piece in enumerate(page.pieces):
-        back = None if page.values is None else tint(page.values[index], page.scale)
-        blank = len(piece) - len(piece.lstrip())
-        if blank < len(piece):  # color begins with the letters; only a token of nothing but space shows it there
-            yield piece[:blank], INK, None
-            piece = piece[blank:]
-        yield piece, INK, back
+def _colored_pieces(view: EpisodeView) -> Iterator[TextRun]:
+    yield view.prompt, GRAY, None
+    for index, piece in enumerate(view.pieces):
+        background = None if view.values is None else tint(view.values[index], view.scale)
+        indent = len(piece) - len(piece.lstrip())
+        if indent < len(piece):  # leading spaces are not colored, unless the token is only spaces
+            yield piece[:indent], INK, None
+            piece = piece[indent:]
+        yield piece, INK, background
 
 
-def _draw_mark(canvas: ImageDraw.ImageDraw, mark: Mark, top: float) -> None:
-    left = MARGIN + mark.left
-    if mark.back is not None:
-        right = max(left + _width(mark.text) - 1, left)  # some letters have no width
-        canvas.rectangle((round(left), top + 2, round(right), top + LINE - 4), fill=mark.back)
-    canvas.text((left, top + LINE / 2), mark.text, fill=mark.ink, font=_font(17), anchor="lm")
+def _draw_span(canvas: ImageDraw.ImageDraw, span: Span, top: float) -> None:
+    left = MARGIN + span.left
+    if span.background is not None:
+        right = max(left + _width(span.text) - 1, left)  # some characters have no width
+        canvas.rectangle((round(left), top + 2, round(right), top + LINE - 4), fill=span.background)
+    canvas.text((left, top + LINE / 2), span.text, fill=span.ink, font=_font(17), anchor="lm")
 
 
-def _draw_footer(canvas: ImageDraw.ImageDraw, page: EpisodeView, height: int) -> None:
-    """How far the response is, what was paid for it, and what the colors mean."""
+def _draw_footer(canvas: ImageDraw.ImageDraw, view: EpisodeView, height: int) -> None:
+    """Draw the progress bar, the footer items and the color legend."""
     top, middle = height - FOOTER + 10, height - FOOTER / 2 + 6
     right = WIDTH - MARGIN
     canvas.rectangle((MARGIN, top, right, top + 2), fill=FAINT)
-    if page.progress > 0:
-        canvas.rectangle((MARGIN, top, MARGIN + (right - MARGIN) * min(page.progress, 1.0), top + 2), fill=GRAY)
-    for index, fact in enumerate(page.footer):
-        canvas.text((MARGIN + index * FACT, middle), fact, fill=INK, font=_font(15), anchor="lm")
-    if page.values is not None and page.unit:
-        _draw_legend(canvas, page, middle)
+    if view.progress > 0:
+        canvas.rectangle((MARGIN, top, MARGIN + (right - MARGIN) * min(view.progress, 1.0), top + 2), fill=GRAY)
+    for index, item in enumerate(view.footer):
+        canvas.text((MARGIN + index * FOOTER_ITEM, middle), item, fill=INK, font=_font(15), anchor="lm")
+    if view.values is not None and view.unit:
+        _draw_legend(canvas, view, middle)
 
 
-def _draw_legend(canvas: ImageDraw.ImageDraw, page: EpisodeView, middle: float) -> None:
-    """The colors from the least number to the greatest; where none is below zero, from zero."""
-    label, width, right = f"{page.scale:.2g} {page.unit}", 72, WIDTH - MARGIN
-    least = -1.0 if min(page.values or (), default=0.0) < 0 else 0.0
+def _draw_legend(canvas: ImageDraw.ImageDraw, view: EpisodeView, middle: float) -> None:
+    """Draw the color scale from −scale, or from 0 if no value is negative, to scale."""
+    label, width, right = f"{view.scale:.2g} {view.unit}", 72, WIDTH - MARGIN
+    least = -1.0 if min(view.values or (), default=0.0) < 0 else 0.0
     left = right - canvas.textlength(label, font=_font(13)) - 8 - width
     for x in range(width):
         share = least + (1 - least) * x / (width - 1)
         canvas.line((left + x, middle - 6, left + x, middle + 6), fill=tint(share, 1.0))
-    canvas.text((left - 8, middle), f"{least * page.scale:.2g}", fill=GRAY, font=_font(13), anchor="rm")
+    canvas.text((left - 8, middle), f"{least * view.scale:.2g}", fill=GRAY, font=_font(13), anchor="rm")
     canvas.text((right, middle), label, fill=GRAY, font=_font(13), anchor="rm")
 
 
@@ -154,8 +157,9 @@ def _width(text: str) -> float:
 
 @lru_cache(maxsize=4)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: many alphabets, where Pillow's own font lacks even a long dash."""
-    import matplotlib  # here, since it is needed by nobody who draws no pictures
+    """DejaVu Sans from matplotlib. It covers many alphabets; Pillow's default font lacks even the em dash."""
+    import matplotlib  # imported here, since only images need it
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)  # the other one refuses some strings
+    # BASIC, since the other layout engine fails on some strings.
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)

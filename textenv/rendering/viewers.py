@@ -1,6 +1,6 @@
-"""What a render mode shows while an environment runs: text or a picture of each row, or live typing.
+"""The render modes: text or an image of each row, or live text in the terminal.
 
-A viewer is told of every reset and step of its environment, and there is none where nothing is to be shown.
+An environment passes every reset and step to its viewer. Without a render mode there is no viewer.
 """
 
 from __future__ import annotations
@@ -14,138 +14,138 @@ from torch import Tensor
 
 from textenv.dynamics import Transition
 from textenv.rendering import picture
-from textenv.rendering.text import PROMPT, EpisodeView, TextStreamer, color, paint, printable, shade
+from textenv.rendering.text import PROMPT_COLOR, EpisodeView, TextStreamer, color, paint, printable, shade
 from textenv.state import TextState
 from textenv.task import Task
 
-FPS = 10  # tokens a second, in videos and in a terminal
-# Nats from which a token counts as a full surprise to the reference: a probability below 1 in 400.
-SURPRISE = 6.0
+FPS = 10  # tokens per second, in videos and in a terminal
+# Surprise −log π_ref, in nats, at which colors reach full strength: a probability below 1 in 400.
+MAX_SURPRISE = 6.0
 UNIT = "nats of surprise"
 
 
 class Viewer(Protocol):
-    """What the faces of the environment ask of a render mode."""
+    """The interface between an environment and its render mode."""
 
     def restart(self, rows: Sequence[int], state: TextState) -> None:
-        """New episodes begin in these rows."""
+        """Start new episodes in these rows."""
         ...
 
     def record(self, transition: Transition, active: Tensor) -> None:
-        """A token was written in the active rows; active: bool [B]."""
+        """Record the step of the active rows; active: bool [B]."""
         ...
 
     def frames(self) -> tuple[Any, ...]:
-        """What each row looks like now; nothing where it is shown by itself."""
+        """The current frame of each row; None for a viewer that displays by itself."""
         ...
 
     def close(self) -> None:
-        """Nothing more will be shown."""
+        """Release resources and finish the output."""
         ...
 
 
 class ImageViewer:
-    """The page of every row, drawn when somebody asks for it."""
+    """Records every row, and draws it on request: as an image, or as text."""
 
     def __init__(self, task: Task, rows: int, draw: Callable[[EpisodeView], Any]) -> None:
         self.task, self.draw = task, draw
-        self.stories = [ResponseRecord(task, []) for _ in range(rows)]
+        self.records = [ResponseRecord(task, []) for _ in range(rows)]
 
     def restart(self, rows: Sequence[int], state: TextState) -> None:
-        """New episodes begin in these rows."""
+        """Start new episodes in these rows."""
         for row in rows:
-            self.stories[row] = ResponseRecord(self.task, _prompt_ids(state, row))
+            self.records[row] = ResponseRecord(self.task, _prompt_ids(state, row))
 
     def record(self, transition: Transition, active: Tensor) -> None:
-        """A token was written in the active rows."""
+        """Record the step of the active rows."""
         for row in active.nonzero()[:, 0].tolist():
-            self.stories[row].add(transition, row)
+            self.records[row].add(transition, row)
 
     def frames(self) -> tuple[Any, ...]:
-        """What each row looks like now."""
-        return tuple(self.draw(story.page()) for story in self.stories)
+        """The current frame of each row."""
+        return tuple(self.draw(record.view()) for record in self.records)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 class TextViewer:
-    """Types one row into the terminal as its tokens come: prompt gray, tokens by their surprise, score last.
+    """Writes row 0 to standard output as its tokens arrive: prompt in gray, tokens by surprise, then the score.
 
-    Colors and the pace of `FPS` tokens a second are for terminals; a file or a pipe gets plain text at once.
+    A terminal gets colors and `FPS` tokens per second; a file or a pipe gets plain text without delay.
     """
 
     def __init__(self, task: Task, rows: int) -> None:
-        self.task, self.story, self.open = task, ResponseRecord(task, []), False
+        self.task, self.episode, self.line_open = task, ResponseRecord(task, []), False
 
     def restart(self, rows: Sequence[int], state: TextState) -> None:
-        """Types the prompt on a line of its own."""
+        """Write the prompt on a new line."""
         self.close()
-        self.story, self.open = ResponseRecord(self.task, _prompt_ids(state, 0)), True
-        self._type(self.story.prompt, PROMPT)
+        self.episode, self.line_open = ResponseRecord(self.task, _prompt_ids(state, 0)), True
+        self._write(self.episode.prompt, PROMPT_COLOR)
 
     def record(self, transition: Transition, active: Tensor) -> None:
-        """Types the token; after the last one the score."""
-        self.story.add(transition, 0)
-        value = self.story.values[-1]
-        self._type(self.story.pieces[-1], None if self.task.reference is None else shade(value, SURPRISE))
+        """Write the token, and the score after the last token."""
+        self.episode.add(transition, 0)
+        surprise = self.episode.values[-1]
+        self._write(self.episode.pieces[-1], None if self.task.reference is None else shade(surprise, MAX_SURPRISE))
         if _is_terminal(sys.stdout):
             time.sleep(1 / FPS)
-        if self.story.ending:
-            self._type(f"  [{self.story.ending}]", PROMPT)
+        if self.episode.ending:
+            self._write(f"  [{self.episode.ending}]", PROMPT_COLOR)
             self.close()
 
     def frames(self) -> tuple[Any, ...]:
-        """Nothing: all is typed already."""
+        """None, since the text is already written."""
         return (None,)
 
     def close(self) -> None:
-        """Ends the line that is being typed."""
-        if self.open:
-            self._type("\n", None)
-        self.open = False
+        """End the current line."""
+        if self.line_open:
+            self._write("\n", None)
+        self.line_open = False
 
-    def _type(self, text: str, code: int | None) -> None:
-        if sys.stdout is None:  # a program without a console has none
+    def _write(self, text: str, code: int | None) -> None:
+        if sys.stdout is None:  # in a program without a console
             return
         encoding = sys.stdout.encoding or "utf-8"
-        text = text.encode(encoding, "replace").decode(encoding)  # what the terminal has no letter for is a "?"
+        text = text.encode(encoding, "replace").decode(encoding)  # characters outside the encoding become "?"
         sys.stdout.write(color(text, code) if _is_terminal(sys.stdout) else text)
         sys.stdout.flush()
 
 
 class ResponseRecord:
-    """One row's episode so far, in the words and numbers that are shown of it."""
+    """The current episode of one row, as text and numbers for display."""
 
     def __init__(self, task: Task, prompt_ids: Sequence[int]) -> None:
-        self.task, self.typewriter = task, TextStreamer(task.tokenizer, prompt_ids)
-        self.prompt = printable(self.typewriter.prompt)
+        self.task, self.streamer = task, TextStreamer(task.tokenizer, prompt_ids)
+        self.prompt = printable(self.streamer.prompt)
         self.pieces: list[str] = []
         self.values: list[float] = []  # surprise of the reference, −log π_ref, nats
         self.paid, self.ending = 0.0, ""
 
     def add(self, transition: Transition, row: int) -> None:
-        """One token more."""
+        """Add the token of a step."""
         state = transition.state
         token = int(state.input_ids[row, state.prompt_width + int(state.length[row]) - 1])
-        self.pieces.append(self.typewriter.type(token))
+        self.pieces.append(self.streamer.add(token))
         self.values.append(-float(transition.reference_log_prob[row]))
         self.paid += float(transition.reward[row])
         if bool(transition.terminated[row]):
-            self.pieces[-1] += self.typewriter.rest()
+            self.pieces[-1] += self.streamer.flush()
             self.ending = f"score {float(transition.score[row]):+.2f}, {transition.finish_reason(row)}"
 
-    def page(self) -> EpisodeView:
-        """The episode so far as it is shown."""
+    def view(self) -> EpisodeView:
+        """The view of the episode so far."""
         budget, length = self.task.config.max_new_tokens, len(self.pieces)
-        parts = [f"token {length} of {budget}", f"reward {self.paid:+.2f}", *([self.ending] if self.ending else [])]
+        footer = [f"token {length} of {budget}", f"reward {self.paid:+.2f}", *([self.ending] if self.ending else [])]
         return EpisodeView(
             prompt=self.prompt,
             pieces=tuple(self.pieces),
             values=None if self.task.reference is None else tuple(self.values),
-            scale=SURPRISE,
+            scale=MAX_SURPRISE,
             unit=UNIT,
-            footer=parts,
+            footer=footer,
             progress=length / budget,
         )
 
@@ -158,9 +158,9 @@ def _text_viewer(task: Task, rows: int) -> Viewer:
     return ImageViewer(task, rows, paint)
 
 
-def _picture_viewer(task: Task, rows: int) -> Viewer:
+def _image_viewer(task: Task, rows: int) -> Viewer:
     lines = picture.lines_for(task.width)
-    return ImageViewer(task, rows, lambda page: picture.draw(page, lines))
+    return ImageViewer(task, rows, lambda view: picture.draw(view, lines))
 
 
 def _prompt_ids(state: TextState, row: int) -> list[int]:
@@ -171,16 +171,16 @@ def _prompt_ids(state: TextState, row: int) -> list[int]:
 VIEWERS: dict[str, Callable[[Task, int], Viewer]] = {
     "ansi": _text_viewer,
     "human": TextViewer,
-    "rgb_array": _picture_viewer,
+    "rgb_array": _image_viewer,
 }
 
 
 def check_render_mode(mode: Any, modes: Sequence[str], remedy: str = "") -> None:
-    """Raises ValueError for what is no render mode of an environment."""
+    """Raise ValueError unless `mode` is None or one of `modes`."""
     if mode is not None and mode not in modes:
         raise ValueError(f"render_mode must be None or one of {list(modes)}, got {mode!r}{remedy}.")
 
 
 def make_viewer(mode: str | None, task: Task, rows: int) -> Viewer | None:
-    """The viewer of a render mode; None shows nothing, and costs nothing."""
+    """The viewer of a render mode; None without one."""
     return None if mode is None else VIEWERS[mode](task, rows)

@@ -1,1 +1,1 @@
-"""Rewards: models, functions, ready-made ones and sums of them, and what is paid of a score."""
+"""Rewards: reward models, functions, a library of ready-made functions, weighted sums, and score normalization."""

@@ -1,7 +1,7 @@
-"""What a response is worth: the protocol of rewards, what they see, what they give, and weighted sums of them.
+"""The reward protocol: the batch that a reward sees, the scores that it returns, and weighted sums of rewards.
 
-The kinds of rewards are elsewhere: models in reward_model.py, Python functions in functions.py and per_token.py.
-From names to rewards: build.py.
+Reward models are in reward_model.py, Python functions in functions.py and per_token.py. build.py turns the `reward`
+setting into a reward.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from transformers import PreTrainedTokenizerBase
 
 from textenv.state import TextState
 
-SHOWN = 200  # characters of a prompt or response that an error message quotes
+QUOTED_CHARACTERS = 200  # of a prompt or response in an error message
 
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """Finished responses, as rewards see them: tokens, and texts decoded once, when asked for.
+    """B finished responses, as rewards see them: token ids, and texts that are decoded once, on first use.
 
-    Rewards that pay at every token see unfinished ones too, of which nothing has stopped.
+    A reward that pays at every token also sees unfinished responses; `stopped` is false for them.
     """
 
     prompts: list[str]
     state: TextState
     stopped: Tensor  # bool [B], true = ended with a stop token, false = cut by the budget
     tokenizer: PreTrainedTokenizerBase
-    fields: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # the prompts' further fields, B values each
-    rows: Sequence[int] | None = None  # which rows of the environment or the batch these are; None: 0 to B - 1
+    fields: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # the other fields of the prompts, B values each
+    rows: Sequence[int] | None = None  # their rows in the environment or the whole batch; None is 0 to B - 1
 
     @cached_property
     def texts(self) -> list[str]:
-        """Prompt and response in one, without special tokens."""
+        """Prompt and response as one text, without special tokens."""
         ids, mask = self.state.input_ids.cpu(), self.state.attention_mask.cpu()
         return [self._decode(row[real].tolist()) for row, real in zip(ids, mask, strict=True)]
 
     @cached_property
     def responses(self) -> list[str]:
-        """The generated part alone, without special tokens."""
+        """The responses alone, without special tokens."""
         width = self.state.prompt_width
         ids, mask = self.state.input_ids[:, :width].cpu(), self.state.attention_mask[:, :width].cpu()
-        # Cut from the decoded whole, since decoding the part alone would lose a leading space in some
-        # tokenizers (SentencePiece).
-        heads = [self._decode(row[real].tolist()) for row, real in zip(ids, mask, strict=True)]
-        return [text[len(head) :] for text, head in zip(self.texts, heads, strict=True)]
+        # Cut from the whole decoded text, since some tokenizers (SentencePiece) drop a leading space when the
+        # response is decoded alone.
+        prompts = [self._decode(row[real].tolist()) for row, real in zip(ids, mask, strict=True)]
+        return [text[len(prompt) :] for text, prompt in zip(self.texts, prompts, strict=True)]
 
     @cached_property
     def response_ids(self) -> list[list[int]]:
-        """The generated token ids of each row, and nothing else."""
+        """The generated token ids of each response, without padding."""
         ids, mask = self.state.response_ids.cpu(), self.state.response_mask.cpu()
         return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
 
@@ -61,11 +61,11 @@ class ResponseBatch:
         return len(self.prompts)
 
     def row(self, index: int) -> int:
-        """The row of the environment, or of the whole batch, that response number `index` is in."""
+        """The row of response `index` in the environment or the whole batch."""
         return index if self.rows is None else self.rows[index]
 
-    def where(self, index: int) -> str:
-        """Response number `index`, for an error message."""
+    def describe_row(self, index: int) -> str:
+        """Row, prompt and response of response `index`, for an error message."""
         prompt, response = _quote(self.prompts[index]), _quote(self.responses[index])
         return f"row {self.row(index)} (prompt {prompt}, response {response})"
 
@@ -75,114 +75,114 @@ class ResponseBatch:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward gives for B responses."""
+    """The scores of B responses under one reward."""
 
     final: Tensor  # float32 [B], paid at the last token
-    parts: dict[str, Tensor]  # float32 [B] each: what every reward gave under its name, before its weight
-    tokens: Tensor | None = None  # float32 [B, R], paid at each token, zero outside the response; None: nothing
+    parts: dict[str, Tensor]  # float32 [B] each, by reward name: the score of each reward, before its weight
+    tokens: Tensor | None = None  # float32 [B, R], paid at each token, zero outside the response; None pays nothing
 
     @property
     def total(self) -> Tensor:
-        """The whole response's score: all that is paid for it. Float32 [B]."""
+        """The score of the whole response, the sum of everything paid for it. Float32 [B]."""
         return self.final if self.tokens is None else self.final + self.tokens.sum(1)
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores finished responses, in batches. Any object with these three is taken by `textenv.shared(it)`.
+    """Scores batches of finished responses. `textenv.shared(reward)` passes any object with these members.
 
-    A response's scores may depend on nothing but the response, its prompt and the prompt's fields.
+    A response's scores may depend only on the response, its prompt and the prompt's fields.
     """
 
     @property
     def name(self) -> str:
-        """What messages and descriptions call it."""
+        """The name in error messages and descriptions."""
         ...
 
     @property
     def part_names(self) -> Sequence[str]:
-        """The keys of its `Scores.parts`; one reward by itself has one, its own name."""
+        """The keys of `Scores.parts`. A reward that is not a sum usually has one, its own name."""
         ...
 
-    def __call__(self, episodes: ResponseBatch) -> Scores:
+    def __call__(self, batch: ResponseBatch) -> Scores:
         """Scores of B finished responses."""
         ...
 
 
 @runtime_checkable
 class TokenReward(Reward, Protocol):
-    """A reward that pays at every token, and so is also asked about unfinished responses."""
+    """A reward that pays at every token, and so is also called on unfinished responses."""
 
-    def token_rewards(self, episodes: ResponseBatch) -> Tensor:
-        """What each token so far is paid: float32 [B, R], zero outside the response.
+    def token_rewards(self, batch: ResponseBatch) -> Tensor:
+        """The reward of each token so far: float32 [B, R], zero outside the response.
 
-        What token t is paid may depend on nothing after it.
+        The reward of token t must not depend on later tokens.
         """
         ...
 
 
 class WeightedSum:
-    """The sum of several rewards, each times its weight. Its parts are theirs, before the weights."""
+    """A weighted sum of rewards. Its parts are the parts of its members, before the weights."""
 
     def __init__(self, members: Sequence[tuple[float, Reward]]) -> None:
         self.members = tuple(members)
         self.name = " + ".join(f"{weight:g}·{reward.name}" for weight, reward in self.members)
         self.part_names = tuple(name for _, reward in self.members for name in reward.part_names)
-        for name, times in Counter(self.part_names).items():
-            if times > 1:
+        for name, count in Counter(self.part_names).items():
+            if count > 1:
                 raise ValueError(
-                    f"{times} rewards of a sum are named {name!r}, so their parts could not be told apart; give each a "
-                    "name of its own (for a function, its 'module:function' or its def)."
+                    f"{count} rewards of a sum are named {name!r}, so their parts could not be told apart; give each "
+                    "its own name (a function is named by its 'module:function' or its def)."
                 )
 
-    def __call__(self, episodes: ResponseBatch) -> Scores:
+    def __call__(self, batch: ResponseBatch) -> Scores:
         """Scores of B finished responses."""
-        scores = [(weight, read_scores(reward, episodes)) for weight, reward in self.members]
-        tokens = [weight * one.tokens for weight, one in scores if one.tokens is not None]
+        weighted = [(weight, read_scores(reward, batch)) for weight, reward in self.members]
+        tokens = [weight * scores.tokens for weight, scores in weighted if scores.tokens is not None]
         return Scores(
-            final=torch.stack([weight * one.final for weight, one in scores]).sum(0),
-            parts={name: part for _, one in scores for name, part in one.parts.items()},
+            final=torch.stack([weight * scores.final for weight, scores in weighted]).sum(0),
+            parts={name: part for _, scores in weighted for name, part in scores.parts.items()},
             tokens=torch.stack(tokens).sum(0) if tokens else None,
         )
 
 
-def read_scores(reward: Reward, episodes: ResponseBatch) -> Scores:
-    """What a reward says of finished responses, checked: the one door by which scores come in.
+def read_scores(reward: Reward, batch: ResponseBatch) -> Scores:
+    """Call a reward on finished responses and check its scores. All scores enter the environment here.
 
-    Raises ValueError that names the reward and, where a number is not finite, the prompt and the response.
+    Raises ValueError that names the reward and, for a number that is not finite, the prompt and the response.
     """
-    given = reward(episodes)
-    if not isinstance(given, Scores) or set(given.parts) != set(reward.part_names):
-        got = f"parts {sorted(given.parts)}" if isinstance(given, Scores) else type(given).__name__
+    returned = reward(batch)
+    if not isinstance(returned, Scores) or set(returned.parts) != set(reward.part_names):
+        got = f"parts {sorted(returned.parts)}" if isinstance(returned, Scores) else type(returned).__name__
         raise ValueError(
-            f"reward {reward.name!r} must return textenv.Scores with the parts that its part_names say "
+            f"reward {reward.name!r} must return textenv.Scores with the parts listed in its part_names "
             f"({sorted(reward.part_names)}), got {got}."
         )
-    device, mask = episodes.state.input_ids.device, episodes.state.response_mask
+    device, mask = batch.state.input_ids.device, batch.state.response_mask
     pays_tokens = bool(token_members(reward))
-    if (given.tokens is not None) != pays_tokens:
+    if (returned.tokens is not None) != pays_tokens:
         raise ValueError(
-            f"reward {reward.name!r} {'gives no' if pays_tokens else 'gives'} Scores.tokens and "
-            f"{'has a' if pays_tokens else 'has no'} method token_rewards: give both, or neither (textenv.per_token "
-            "makes such a reward of a function)."
+            f"reward {reward.name!r} returns {'no ' if pays_tokens else ''}Scores.tokens and "
+            f"has {'a' if pays_tokens else 'no'} method token_rewards; provide both or neither (textenv.per_token "
+            "turns a function into such a reward)."
         )
     scores = Scores(
-        final=_checked(given.final, (len(episodes),), reward.name, "final").to(device),
+        final=_checked(returned.final, (len(batch),), reward.name, "final").to(device),
         parts={
-            name: _checked(part, (len(episodes),), reward.name, f"part {name!r}").to(device)
-            for name, part in given.parts.items()
+            name: _checked(part, (len(batch),), reward.name, f"part {name!r}").to(device)
+            for name, part in returned.parts.items()
         },
         tokens=None
-        if given.tokens is None
-        else _checked(given.tokens, tuple(mask.shape), reward.name, "tokens").to(device).where(mask, 0.0),
+        if returned.tokens is None
+        else _checked(returned.tokens, tuple(mask.shape), reward.name, "tokens").to(device).where(mask, 0.0),
     )
     for numbers in (scores.total, *scores.parts.values()):
-        refuse_unfinite(numbers, reward.name, episodes)
+        check_finite(numbers, reward.name, batch)
     return scores
 
 
-def refuse_unfinite(numbers: Tensor, name: str, episodes: ResponseBatch) -> None:
-    """Raises ValueError that names the reward, the prompt and the response of a number that is not finite.
+def check_finite(numbers: Tensor, name: str, batch: ResponseBatch) -> None:
+    """Raise ValueError for the first number that is not finite; names the reward, the prompt and the response.
 
     numbers: [B].
     """
@@ -190,53 +190,57 @@ def refuse_unfinite(numbers: Tensor, name: str, episodes: ResponseBatch) -> None
     if not bool(finite.all()):
         index = int((~finite).nonzero()[0])
         raise ValueError(
-            f"reward {name!r} returned {float(numbers[index])} for {episodes.where(index)}; return a finite number for "
-            "every response, the empty one too."
+            f"reward {name!r} returned {float(numbers[index])} for {batch.describe_row(index)}; return a finite number "
+            "for every response, including the empty one."
         )
 
 
 def concatenate(scores: Sequence[Scores]) -> Scores:
-    """Scores of one reward for several batches, as those of one."""
-    tokens = [one.tokens for one in scores if one.tokens is not None]
+    """Concatenate the scores of one reward over several batches, along the rows."""
+    tokens = [part.tokens for part in scores if part.tokens is not None]
     return Scores(
-        final=torch.cat([one.final for one in scores]),
-        parts={name: torch.cat([one.parts[name] for one in scores]) for name in scores[0].parts},
+        final=torch.cat([part.final for part in scores]),
+        parts={name: torch.cat([part.parts[name] for part in scores]) for name in scores[0].parts},
         tokens=torch.cat(tokens) if tokens else None,
     )
 
 
 def token_members(reward: Reward) -> tuple[tuple[float, TokenReward], ...]:
-    """The rewards that pay at every token, with their weights; empty where there is none, and steps cost nothing."""
+    """The rewards that pay at every token, with their weights. Without any, steps compute no rewards before the end."""
     if isinstance(reward, WeightedSum):
-        return tuple((weight * inner, one) for weight, member in reward.members for inner, one in token_members(member))
+        return tuple(
+            (weight * inner_weight, inner)
+            for weight, member in reward.members
+            for inner_weight, inner in token_members(member)
+        )
     return ((1.0, reward),) if isinstance(reward, TokenReward) else ()
 
 
 def newest(tokens: Tensor, state: TextState) -> Tensor:
-    """What stands at the last token of each response: [B, R] -> [B]."""
+    """The value at the last token of each response. tokens: [B, R]. Returns [B]."""
     return tokens.gather(1, state.length[:, None] - 1)[:, 0]
 
 
-def last_token_rewards(members: Sequence[tuple[float, TokenReward]], episodes: ResponseBatch) -> Tensor:
-    """What the last token of each unfinished response is paid, float32 [B]."""
-    device = episodes.state.length.device
-    paid = torch.zeros(len(episodes), device=device)
+def last_token_rewards(members: Sequence[tuple[float, TokenReward]], batch: ResponseBatch) -> Tensor:
+    """The reward of the last token of each unfinished response, float32 [B]."""
+    device = batch.state.length.device
+    paid = torch.zeros(len(batch), device=device)
     for weight, reward in members:
         tokens = _checked(
-            reward.token_rewards(episodes), tuple(episodes.state.response_mask.shape), reward.name, "token rewards"
+            reward.token_rewards(batch), tuple(batch.state.response_mask.shape), reward.name, "token rewards"
         )
-        own = newest(tokens.to(device), episodes.state)  # [B]
-        refuse_unfinite(own, reward.name, episodes)
-        paid = paid + weight * own
+        last = newest(tokens.to(device), batch.state)  # [B]
+        check_finite(last, reward.name, batch)
+        paid = paid + weight * last
     return paid
 
 
 def _checked(numbers: Any, shape: tuple[int, ...], name: str, what: str) -> Tensor:
     if not isinstance(numbers, Tensor) or tuple(numbers.shape) != shape:
         got = tuple(numbers.shape) if isinstance(numbers, Tensor) else type(numbers).__name__
-        raise ValueError(f"reward {name!r} must give {what} as a tensor of shape {shape}, got {got}.")
+        raise ValueError(f"reward {name!r} must return {what} as a tensor of shape {shape}, got {got}.")
     return numbers.detach().float()
 
 
 def _quote(text: str) -> str:
-    return repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r}..."
+    return repr(text) if len(text) <= QUOTED_CHARACTERS else f"{text[:QUOTED_CHARACTERS]!r}..."

@@ -1,4 +1,21 @@
-"""From what a user says of the reward to the reward: names, functions, models, objects, and sums of them."""
+"""Build the reward from the `reward` setting: names, functions, models, objects, and weighted sums.
+
+`gym.make("TextGen-v0", reward=...)` and `python -m agents train --env-arg reward=...` accept:
+
+- None: the reward model of the embedded task.
+- A folder or hub name: a sequence-classification model, with the policy's tokenizer or another one. With several
+  labels, `reward_label` names the label whose log-odds are the score.
+- `"module:function"`: a Python function of prompts and responses, for instance `my_rewards:helpful`. functions.py lists
+  the forms, library.py has ready-made functions.
+- `"evaluate:METRIC:KEY"`: a metric of Hugging Face's `evaluate` (metrics.py).
+- `{name: weight, ...}`: the weighted sum of several of the above. Each reports its own score, before the weight, in
+  `info["score_parts"]` under its name.
+- From Python only: a function, or a live object in `textenv.shared(...)`: a model, a `RewardModel`, or any object that
+  follows `textenv.Reward`.
+
+`reward_timeout` limits each call of a function, in seconds; the error names the reward that exceeds it.
+`score_normalization` and `score_clip` change the score before it is paid (normalization.py).
+"""
 
 from __future__ import annotations
 
@@ -21,46 +38,46 @@ from textenv.rewards.reward_model import RewardModel
 
 @dataclass(frozen=True)
 class RewardContext:
-    """What a reward is built for."""
+    """The environment settings and models that building a reward needs."""
 
     config: TextGenConfig
     tokenizer: PreTrainedTokenizerBase  # the policy's
     vocabulary: int  # V
     device: torch.device
-    default: tuple[str, str]  # folder and name of the reward model that None stands for
+    default: tuple[str, str]  # folder and name of the reward model for reward=None
 
 
-def build_reward(given: Any, context: RewardContext) -> Reward:
-    """The reward that `given` stands for, as `TextGenConfig.reward` may be written. Raises ValueError."""
-    given = unwrap(given)
-    if given is None:
+def build_reward(reward: Any, context: RewardContext) -> Reward:
+    """Build a reward from a value of `TextGenConfig.reward`. Raises ValueError for any other value."""
+    reward = unwrap(reward)
+    if reward is None:
         folder, name = context.default
         return _load_reward_model(folder, context, name)
-    if isinstance(given, Mapping):
-        return _build_sum(given, context)
-    if isinstance(given, str) and given.startswith(METRIC_PREFIX):
-        return function_reward(metric_function(given), given, context)
-    if isinstance(given, str) and ":" in given:
-        return function_reward(load_function(given), given, context)
-    if isinstance(given, str):
-        return _load_reward_model(given, context, given)
-    if isinstance(given, PreTrainedModel):
-        given = RewardModel(given, label=context.config.reward_label)
-    if isinstance(given, RewardModel):
-        _check_model(given, context)
-    if isinstance(given, Reward):
-        return given
-    if callable(given):
-        return function_reward(given, _name_of(given), context)
+    if isinstance(reward, Mapping):
+        return _build_sum(reward, context)
+    if isinstance(reward, str) and reward.startswith(METRIC_PREFIX):
+        return function_reward(metric_function(reward), reward, context)
+    if isinstance(reward, str) and ":" in reward:
+        return function_reward(load_function(reward), reward, context)
+    if isinstance(reward, str):
+        return _load_reward_model(reward, context, reward)
+    if isinstance(reward, PreTrainedModel):
+        reward = RewardModel(reward, label=context.config.reward_label)
+    if isinstance(reward, RewardModel):
+        _check_model(reward, context)
+    if isinstance(reward, Reward):
+        return reward
+    if callable(reward):
+        return function_reward(reward, _name_of(reward), context)
     raise ValueError(
         "reward must be a folder or hub name of a reward model, 'module:function', 'evaluate:METRIC:KEY', a function "
         "f(prompts, responses) -> list of floats, {name: weight}, or an object that follows textenv.Reward, got "
-        f"{type(given).__name__}."
+        f"{type(reward).__name__}."
     )
 
 
 def function_reward(function: Callable[..., Any], name: str, context: RewardContext) -> Reward:
-    """A Python function as a reward, whichever of the forms it has."""
+    """Wrap a Python function of any form as a reward."""
     timeout = context.config.reward_timeout
     if isinstance(function, PerToken):
         return TokenFunctionReward(function, name, timeout=timeout)
@@ -68,7 +85,7 @@ def function_reward(function: Callable[..., Any], name: str, context: RewardCont
 
 
 def check_fields(reward: Reward, present: Collection[str]) -> None:
-    """Raises ValueError that names the reward and the field, where the prompts lack one that a function needs."""
+    """Raise ValueError that names the reward and the field if the prompts lack a field that a function requires."""
     if isinstance(reward, WeightedSum):
         for _, member in reward.members:
             check_fields(member, present)
@@ -76,26 +93,28 @@ def check_fields(reward: Reward, present: Collection[str]) -> None:
         reward.fields.check(present, reward.name)
 
 
-def _build_sum(given: Mapping[Any, Any], context: RewardContext) -> WeightedSum:
-    if not given:
+def _build_sum(weights: Mapping[Any, Any], context: RewardContext) -> WeightedSum:
+    if not weights:
         raise ValueError("reward is an empty mapping; give at least one {name: weight}.")
-    for name, weight in given.items():
+    for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"the weight of reward {name!r} must be a finite number, got {weight!r}.")
-    return WeightedSum([(weight, build_reward(name, context)) for name, weight in given.items()])
+    return WeightedSum([(weight, build_reward(name, context)) for name, weight in weights.items()])
 
 
 def _check_model(reward: RewardModel, context: RewardContext) -> None:
-    """Refuses a live model that would go wrong later."""
+    """Raise ValueError for a model that would score wrongly or fail later."""
     if reward.model.training:
-        raise ValueError("the reward model is in train mode, where dropout blurs it; call model.eval() first.")
+        raise ValueError(
+            "the reward model is in train mode, so dropout would make its scores random; call model.eval() first."
+        )
     if reward.tokenizer is not None:
         return
     width = reward.model.config.get_text_config().vocab_size
     if width < context.vocabulary:
         raise ValueError(
-            f"the reward model has {width} token ids and the reference {context.vocabulary}, so it does not read "
-            "the same tokens; pass shared(RewardModel(model, tokenizer=...))."
+            f"the reward model has {width} token ids and the reference {context.vocabulary}, so it cannot take "
+            "the policy's tokens; pass shared(RewardModel(model, tokenizer=...))."
         )
     check_room("reward model", reward.model.config, context.config.width)
 
@@ -103,16 +122,16 @@ def _check_model(reward: RewardModel, context: RewardContext) -> None:
 def _load_reward_model(folder: str, context: RewardContext, name: str) -> RewardModel:
     config = context.config
     model = load_classifier(folder, context.device, DTYPES[config.dtype])
-    own = load_tokenizer(folder)
-    # Models of one family may pad the same vocabulary to other widths; an id must fit to be read as it is.
+    tokenizer = load_tokenizer(folder)
+    # Models of one family may pad the same vocabulary to different widths. Every id of the policy must be an id here.
     fits = model.config.get_text_config().vocab_size >= context.vocabulary
-    same = fits and own.get_vocab() == context.tokenizer.get_vocab()
-    reward = RewardModel(model, tokenizer=None if same else own, label=config.reward_label, name=name)
+    same = fits and tokenizer.get_vocab() == context.tokenizer.get_vocab()
+    reward = RewardModel(model, tokenizer=None if same else tokenizer, label=config.reward_label, name=name)
     _check_model(reward, context)
     return reward
 
 
 def _name_of(function: Any) -> str:
-    """What a function that was handed over bare is called."""
-    written = getattr(function, "function", function)  # under one of our decorators
-    return getattr(written, "__name__", type(written).__name__)
+    """The name of a function that was passed directly, without its decorator."""
+    undecorated = getattr(function, "function", function)
+    return getattr(undecorated, "__name__", type(undecorated).__name__)

@@ -1,7 +1,7 @@
-"""Calls of other people's functions: several at a time, within a time limit, and no hang is ours.
+"""Call user functions concurrently and with a time limit, so that a call that hangs does not hang the program.
 
-Threads are daemons, made anew for every batch: one that never comes back is left behind, and holds up neither the
-next call nor the end of the process. Nothing here knows what a reward is.
+Every batch starts its own daemon threads. A thread that never returns is abandoned; it delays neither the next call
+nor the end of the process. Nothing here is specific to rewards.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-BETWEEN = (Path(__file__).parents[1], Path(asyncio.__file__).parent)  # whose code runs before the user's own
-Event = tuple[int, str, Any]  # number of the call, "started", "returned" or "raised", and when, what or the exception
+# Folders of code that is on the stack between the caller and the user's function.
+INTERNAL = (Path(__file__).parents[1], Path(asyncio.__file__).parent)
+# Index of the call; then "started" with the time, "returned" with the value, or "raised" with the exception.
+Event = tuple[int, str, Any]
 
 
 class CallFailed(Exception):
-    """Call number `index` raised `error`."""
+    """Call `index` raised `error`."""
 
     def __init__(self, index: int, error: BaseException) -> None:
         super().__init__(index, error)
@@ -29,7 +31,7 @@ class CallFailed(Exception):
 
 
 class CallOverdue(Exception):
-    """Call number `index` took longer than it may."""
+    """Call `index` exceeded the time limit."""
 
     def __init__(self, index: int) -> None:
         super().__init__(index)
@@ -41,9 +43,8 @@ def call_each(
 ) -> list[Any]:
     """`[function(0), ..., function(count - 1)]`, at most `workers` at a time, each within `timeout` seconds.
 
-    A function that returns a coroutine is run to its end. One worker without a time limit works in the caller's
-    own thread. Raises CallFailed or CallOverdue for the first call that goes wrong; calls that had not begun by
-    then are not made.
+    A returned coroutine is run to completion. One worker without a time limit runs in the caller's thread. Raises
+    CallFailed or CallOverdue for the first call that fails; calls that have not started by then are not made.
     """
     if workers == 1 and timeout is None:
         return [_call_here(function, index) for index in range(count)]
@@ -65,7 +66,7 @@ def _call_here(function: Callable[[int], Any], index: int) -> Any:
         raise CallFailed(index, error) from error
     if not inspect.iscoroutine(value):
         return value
-    # On a thread of its own, since the caller's may run an event loop already (a notebook does).
+    # On a new thread, since the caller's thread may already run an event loop (a notebook does).
     try:
         return call_each(lambda _: value, 1, timeout=threading.TIMEOUT_MAX)[0]
     except CallFailed as failed:
@@ -84,7 +85,7 @@ def _work(
         try:
             value = function(index)
             events.put((index, "returned", asyncio.run(value) if inspect.iscoroutine(value) else value))
-        except BaseException as error:  # whatever it is (SystemExit too), somebody is waiting for this thread's word
+        except BaseException as error:  # even SystemExit, since the caller waits for an event from this thread
             abandoned.set()
             events.put((index, "raised", error))
 
@@ -99,7 +100,7 @@ def _gather(events: SimpleQueue[Event], count: int, timeout: float | None) -> li
         try:
             index, kind, value = events.get(timeout=left)
         except Empty:
-            raise CallOverdue(min(started, key=lambda one: started[one])) from None
+            raise CallOverdue(min(started, key=lambda index: started[index])) from None
         if kind == "started":
             started[index] = value
             continue
@@ -111,10 +112,9 @@ def _gather(events: SimpleQueue[Event], count: int, timeout: float | None) -> li
 
 
 def describe(error: BaseException) -> str:
-    """An exception in a line: its type, its message and the line of the user's function that it came from."""
+    """An exception on one line: its type, its message and the line of the user's function that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if not any(one in Path(frame.filename).parents for one in BETWEEN)] or frames[
-        -1:
-    ]
-    place = f" ({theirs[0].filename}, line {theirs[0].lineno})" if theirs else ""
+    user_frames = [frame for frame in frames if not any(path in Path(frame.filename).parents for path in INTERNAL)]
+    source = (user_frames or frames[-1:])[:1]
+    place = f" ({source[0].filename}, line {source[0].lineno})" if source else ""
     return f"{type(error).__name__}: {error}{place}"

@@ -1,7 +1,13 @@
-"""From scores as rewards give them to scores as the environment pays them: shifted, scaled and clipped.
+"""Score normalization: the environment pays `clip((score − mean) / std, −c, c)`.
 
-It acts on what is paid at the end of a response; rewards of single tokens are paid as they are, since what was paid
-cannot change when later scores move the statistics. The sum as the rewards gave it stays visible as the part "raw".
+- `score_normalization="none"` pays scores unchanged, within ± `score_clip` if it is set.
+- `"fixed"` uses `score_mean` and `score_std`, for instance those of the reference's own responses (Ziegler et al.
+  2019).
+- `"running"` uses the mean and standard deviation of all scores so far, including the current batch.
+
+It applies to the score that is paid at the end of a response. Per-token rewards are paid unchanged, since they have
+been paid before later scores move the statistics. `info["score"]` is the normalized score; the score before
+normalization is `info["score_parts"]["raw"]`.
 """
 
 from __future__ import annotations
@@ -15,65 +21,65 @@ from torch import Tensor
 from textenv.config import TextGenConfig
 from textenv.rewards.base import Reward, Scores
 
-RAW = "raw"  # the part that holds the response's score before normalization and clipping
-SMALLEST = 1e-8  # a standard deviation below it is rounding, and would blow it up
+RAW = "raw"  # name of the part that holds the score before normalization and clipping
+MIN_STD = 1e-8  # a smaller standard deviation, relative to the mean, is rounding error
 
 
 class Statistics(Protocol):
-    """The mean and the standard deviation that scores are measured by."""
+    """The mean and standard deviation used to normalize scores."""
 
     mean: float
 
     @property
     def std(self) -> float:
-        """Above 0."""
+        """The standard deviation, above 0."""
         ...
 
     def update(self, values: Tensor) -> None:
-        """Takes note of scores, [B]."""
+        """Update the statistics with new scores, [B]."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on as if never stopped."""
+        """The state needed to resume exactly."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         ...
 
 
 class FixedStatistics:
-    """A mean and a standard deviation that are given, for instance the reference's own (Ziegler et al. 2019)."""
+    """A constant mean and standard deviation."""
 
     def __init__(self, mean: float, std: float) -> None:
         self.mean, self.std = float(mean), float(std)
 
     def update(self, values: Tensor) -> None:
-        """Nothing: they are fixed."""
+        """Do nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The two numbers."""
+        """The mean and the standard deviation."""
         return {"mean": self.mean, "std": self.std}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         self.mean, self.std = float(state["mean"]), float(state["std"])
 
 
 class RunningStatistics:
-    """Mean and standard deviation of all scores so far, batch by batch (Welford 1962; Chan et al. 1983)."""
+    """Mean and standard deviation of all scores so far, updated by batches (Welford 1962; Chan et al. 1983)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0  # squares: Σ (x − mean)²
 
     @property
     def std(self) -> float:
-        """The population's standard deviation; 1 where the scores do not differ yet."""
+        """The population standard deviation; 1 while all scores are equal."""
         std = math.sqrt(self.squares / max(self.count, 1))
-        return std if std > SMALLEST * max(1.0, abs(self.mean)) else 1.0
+        return std if std > MIN_STD * max(1.0, abs(self.mean)) else 1.0
 
     def update(self, values: Tensor) -> None:
-        """Takes note of scores, [B]."""
+        """Update the statistics with new scores, [B]."""
         values = values.double()
         if not len(values):
             return
@@ -84,40 +90,40 @@ class RunningStatistics:
         self.count = total
 
     def state_dict(self) -> dict[str, Any]:
-        """The three sums."""
+        """Count, mean, and sum of squared deviations."""
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         self.count = int(state["count"])
         self.mean, self.squares = float(state["mean"]), float(state["squares"])
 
 
 class Normalizer:
-    """`clip((score − mean) / std, −c, c)` of what is paid at the end; running statistics learn from the batch first."""
+    """Pays `clip((score − mean) / std, −c, c)` at the end. Running statistics are updated with the batch first."""
 
     def __init__(self, statistics: Statistics, clip: float | None = None) -> None:
         self.statistics, self.clip = statistics, clip
 
     def __call__(self, scores: Scores) -> Scores:
-        """Scores as they are paid, with the part "raw"."""
+        """Normalize the final scores, and add the part "raw"."""
         self.statistics.update(scores.final)
         final = standardize(scores.final, self.statistics.mean, self.statistics.std, self.clip)
         return replace(scores, final=final, parts=scores.parts | {RAW: scores.total})
 
     def with_frozen_statistics(self) -> Normalizer:
-        """The same numbers from here on, whatever scores come."""
+        """A normalizer with the current mean and standard deviation as constants."""
         return Normalizer(FixedStatistics(self.statistics.mean, self.statistics.std), self.clip)
 
 
 def standardize(values: Tensor, mean: float, std: float, clip: float | None) -> Tensor:
-    """`(values − mean) / std`, within ± clip if there is one. Float32 [B]."""
+    """`(values − mean) / std`, clipped to ± clip unless that is None. values: [B]. Returns float32 [B]."""
     scaled = ((values.double() - mean) / std).float()
     return scaled if clip is None else scaled.clamp(-clip, clip)
 
 
 def make_normalizer(config: TextGenConfig) -> Normalizer | None:
-    """What the settings `score_...` ask for; None where scores are paid as they are."""
+    """The normalizer for the `score_...` settings; None if scores are paid unchanged."""
     if config.score_normalization == "running":
         return Normalizer(RunningStatistics(), config.score_clip)
     if config.score_normalization == "fixed" or config.score_clip is not None:
@@ -126,17 +132,17 @@ def make_normalizer(config: TextGenConfig) -> Normalizer | None:
 
 
 def normalize(normalizer: Normalizer | None, scores: Scores) -> Scores:
-    """Scores as they are paid; unchanged where there is no normalizer."""
+    """Apply the normalizer, if there is one."""
     return scores if normalizer is None else normalizer(scores)
 
 
 def paid_part_names(reward: Reward, normalizer: Normalizer | None) -> tuple[str, ...]:
-    """The keys of `score_parts` under this reward and normalizer."""
+    """The keys of `score_parts` under this reward and normalizer. Raises ValueError if a reward is named "raw"."""
     names = tuple(reward.part_names)
     if normalizer is None:
         return names
     if RAW in names:
         raise ValueError(
-            f"a reward is named {RAW!r}, which is where the score before normalization is shown; give it another name."
+            f"a reward is named {RAW!r}, which is the key of the score before normalization; give it another name."
         )
     return (*names, RAW)

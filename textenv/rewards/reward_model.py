@@ -1,4 +1,4 @@
-"""Sequence-classification models as reward models: one number for prompt and whole response."""
+"""Sequence-classification models as reward models: one score for the prompt and the whole response."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from textenv.state import position_ids
 class RewardModel:
     """A frozen classifier as a reward. The score is its only output, or the log-odds of one label.
 
-    With the policy's own tokenizer it reads the tokens; with another one (`tokenizer` given) it reads the
-    decoded text, and a response that ended by itself is followed by the reward model's own end token.
+    With `tokenizer=None` the model takes the policy's token ids. With its own tokenizer it takes the decoded text, and
+    a response that ended with a stop token gets the reward model's end token.
     """
 
     def __init__(
@@ -30,34 +30,34 @@ class RewardModel:
         self.label = _label_index(model, label)
 
     @torch.no_grad()
-    def __call__(self, episodes: ResponseBatch) -> Scores:
+    def __call__(self, batch: ResponseBatch) -> Scores:
         """Scores of B finished responses."""
         if self.tokenizer is None:
-            state = episodes.state
-            outputs = self._read(state.input_ids, state.attention_mask)
+            state = batch.state
+            outputs = self._outputs(state.input_ids, state.attention_mask)
         else:
-            outputs = self._read(*self._encode(episodes, self.tokenizer))
+            outputs = self._outputs(*self._encode(batch, self.tokenizer))
         scores = log_odds(outputs.float(), self.label)
         return Scores(scores, {self.name: scores})
 
-    def _read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _outputs(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if reads_every_position(self.model):
             return last_token_scores(self.model, input_ids, attention_mask)
         return self.model(input_ids=input_ids, attention_mask=attention_mask.long()).logits
 
-    def _encode(self, episodes: ResponseBatch, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-        rows = [list(ids) for ids in tokenizer(episodes.texts).input_ids]
+    def _encode(self, batch: ResponseBatch, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+        rows = [list(ids) for ids in tokenizer(batch.texts).input_ids]
         end = tokenizer.eos_token_id
         if reads_every_position(self.model) and end is not None:
-            stopped = episodes.stopped.tolist()
+            stopped = batch.stopped.tolist()
             rows = [[*ids, end] if stop else ids for ids, stop in zip(rows, stopped, strict=True)]
         width = max(map(len, rows))
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         limit = min(tokenizer.model_max_length, positions or width)
         if width > limit:
             raise ValueError(
-                f"reward {self.name!r} reads {limit} tokens, and a text of prompt and response has {width} "
-                f"({max(episodes.texts, key=len)[:60]!r}...); lower max_prompt_tokens or max_new_tokens."
+                f"reward {self.name!r} takes {limit} tokens, and a prompt with its response has {width} "
+                f"({max(batch.texts, key=len)[:60]!r}...); lower max_prompt_tokens or max_new_tokens."
             )
         input_ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -68,17 +68,17 @@ class RewardModel:
 
 
 def reads_every_position(model: PreTrainedModel) -> bool:
-    """Whether the model is a decoder with a linear head `score` over its hidden states."""
+    """Whether the model is a decoder with a linear head `score` on its hidden states, as GPT-2 and Llama have."""
     return "score" in dict(model.named_children())
 
 
 def last_token_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The head's output at the last real token of each row, wherever the padding is.
+    """The head's output at the last real token of each row, with padding on either side.
 
-    The stock classifiers of Transformers find that token by comparing ids with the pad id, which
-    goes wrong when the pad token is also the end token. Here the mask decides.
+    The classifiers of Transformers find that token by comparing ids with the pad id, which fails if the pad token is
+    also the end token. Here the mask decides.
 
-    input_ids: int64 [B, T]; attention_mask: [B, T], true or one = real. Returns [B, labels].
+    input_ids: int64 [B, T]; attention_mask: [B, T], true or 1 = real. Returns [B, labels].
     """
     hidden = model.base_model(
         input_ids=input_ids,
@@ -86,8 +86,8 @@ def last_token_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask:
         position_ids=position_ids(attention_mask),
         use_cache=False,
     ).last_hidden_state  # [B, T, H]
-    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (attention_mask.long() * columns).argmax(1)  # [B]
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask.long() * positions).argmax(1)  # [B]
     return model.score(hidden[torch.arange(len(last), device=last.device), last])  # type: ignore[operator]
 
 
@@ -111,5 +111,5 @@ def _label_index(model: PreTrainedModel, label: str | None) -> int | None:
             return index
     raise ValueError(
         f"the reward model has {model.config.num_labels} labels ({sorted(names.values())}), and reward_label is "
-        f"{label!r}; name the one whose log-odds are the score, as reward_label='{names[max(names)]}'."
+        f"{label!r}; name the label whose log-odds are the score, as in reward_label='{names[max(names)]}'."
     )

@@ -1,8 +1,8 @@
 """Stage 2 of RLHF: a reward model from preference pairs or from labeled texts.
 
-Owns the reading of the JSONL, the two losses and the command. The loop is the stock Trainer, the result
-a stock sequence-classification folder. Scores are read at the last real token, found by the mask, so a
-pad token that is also the end token does no harm.
+Owns the JSONL format, the two losses and the command. The loop is Transformers' Trainer, and the result is a standard
+sequence-classification folder. Scores are taken at the last real token according to the mask, so the pad token may
+equal the end token.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ Row = dict[str, Any]  # a line of the JSONL
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """How to train a reward model."""
+    """Settings of reward-model training."""
 
-    learning_rate: float = 1e-4  # peak; a short warm-up, then cosine decay to zero
+    learning_rate: float = 1e-4  # peak, after a short warm-up; then cosine decay to zero
     epochs: float = 2.0  # passes over the training rows
-    batch_size: int = 32  # rows (pairs or labeled texts) in an optimizer step
-    weight_decay: float = 0.01  # decoupled, AdamW
-    seed: int = 0  # of the new head, the order of the rows and the choice of held-out rows
-    max_length: int = 512  # tokens in a sequence, less if the model has fewer positions; longer ones lose their start
-    held_out: float = 0.1  # share of the rows (whole prompts at a time) kept for the reported accuracy
-    centering: float = 0.01  # weight of the squared scores of pairs, whose zero is otherwise anywhere
+    batch_size: int = 32  # rows (pairs or labeled texts) per optimizer step
+    weight_decay: float = 0.01  # decoupled, as in AdamW
+    seed: int = 0  # of the new head, the order of rows and the choice of held-out rows
+    max_length: int = 512  # tokens per sequence, at most the model's positions; longer sequences lose their start
+    held_out: float = 0.1  # share of the rows held out for the reported accuracy, by whole prompts
+    centering: float = 0.01  # weight of the mean squared score of pairs, which fixes their otherwise arbitrary offset
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epochs", "batch_size", "max_length"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is a share of the rows and must lie in (0, 1), got {self.held_out}.")
+            raise ValueError(f"held_out must lie in (0, 1), a share of the rows, got {self.held_out}.")
         if self.centering < 0:
             raise ValueError(f"centering must not be negative, got {self.centering}.")
 
@@ -72,36 +72,36 @@ DEFAULT = RewardConfig()
 
 @dataclass(frozen=True)
 class Pairs:
-    """Tokenized preferences: in each row the first sequence was preferred to the second."""
+    """Tokenized preferences: in each row, the first sequence is preferred to the second."""
 
     rows: list[tuple[Tokens, Tokens]]
 
     def sequences(self) -> list[Tokens]:
-        """The preferred sequences, then the others."""
+        """The B chosen sequences, then the B rejected ones."""
         return [chosen for chosen, _ in self.rows] + [rejected for _, rejected in self.rows]
 
     def targets(self) -> Tensor:
-        """What the logits should say, 0 or 1. Returns [B]."""
+        """Targets of the logits, all 1. Returns [B]."""
         return torch.ones(len(self.rows))
 
     def logits(self, scores: Tensor) -> Tensor:
-        """Log-odds of the preference under Bradley-Terry. scores: [2B], preferred first. Returns [B]."""
-        preferred, other = scores.chunk(2)
-        return preferred - other
+        """Log-odds of the preferences under Bradley-Terry. scores: [2B], chosen first. Returns [B]."""
+        chosen, rejected = scores.chunk(2)
+        return chosen - rejected
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Tokenized texts with label 0 (bad) or 1 (good)."""
 
     rows: list[tuple[Tokens, int]]
 
     def sequences(self) -> list[Tokens]:
-        """The sequences."""
+        """The B tokenized texts."""
         return [tokens for tokens, _ in self.rows]
 
     def targets(self) -> Tensor:
-        """What the logits should say, 0 or 1. Returns [B]."""
+        """Targets of the logits, 0 or 1. Returns [B]."""
         return torch.tensor([float(label) for _, label in self.rows])
 
     def logits(self, scores: Tensor) -> Tensor:
@@ -109,22 +109,22 @@ class Labelled:
         return scores
 
 
-Examples = Pairs | Labelled
+Examples = Pairs | Labeled
 
 
 def load_base(base: str | Path, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A scalar-headed model and its tokenizer from a folder or hub name of a causal or classification model."""
+    """Load a causal or classification model from a folder or hub name, with a scalar head, and its tokenizer."""
     base = str(base)
     config = load_config(base)
     tokenizer = load_tokenizer(base)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {base} has no end token; add one (eos_token) and save it again.")
+        raise ValueError(f"the tokenizer of {base} has no end token; set eos_token and save it again.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config.id2label, config.label2id = {0: "score"}, {"score": 0}  # one label
     config.pad_token_id = tokenizer.pad_token_id
     switch_off_dropout(config)
-    torch.manual_seed(seed)  # the new head is drawn here
+    torch.manual_seed(seed)  # loading initializes the new head
     with without_report():
         model, report = load_weights(
             AutoModelForSequenceClassification, base, config, torch.float32, ignore_mismatched_sizes=True
@@ -140,16 +140,16 @@ def load_base(base: str | Path, seed: int) -> tuple[PreTrainedModel, PreTrainedT
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a JSONL of {prompt?, chosen, rejected} or of {prompt?, text, label}, all of one kind."""
+    """Read a JSONL of {prompt?, chosen, rejected} or of {prompt?, text, label}; all rows must be of one kind."""
     path, rows = Path(path), []
     if not path.is_file():
-        raise ValueError(f"no training data at {str(path)!r}; give a .jsonl of lines such as {_EXAMPLE}.")
+        raise ValueError(f"no training data at {str(path)!r}; give a .jsonl file of lines such as {_EXAMPLE}.")
     for place, line in read_lines(path):
         rows.append(_checked_row(line, place))
         if _kind(rows[-1]) != _kind(rows[0]):
-            raise ValueError(f"{place}: rows of pairs and rows with labels in one file. Split the file.")
+            raise ValueError(f"{place}: the file mixes rows of pairs and rows with labels. Split the file.")
     if not rows:
-        raise ValueError(f"{path} holds no rows. Write one JSON object a line, such as {_EXAMPLE}.")
+        raise ValueError(f"{path} has no rows. Write one JSON object per line, such as {_EXAMPLE}.")
     return rows
 
 
@@ -165,7 +165,7 @@ def _checked_row(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}). Write one JSON object a line, such as {_EXAMPLE}.") from error
+        raise ValueError(f"{where}: not JSON ({error}). Write one JSON object per line, such as {_EXAMPLE}.") from error
     kind = _kind(row) if isinstance(row, dict) else None
     if kind is None:
         got = f"fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
@@ -179,7 +179,7 @@ def _checked_row(line: str, where: str) -> Row:
 
 
 def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> Examples:
-    """Tokenized rows: prompt, then text after a space, then the end token; at most the last `max_length`."""
+    """Tokenize rows: prompt, space and text, end token; at most the last `max_length` tokens."""
 
     def encode(row: Row, name: str) -> list[int]:
         if "prompt" in row:
@@ -190,22 +190,22 @@ def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_len
 
     if _kind(rows[0]) == "pairs":
         return Pairs([(encode(row, "chosen"), encode(row, "rejected")) for row in rows])
-    return Labelled([(encode(row, "text"), int(row["label"])) for row in rows])
+    return Labeled([(encode(row, "text"), int(row["label"])) for row in rows])
 
 
 def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows; rows of one prompt stay together, so nothing leaks."""
+    """Split into training rows and held-out rows. Rows with the same prompt stay together, so no prompt leaks."""
     keys = [row.get("prompt") or json.dumps(row, sort_keys=True) for row in rows]
     distinct = sorted(set(keys))
     held_out = set(random.Random(seed).sample(distinct, max(1, round(share * len(distinct)))))
     if len(held_out) == len(distinct):
-        raise ValueError(f"{len(rows)} rows of {len(distinct)} prompts leave none to train on. Give more rows.")
+        raise ValueError(f"{len(rows)} rows of {len(distinct)} prompts leave no training rows. Give more rows.")
     paired = list(zip(keys, rows, strict=True))
     return [row for key, row in paired if key not in held_out], [row for key, row in paired if key in held_out]
 
 
 class _Scorer(nn.Module):
-    """The model's scores as a module's forward, so that the Trainer may wrap it as it likes."""
+    """The model's scores as a module's forward, so that the Trainer can wrap it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class _Scorer(nn.Module):
 
 
 class _RewardTrainer(Trainer):
-    """The stock loop with the loss of a reward model."""
+    """Transformers' training loop with the loss of a reward model."""
 
     examples: Examples
     centering: float
@@ -230,9 +230,9 @@ class _RewardTrainer(Trainer):
 
 
 def fit(model: PreTrainedModel, examples: Examples, config: RewardConfig, optimizer: Optimizer | None = None) -> None:
-    """Train the model in place, by Bradley-Terry on pairs or by the logistic loss on labels.
+    """Train the model in place, with the Bradley-Terry loss on pairs or the logistic loss on labels.
 
-    optimizer: of the model's parameters, in place of AdamW; the schedule scales its learning rates.
+    optimizer: replaces AdamW, over the model's parameters; the schedule scales its learning rates.
     """
 
     def collate(rows: list) -> dict[str, Tensor]:
@@ -263,7 +263,7 @@ def fit(model: PreTrainedModel, examples: Examples, config: RewardConfig, optimi
 
 @torch.inference_mode()
 def score_tokens(model: PreTrainedModel, sequences: Sequence[Tokens], batch_size: int = 128) -> Tensor:
-    """Score of each tokenized sequence, float32 [N]."""
+    """The score of each of N tokenized sequences, float32 [N]. Puts the model in eval mode."""
     model.eval()
     batches = [pad_right(sequences[start : start + batch_size]) for start in range(0, len(sequences), batch_size)]
     scores = [last_token_scores(model, ids.to(model.device), mask.to(model.device)) for ids, mask in batches]
@@ -271,29 +271,29 @@ def score_tokens(model: PreTrainedModel, sequences: Sequence[Tokens], batch_size
 
 
 def accuracy(model: PreTrainedModel, examples: Examples) -> float:
-    """Share of the rows that the model gets right; a pair with equal scores counts half."""
+    """The share of rows that the model classifies correctly. A logit of exactly 0 counts half."""
     logits = examples.logits(score_tokens(model, examples.sequences()))
-    right = torch.where(logits == 0, 0.5, ((logits > 0) == (examples.targets() > 0.5)).float())
-    return right.mean().item()
+    correct = torch.where(logits == 0, 0.5, ((logits > 0) == (examples.targets() > 0.5)).float())
+    return correct.mean().item()
 
 
 @dataclass(frozen=True)
 class RewardReport:
-    """What training a reward model gave."""
+    """The results of training a reward model."""
 
     kind: str  # "pairs" or "labeled"
     train_rows: int
     held_out_rows: int
-    held_out_accuracy: float  # share of held-out rows that the model gets right
+    held_out_accuracy: float  # share of held-out rows classified correctly
     score_mean: float  # over the training texts
     score_deviation: float  # over the training texts
 
 
 def check_output(folder: Path) -> None:
-    """Refuses a folder that holds something already, and one that could not be written. Makes nothing."""
+    """Raise ValueError for a folder that is not empty or cannot be written. Creates nothing."""
     parent = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not parent.is_dir() or not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
-        why = "is closed to you" if parent.is_dir() else "is no folder"
+        why = "is not writable" if parent.is_dir() else "is not a folder"
         raise ValueError(f"{str(folder)!r} cannot be written: {str(parent)!r} {why}; choose another output folder.")
     if parent == folder and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} exists already and is not empty; choose another output folder.")
@@ -302,15 +302,15 @@ def check_output(folder: Path) -> None:
 def train_reward_model(
     base: str | Path, data: str | Path, output: str | Path, config: RewardConfig = DEFAULT
 ) -> RewardReport:
-    """Train a reward model, save it as a stock folder and report its accuracy on held-out rows.
+    """Train a reward model, save it as a standard folder and report its accuracy on held-out rows.
 
     Args:
         base: Folder or hub name of a decoder-only causal or sequence-classification model.
         data: JSONL of {prompt?, chosen, rejected} or of {prompt?, text, label} with label 0 or 1.
         output: New or empty folder for the reward model and its tokenizer.
-        config: How to train.
+        config: Settings of the training.
 
-    Raises ValueError, before any work, for data or a base that cannot be read and an output that cannot be written.
+    Raises ValueError, before training, for data or a base that cannot be read or an output that cannot be written.
     """
     rows = read_rows(data)
     parts = split_rows(rows, config.held_out, config.seed)

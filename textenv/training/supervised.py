@@ -1,8 +1,8 @@
 """Stage 1 of RLHF: supervised fine-tuning of a causal language model on prompts and responses.
 
-Owns the one way in which text becomes tokens for training, shared with reward training: the prompt is
-tokenized alone, the response with a space before it, so generation starts from the very tokens that
-training saw. The loop is the stock Trainer.
+Owns the tokenization for training, shared with reward-model training: the prompt is tokenized alone, the response
+with a space before it, so generation starts from the same prompt tokens as in training. The loop is Transformers'
+Trainer.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
-IGNORED = -100  # label of a token that does not count; fixed by Transformers
+IGNORED = -100  # label of a token without loss; fixed by Transformers
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
-    """How to fine-tune."""
+    """Settings of supervised fine-tuning."""
 
-    learning_rate: float = 5e-5  # peak; a short warm-up, then cosine decay to zero
+    learning_rate: float = 5e-5  # peak, after a short warm-up; then cosine decay to zero
     epochs: float = 1.0  # passes over the data
-    batch_size: int = 32  # sequences in an optimizer step
-    weight_decay: float = 0.01  # decoupled, AdamW
+    batch_size: int = 32  # sequences per optimizer step
+    weight_decay: float = 0.01  # decoupled, as in AdamW
     seed: int = 0  # of the order of the data
-    max_length: int = 512  # tokens in a sequence; longer ones lose the end of the response
+    max_length: int = 512  # tokens per sequence; longer sequences lose the end of the response
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epochs", "batch_size", "max_length"):
@@ -41,17 +41,17 @@ class SupervisedConfig:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokens of a prompt alone, with the begin token where the tokenizer has one."""
+    """The tokens of a prompt, with the begin token if the tokenizer adds one."""
     return list(tokenizer(prompt).input_ids)
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """Tokens of a response that follows a prompt after a space, with the end token."""
+    """The tokens of a response after a prompt: a space, the response, the end token."""
     return end_with(tokenizer, tokenizer(" " + response, add_special_tokens=False).input_ids)
 
 
 def end_with(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[int]:
-    """Tokens with the end token after them."""
+    """Append the end token. Raises ValueError for a tokenizer without one."""
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise ValueError(f"the tokenizer needs one end token, got {end!r}; set tokenizer.eos_token.")
@@ -65,13 +65,13 @@ def fine_tune(
     config: SupervisedConfig,
     optimizer: Optimizer | None = None,
 ) -> float:
-    """Train the model in place on (prompt, response) pairs. Returns the mean training loss in nats a token.
+    """Train the model in place on (prompt, response) pairs. Returns the mean training loss in nats per token.
 
-    The loss counts the response, its end token, and the prompt after its first token. Prompts are never
-    written by the model, but they cost nothing extra and teach it the same words: on the embedded task
-    the loss on responses falls faster with them (1.96 against 2.05 nats after 300 steps).
+    The loss covers the response, its end token, and the prompt after its first token. The model never generates
+    prompts, but training on them costs nothing extra and teaches the same words: on the embedded task the loss on
+    responses falls faster with them (1.96 against 2.05 nats after 300 steps).
 
-    optimizer: of the model's parameters, in place of AdamW; the schedule scales its learning rates.
+    optimizer: replaces AdamW, over the model's parameters; the schedule scales its learning rates.
     """
     rows = [_row(tokenizer, prompt, response, config.max_length) for prompt, response in pairs]
     rows = grouped_by_length(rows, config.batch_size, config.seed)
@@ -97,11 +97,11 @@ def fine_tune(
         return trainer.train().training_loss
 
 
-# What both stages ask of the stock Trainer: no files, no reporting services, columns left alone.
+# Arguments of the Trainer in both stages: no files, no reporting services, no dropped columns.
 STOCK_ARGUMENTS = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
-    "adam_beta2": 0.95,  # short runs: the second moment must forget the first steps' gradients
+    "adam_beta2": 0.95,  # runs are short, so the second moment must forget the gradients of the first steps
     "logging_steps": 100,
     "save_strategy": "no",
     "report_to": "none",
@@ -117,28 +117,28 @@ def _row(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, max_len
 
 
 def grouped_by_length(rows: list[dict[str, list[int]]], batch_size: int, seed: int) -> list[dict[str, list[int]]]:
-    """The rows in an order whose batches hold texts of like length, and follow one another at random.
+    """Reorder the rows into batches of texts of similar length, with the batches in random order.
 
-    Batches of the embedded corpus drawn at random are 39% padding. The Trainer's own "group_by_length" puts the
-    batches of a block in order, longest first, so that momentum averages over texts of one length; an optimizer
-    that normalizes its step would then weigh short texts like long ones.
+    Random batches of the embedded corpus are 39% padding. The Trainer's own "group_by_length" sorts the batches of a
+    block, longest first, so momentum would average over texts of one length, and an optimizer that normalizes its
+    step would weight short texts like long ones.
     """
     rng = random.Random(seed)
     rows, block, batches = rng.sample(rows, len(rows)), 50 * batch_size, []
     for start in range(0, len(rows), block):
-        like = sorted(rows[start : start + block], key=lambda row: len(row["input_ids"]))
-        batches += [like[i : i + batch_size] for i in range(0, len(like), batch_size)]
-    whole = [batch for batch in batches if len(batch) == batch_size]
-    rng.shuffle(whole)
-    rest = [batch for batch in batches if len(batch) < batch_size]  # last, so that every other batch stays whole
-    return [row for batch in whole + rest for row in batch]
+        by_length = sorted(rows[start : start + block], key=lambda row: len(row["input_ids"]))
+        batches += [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    full = [batch for batch in batches if len(batch) == batch_size]
+    rng.shuffle(full)
+    partial = [batch for batch in batches if len(batch) < batch_size]  # last, so that every other batch stays full
+    return [row for batch in full + partial for row in batch]
 
 
 def _mean_over_tokens(rows: list[dict[str, list[int]]], batch_size: int) -> Callable[..., Tensor]:
-    """A loss in which every token counts the same.
+    """A loss in which every token has the same weight.
 
-    Batches hold texts of like length, to save padding. A mean over each batch's own tokens would weigh
-    the tokens of short texts more, and teach the model to end too soon.
+    Batches hold texts of similar length, to save padding. A mean over each batch's own tokens would give the tokens of
+    short texts more weight, and teach the model to end too early.
     """
     targets = batch_size * sum(len(row["input_ids"]) - 1 for row in rows) / len(rows)
 
@@ -156,7 +156,7 @@ def _collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def pad_right(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of sequences of different lengths; padding is id 0, told from tokens by the mask.
+    """Pad sequences of different lengths on the right, with id 0 and mask 0.
 
     Returns int64 input_ids and attention_mask, both [B, T].
     """

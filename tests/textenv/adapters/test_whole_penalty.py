@@ -1,4 +1,4 @@
-"""The whole penalty: by wrappers whose action carries log π, by learners, and the same sum in every face."""
+"""The whole penalty: the wrappers, the learners' reward, and equal sums in every face."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ ROWS = 4
 
 @pytest.fixture
 def one_prompt(settings):
-    """Settings with a single prompt, so that every face starts where the fast path does, and ragged responses."""
+    """Settings with a single prompt, so that every face has the same prompts, and responses of different lengths."""
     return {**settings, "prompts": ["the cat"], "stop_token_ids": STOPS}
 
 
 def rollout_of(task: Task, estimator: str = "k1", coef: float = BETA) -> TextRollout:
-    """Responses of a policy that has left the reference, as a learner sees them."""
+    """A learner's rollout of a policy that differs from the reference."""
     model = copy.deepcopy(task.load_reference().model)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -53,23 +53,23 @@ def random_log_probs(steps: int, rows: int) -> np.ndarray:
     return -np.random.default_rng(1).exponential(3.0, (steps, rows))
 
 
-# ---- one identity, every face (DESIGN §2)
+# ---- one identity in every face
 
 
 def play_single(settings, data):
-    """Sums of the rewards of a single environment."""
+    """Reward sums of a single environment, one per response."""
     env, sums = gym.make("TextGen-v0", **settings), []
     for row in range(ROWS):
         env.reset(seed=0)
         length = int(data["mask"][row].sum())
-        answers = [env.step(int(token)) for token in data["action"][row, :length]]
-        assert answers[-1][2]
-        sums.append(sum(answer[1] for answer in answers))
+        steps = [env.step(int(token)) for token in data["action"][row, :length]]
+        assert steps[-1][2]
+        sums.append(sum(step[1] for step in steps))
     return sums
 
 
 def play_vector(env, data):
-    """Sums of the rewards of a vector environment, over the steps that wrote a token of the data."""
+    """Reward sums of a vector environment, over the steps that took a token of the rollout."""
     env.reset(seed=0)
     mask, sums = data["mask"].numpy(), np.zeros(ROWS)
     for step, actions in enumerate(data["action"].numpy().T[: mask.sum(1).max()]):
@@ -80,7 +80,7 @@ def play_vector(env, data):
 
 
 def play_torchrl(task, data):
-    """Sums of the rewards of the TorchRL environment."""
+    """Reward sums of the TorchRL environment."""
     env, sums = TextGenTorchEnv(task, ROWS), torch.zeros(ROWS)
     current = env.reset()
     for step, actions in enumerate(data["action"].T):
@@ -92,7 +92,7 @@ def play_torchrl(task, data):
 
 
 def test_every_face_adds_up_to_score_minus_penalty(one_prompt):
-    """In every face, Σ reward − β Σ log π = score − β · KL, response by response."""
+    """In every face, Σ reward − β Σ log π = score − β · KL for every response."""
     task = build_task(TextGenConfig(**one_prompt))
     data = rollout_of(task).data
     kl = (data["action_log_prob"] - data["reference_log_prob"]).sum(1)
@@ -121,7 +121,7 @@ def test_every_face_adds_up_to_score_minus_penalty(one_prompt):
 
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 def test_wrappers_pay_the_learners_reward(one_prompt, estimator):
-    """Token by token, both wrappers pay what the learner makes of the fast path, whatever the estimator."""
+    """For every token and estimator, both wrappers pay the penalized reward that the learner computes."""
     task = build_task(TextGenConfig(**one_prompt))
     rollout = rollout_of(task, estimator)
     data, mask = rollout.data, rollout.data["mask"].numpy()
@@ -134,7 +134,7 @@ def test_wrappers_pay_the_learners_reward(one_prompt, estimator):
         action = {"token": tokens[:, step], "log_prob": np.where(mask[:, step], log_prob[:, step], -1.0)}
         _, rewards, _, _, infos = vector.step(action)
         taken = mask[:, step]
-        # huge k3 values carry float32's relative rounding
+        # large k3 values have float32's relative rounding error
         np.testing.assert_allclose(rewards[taken], shaped[taken, step], rtol=1e-5, atol=TOLERANCE)
         np.testing.assert_allclose(infos["penalty"][taken], BETA * kl[taken, step], rtol=1e-5, atol=TOLERANCE)
     for row in range(ROWS):
@@ -148,7 +148,7 @@ def test_wrappers_pay_the_learners_reward(one_prompt, estimator):
 
 
 def test_k1_is_the_reward_less_beta_log_prob(settings):
-    """With k1 and the environment's own β a step pays the environment's reward − β · log π, and plain types."""
+    """With k1 and the environment's β, a step pays the environment's reward − β · log π, as a float."""
     plain, whole = gym.make("TextGen-v0", **settings), WholePenalty(gym.make("TextGen-v0", **settings))
     assert_same(whole.reset(seed=3), plain.reset(seed=3), "reset")
     for token, log_prob in ((65, -2.0), (66, -0.5), (tiny.END, 0.0)):
@@ -163,7 +163,7 @@ def test_k1_is_the_reward_less_beta_log_prob(settings):
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 @pytest.mark.parametrize(("mode", "kl_coef"), [*((mode, 0.3) for mode in AutoresetMode), ("NextStep", 0)])
 def test_vector_wrapper_equals_wrapped_singles(settings, mode, kl_coef):
-    """The vector wrapper, native or sync, is step for step a SyncVectorEnv of wrapped singles, infos included."""
+    """The vector wrapper, native or sync, equals a SyncVectorEnv of wrapped singles at every step, including infos."""
     ragged, mode = {**settings, "kl_coef": kl_coef, "stop_token_ids": STOPS, "max_new_tokens": 4}, AutoresetMode(mode)
     single = [lambda: gym.make("TextGen-v0", **ragged)] * 3
     wrapped = [lambda: WholePenalty(gym.make("TextGen-v0", **ragged))] * 3
@@ -184,15 +184,15 @@ def test_vector_wrapper_equals_wrapped_singles(settings, mode, kl_coef):
             assert_same(got, wanted, f"{env}, step {step}")
         ends += int(wanted[2].sum())
         if mode is AutoresetMode.DISABLED and wanted[2].any():
-            again = [env.reset(options={"reset_mask": wanted[2].copy()}) for env in (reference, native, sync)]
-            for one in again[1:]:
-                assert_same(one, again[0], f"reset after step {step}")
+            resets = [env.reset(options={"reset_mask": wanted[2].copy()}) for env in (reference, native, sync)]
+            for result in resets[1:]:
+                assert_same(result, resets[0], f"reset after step {step}")
     assert ends > 6
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-def test_resting_rows_owe_nothing(settings):
-    """A row that starts anew instead of taking its token pays nothing; its log_prob is not read and may be NaN."""
+def test_resetting_rows_pay_no_penalty(settings):
+    """A row that resets instead of taking its token pays nothing; its log_prob is ignored and may be NaN."""
     env = VectorWholePenalty(TextGenVectorEnv(2, **settings))
     env.reset(seed=0)
     env.step({"token": [tiny.END, 65], "log_prob": [-1.0, -1.0]})
@@ -201,14 +201,14 @@ def test_resting_rows_owe_nothing(settings):
     with pytest.raises(ValueError, match="log_prob nan in row 0"):
         env.step({"token": [65, 65], "log_prob": [math.nan, -1.0]})
     env.step({"token": [tiny.END, 65], "log_prob": [-1.0, -1.0]})
-    env.reset(options={"reset_mask": np.array([True, False])})  # row 0 starts by hand, and rests no more
+    env.reset(options={"reset_mask": np.array([True, False])})  # row 0 is reset explicitly, so it takes its next token
     with pytest.raises(ValueError, match="log_prob nan in row 0"):
         env.step({"token": [65, 65], "log_prob": [math.nan, -1.0]})
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-def test_time_limit_rows_rest_too(settings):
-    """A row cut by TimeLimit starts anew at the next step as well."""
+def test_truncated_rows_reset_too(settings):
+    """A row truncated by TimeLimit also resets at the next step."""
     env = VectorWholePenalty(gym.make_vec("TextGen-v0", 2, "sync", **settings, max_episode_steps=2))
     env.reset(seed=0)
     for _ in range(2):
@@ -220,19 +220,19 @@ def test_time_limit_rows_rest_too(settings):
 
 
 class WithoutInfos(gym.vector.VectorWrapper):
-    """Loses what the environment tells."""
+    """Drops the infos."""
 
     def step(self, actions):
         return *self.env.step(actions)[:4], {}
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-def test_tokens_that_no_info_speaks_of(settings):
-    """Wrappers below that restart episodes or lose infos are refused, rather than charged for with a wrong sum."""
+def test_steps_without_a_reference_log_prob(settings):
+    """Inner wrappers that restart episodes or drop infos raise an error instead of giving a wrong penalty."""
     env = WholePenalty(Autoreset(gym.make("TextGen-v0", **settings)))
     env.reset(seed=0)
     assert env.step({"token": tiny.END, "log_prob": -1.0})[2]
-    with pytest.raises(ValueError, match=r"no reference_log_prob .*place this wrapper inside .*Autoreset"):
+    with pytest.raises(ValueError, match=r"no reference_log_prob .*apply this wrapper inside .*Autoreset"):
         env.step({"token": 65, "log_prob": -1.0})
     outside = Autoreset(WholePenalty(gym.make("TextGen-v0", **settings)))
     outside.reset(seed=0)
@@ -246,7 +246,7 @@ def test_tokens_that_no_info_speaks_of(settings):
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_controller_in_the_wrappers(settings):
-    """β moves at the end of every episode by the KL of that episode alone; steps until then pay the old β."""
+    """β changes at the end of every episode, by the KL of that episode only; earlier steps pay the old β."""
     for unit, rows in (("response", 1), ("token", 1), ("response", 2), ("token", 2)):
         controller = AdaptiveKL(BETA, 5.0, 10, unit)
         expected = copy.deepcopy(controller)
@@ -258,12 +258,12 @@ def test_controller_in_the_wrappers(settings):
             shape = (rows,)
         env.reset(seed=0)
         env.step({"token": np.full(shape, 65), "log_prob": np.full(shape, -40.0)})
-        env.reset(seed=0)  # an episode that is given up counts for nothing
+        env.reset(seed=0)  # an abandoned episode does not count
         for _ in range(3):
             kl, coef = 0.0, expected.coef
             for token in (65, 66, tiny.END):
-                answer = env.step({"token": np.full(shape, token), "log_prob": np.full(shape, -1.5)})
-                info = answer[4] if token != tiny.END or rows == 1 else answer[4]["final_info"]
+                info = env.step({"token": np.full(shape, token), "log_prob": np.full(shape, -1.5)})[4]
+                info = info if token != tiny.END or rows == 1 else info["final_info"]
                 reference = info["reference_log_prob"]
                 kl += np.sum(0.5 * (-1.5 - reference) ** 2)
                 assert np.allclose(info["penalty"], coef * 0.5 * (-1.5 - reference) ** 2)
@@ -276,31 +276,31 @@ def test_controller_in_the_wrappers(settings):
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_checkers(settings, estimator):
-    """Gymnasium's checker finds nothing but that a wrapper is a wrapper and log-probabilities have no least value."""
+    """Gymnasium's checker warns only about the wrapper itself and the unbounded log-probability."""
     expected = ("different from the unwrapped version", "A Box action space minimum value is -infinity")
     env = WholePenalty(gym.make("TextGen-v0", **settings), estimator)
     assert all(env.action_space.sample() in env.action_space for _ in range(20))
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         check_env(env, skip_render_check=True)
-    assert len(found) == 2, [*map(str, found)]
-    assert all(any(text in str(one.message) for text in expected) for one in found), [*map(str, found)]
+    assert len(caught) == 2, [*map(str, caught)]
+    assert all(any(text in str(warning.message) for text in expected) for warning in caught), [*map(str, caught)]
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_spec_of_a_wrapped_environment(settings):
-    """The spec of a wrapped environment survives JSON and pays the same."""
+    """A wrapped environment remade from its JSON spec pays the same."""
     env = WholePenalty(gym.make("TextGen-v0", **settings), "k3")
     again = gym.make(EnvSpec.from_json(env.spec.to_json()))
-    for one in (env, again):
-        one.reset(seed=0)
+    for environment in (env, again):
+        environment.reset(seed=0)
     action = {"token": 65, "log_prob": -1.0}
     assert_same(again.step(action), env.step(action), "step")
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_numbers_of_any_kind(settings):
-    """log_prob may be a number of Python, NumPy or torch, with a gradient even; a rounding above 0 is let pass."""
+    """log_prob may be a Python, NumPy or torch number, even with a gradient; a rounding error above 0 is accepted."""
     env = WholePenalty(gym.make("TextGen-v0", **settings))
     rewards = []
     for log_prob in (-1, -1.0, np.float32(-1), np.array([-1.0]), torch.tensor(-1.0, requires_grad=True).bfloat16()):
@@ -316,9 +316,9 @@ def test_numbers_of_any_kind(settings):
     [
         (65, "an action must be {'token': ..., 'log_prob': ...}, got 65"),
         ({"token": 65}, "an action must be {'token': ..., 'log_prob': ...}"),
-        ({"token": 65, "log_prob": 0.5}, "log_prob 0.5 in row 0 is no log-probability.*at most 0"),
-        ({"token": 65, "log_prob": math.nan}, "log_prob nan in row 0 is no log-probability.*finite"),
-        ({"token": 65, "log_prob": -math.inf}, "log_prob -inf in row 0 is no log-probability.*finite"),
+        ({"token": 65, "log_prob": 0.5}, "log_prob 0.5 in row 0 is not a log-probability.*at most 0"),
+        ({"token": 65, "log_prob": math.nan}, "log_prob nan in row 0 is not a log-probability.*finite"),
+        ({"token": 65, "log_prob": -math.inf}, "log_prob -inf in row 0 is not a log-probability.*finite"),
         ({"token": 65, "log_prob": "-1"}, "log_prob must be one number, got '-1'"),
         ({"token": 65, "log_prob": None}, "log_prob must be one number, got None"),
         ({"token": 65, "log_prob": [-1.0, -1.0]}, "log_prob must be one number"),
@@ -328,7 +328,7 @@ def test_numbers_of_any_kind(settings):
     ],
 )
 def test_bad_actions(settings, action, says):
-    """A bad action is refused before anything is done: the episode goes on as if it had not been tried."""
+    """An invalid action raises an error before stepping: the episode continues as if it had not been tried."""
     tried, untouched = (
         WholePenalty(gym.make("TextGen-v0", disable_env_checker=True, **settings), "k3") for _ in range(2)
     )
@@ -343,7 +343,7 @@ def test_bad_actions(settings, action, says):
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_bad_vector_actions(settings):
-    """One bad row is named, and no row has moved."""
+    """The error names the invalid row, and no row is stepped."""
     tried, untouched = (VectorWholePenalty(TextGenVectorEnv(3, **settings)) for _ in range(2))
     good = {"token": np.array([65, tiny.END, 66]), "log_prob": np.full(3, -1.0)}
     for env in (tried, untouched):
@@ -362,28 +362,28 @@ def test_bad_vector_actions(settings):
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_bad_wrapping(settings):
-    """What cannot be wrapped, and settings that make no sense together, are refused with the remedy."""
+    """Other environments and contradictory settings raise an error with the remedy."""
     env = gym.make("TextGen-v0", **settings)
     free = gym.make("TextGen-v0", **{**settings, "kl_coef": 0})
-    with pytest.raises(ValueError, match="estimator must be one of k1, k2, k3, got 'exact'; the exact KL would need"):
+    with pytest.raises(ValueError, match="estimator must be one of k1, k2, k3, got 'exact'; the exact KL needs"):
         WholePenalty(env, "exact")
-    with pytest.raises(ValueError, match=r"kl_coef is 0.*estimator='k3'.*make it with kl_coef above 0"):
+    with pytest.raises(ValueError, match=r"kl_coef is 0.*estimator='k3'.*set kl_coef above 0"):
         WholePenalty(free, "k3")
     with pytest.raises(ValueError, match=r"kl_coef is 0.*AdaptiveKL\(coef=0.1.*leave both at their defaults"):
         WholePenalty(free, controller=AdaptiveKL(0.1, 6.0, 100, "response"))
     with pytest.raises(ValueError, match=r"estimator must be one of k1, k2, k3, got \['k1'\]"):
         WholePenalty(env, ["k1"])
-    with pytest.raises(ValueError, match=r"controller must be one of textenv.kl, got 0.1; .*give FixedKL"):
+    with pytest.raises(ValueError, match=r"controller must be a controller of textenv.kl, got 0.1; .*pass FixedKL"):
         WholePenalty(env, controller=0.1)
-    with pytest.raises(ValueError, match=r"for TextGen-v0.*got CartPoleEnv.*wrap each single TextGen-v0"):
+    with pytest.raises(ValueError, match=r"wraps TextGen-v0.*got CartPoleEnv.*wrap each single TextGen-v0"):
         WholePenalty(gym.make("CartPole-v1"))
     with pytest.raises(ValueError, match=r"got CartPoleEnv"):
         VectorWholePenalty(gym.make_vec("CartPole-v1", 2, "sync"))
     free.reset(seed=0)
     whole = WholePenalty(free)
     _, reward, _, _, info = whole.step({"token": 65, "log_prob": -3.0})
-    assert reward == 0 and info["penalty"] == 0  # kl_coef=0 stays usable, for sweeps over it
-    other = WholePenalty(env, controller=FixedKL(1.0))  # β of one's own, the environment's half taken back
+    assert reward == 0 and info["penalty"] == 0  # kl_coef=0 works, for sweeps
+    other = WholePenalty(env, controller=FixedKL(1.0))  # a different β; the environment's half is removed
     other.reset(seed=0)
     _, reward, _, _, info = other.step({"token": 65, "log_prob": -3.0})
     assert reward == pytest.approx(-1.0 * (-3.0 - info["reference_log_prob"]), abs=1e-5)

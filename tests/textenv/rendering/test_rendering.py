@@ -1,4 +1,4 @@
-"""What people see: text in color, live typing, pictures and videos, in every face."""
+"""Rendering: colored text, live text, images and videos, in every face."""
 
 import dataclasses
 import io
@@ -20,14 +20,14 @@ from transformers import PreTrainedTokenizerFast
 from tests.support import tiny
 from textenv.rendering import picture, viewers
 from textenv.rendering.text import (
-    ABOVE,
-    BELOW,
-    PROMPT,
+    NEGATIVE_COLORS,
+    POSITIVE_COLORS,
+    PROMPT_COLOR,
     EpisodeView,
     TextStreamer,
     ansi,
     color,
-    make_page,
+    make_view,
     paint,
     printable,
     shade,
@@ -42,17 +42,17 @@ BYTES = "a π €\n😀 ß"  # characters of one, two, three and four bytes
 
 @pytest.fixture(autouse=True)
 def colors(monkeypatch):
-    """As in a terminal without NO_COLOR."""
+    """Unset NO_COLOR, as in a normal terminal."""
     monkeypatch.delenv("NO_COLOR", raising=False)
 
 
 def ids_of(text):
-    """A text as tokens, one a byte."""
+    """A text as tokens, one per byte."""
     return tiny.tokenizer()(text).input_ids
 
 
 def written(prompt, response):
-    """A state of one row, with some bytes of prompt padding and room left."""
+    """A state of one row, with prompt padding and unused token budget."""
     ids = torch.tensor([[tiny.PAD, tiny.PAD, *ids_of(prompt)]])
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, :2] = False
@@ -63,7 +63,7 @@ def written(prompt, response):
 
 
 def play(env, tokens):
-    """Steps through tokens after a seeded reset."""
+    """Reset with a seed and step through tokens."""
     env.reset(seed=0)
     for token in tokens:
         env.step(token)
@@ -73,7 +73,7 @@ def play(env, tokens):
 
 
 def byte_fallback_tokenizer():
-    """Bytes as tokens in SentencePiece's manner: every byte of an unfinished character decodes to a replacement."""
+    """Byte tokens as in SentencePiece: every byte of an incomplete character decodes to a replacement."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -81,73 +81,73 @@ def byte_fallback_tokenizer():
 
 
 @pytest.mark.parametrize("fallback", [False, True])
-def test_typing_never_shows_half_a_character(fallback, kind):
-    """Every byte is a token; each character comes whole, with its last byte, and the sum is the text."""
+def test_streaming_never_splits_a_character(fallback, kind):
+    """With one token per byte, each character is returned with its last byte, and the pieces concatenate to the text."""
     tokenizer = byte_fallback_tokenizer() if fallback else tiny.tokenizer()
     ids = list(BYTES.encode()) if fallback else ids_of(BYTES)
-    typewriter = TextStreamer(tokenizer, ids[:2])
-    pieces = [typewriter.type(token) for token in ids[2:]]
-    assert "".join(pieces) == BYTES[2:] and typewriter.rest() == ""
+    streamer = TextStreamer(tokenizer, ids[:2])
+    pieces = [streamer.add(token) for token in ids[2:]]
+    assert "".join(pieces) == BYTES[2:] and streamer.flush() == ""
     lengths = [len(character.encode()) for character in BYTES[2:]]
     wanted = [piece for character, n in zip(BYTES[2:], lengths, strict=True) for piece in [""] * (n - 1) + [character]]
     assert pieces == wanted
 
 
-def test_broken_bytes_come_out_as_replacements(kind):
-    """Random bytes are typed as the decoder's whole text has them, however they come."""
+def test_invalid_bytes_become_replacements(kind):
+    """Streamed random bytes give the same text as decoding them at once."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         ids = rng.integers(256, size=12).tolist()
-        typewriter = TextStreamer(tiny.tokenizer(), [])
-        typed = "".join(typewriter.type(token) for token in ids) + typewriter.rest()
-        assert typed == printable(tiny.tokenizer().decode(ids))
+        streamer = TextStreamer(tiny.tokenizer(), [])
+        streamed = "".join(streamer.add(token) for token in ids) + streamer.flush()
+        assert streamed == printable(tiny.tokenizer().decode(ids))
 
 
-def test_control_codes_are_shown_not_obeyed(kind):
-    """A model that writes escape sequences cannot clear the screen of whoever watches; lines and tabs stay."""
+def test_control_codes_are_displayed(kind):
+    """A model's escape sequences cannot control the terminal; line breaks and tabs are kept."""
     state = written("a", ids_of("\x1b[2J\x07\r\n\tb\x7f"))
     text = ansi(state, 0, tiny.tokenizer())
     assert CODE.sub("", text) == "a^[[2J^G^M\n\tb^?"
     assert printable("\x9b1m") == "\ufffd1m"
-    assert "\x1b" not in ansi(written("\x1b", []), 0, tiny.tokenizer()).replace(f"\x1b[38;5;{PROMPT}m", "")[:2]
+    assert "\x1b" not in ansi(written("\x1b", []), 0, tiny.tokenizer()).replace(f"\x1b[38;5;{PROMPT_COLOR}m", "")[:2]
 
 
 # ---- colors
 
 
-def test_ansi_colors_each_token_by_its_number(kind):
-    """Worked by hand: gray prompt, blue below zero, red above, three strengths, none near zero."""
+def test_ansi_colors_each_token_by_its_value(kind):
+    """Hand-computed: gray prompt, blue for negative, red for positive, three strengths, no color near zero."""
     state = written("it", ids_of("abcdefg"))
     values = [-3.0, -1.0, -0.4, 0.0, 0.4, 2.0, 3.0]  # shares of 3: 1, ⅓, 0.13, 0, 0.13, ⅔, 1
-    weak, _, strong = BELOW
+    weak, _, strong = NEGATIVE_COLORS
     wanted = (
-        f"\x1b[38;5;{PROMPT}mit\x1b[0m\x1b[38;5;{strong}ma\x1b[0m\x1b[38;5;{weak}mb\x1b[0mcde"
-        f"\x1b[38;5;{ABOVE[1]}mf\x1b[0m\x1b[38;5;{ABOVE[2]}mg\x1b[0m"
+        f"\x1b[38;5;{PROMPT_COLOR}mit\x1b[0m\x1b[38;5;{strong}ma\x1b[0m\x1b[38;5;{weak}mb\x1b[0mcde"
+        f"\x1b[38;5;{POSITIVE_COLORS[1]}mf\x1b[0m\x1b[38;5;{POSITIVE_COLORS[2]}mg\x1b[0m"
     )
     assert ansi(state, 0, tiny.tokenizer(), values) == wanted
-    for given in (torch.tensor(values), np.array(values), [*values, 9.0, 9.0]):  # a row of [R] may be longer
-        scale = None if len(given) == 7 else 3.0
-        assert ansi(state, 0, tiny.tokenizer(), given, scale) == wanted
-    assert ansi(state, 0, tiny.tokenizer()) == f"\x1b[38;5;{PROMPT}mit\x1b[0mabcdefg"
+    for row in (torch.tensor(values), np.array(values), [*values, 9.0, 9.0]):  # a row of [R] may be longer
+        scale = None if len(row) == 7 else 3.0
+        assert ansi(state, 0, tiny.tokenizer(), row, scale) == wanted
+    assert ansi(state, 0, tiny.tokenizer()) == f"\x1b[38;5;{PROMPT_COLOR}mit\x1b[0mabcdefg"
     assert ansi(state, 0, tiny.tokenizer(), [0.0] * 7).endswith("\x1b[0mabcdefg")
-    assert shade(float("inf"), 1.0) == ABOVE[2] and shade(-float("inf"), 1.0) == BELOW[2]
+    assert shade(float("inf"), 1.0) == POSITIVE_COLORS[2] and shade(-float("inf"), 1.0) == NEGATIVE_COLORS[2]
 
 
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ([1.0, 2.0], "values must hold a number for each of the response's 3 tokens, got 2"),
+        ([1.0, 2.0], "values must have one number for each of the response's 3 tokens, got 2"),
         ([1.0, float("nan"), 0.0], "values must be numbers, got NaN at token 1"),
     ],
 )
 def test_bad_values(values, says, kind):
-    """Too few numbers, or NaN, are refused."""
+    """Too few values, or NaN, raise an error."""
     with pytest.raises(ValueError, match=says):
         ansi(written("it", ids_of("abc")), 0, tiny.tokenizer(), values)
 
 
 def test_no_color(monkeypatch, kind):
-    """NO_COLOR takes all color away, as no-color.org asks; an empty one does not."""
+    """NO_COLOR disables color, as no-color.org specifies; an empty value does not."""
     state = written("it", ids_of("abc"))
     monkeypatch.setenv("NO_COLOR", "1")
     assert ansi(state, 0, tiny.tokenizer(), [1, 2, 3]) == "itabc"
@@ -155,15 +155,15 @@ def test_no_color(monkeypatch, kind):
     assert ansi(state, 0, tiny.tokenizer(), [1, 2, 3]).startswith("\x1b[38")
 
 
-@pytest.mark.parametrize("code", [PROMPT, *BELOW, *ABOVE])
+@pytest.mark.parametrize("code", [PROMPT_COLOR, *NEGATIVE_COLORS, *POSITIVE_COLORS])
 def test_colors_are_legible_on_black_and_on_white(code, kind):
-    """Contrast by WCAG's formula, with xterm's values of the 256 colors: 3 to 1 is what it asks of large text."""
+    """The contrast by WCAG's formula, with xterm's 256 colors, is above the 3 to 1 that it requires of large text."""
     if code >= 232:
         levels = [8 + 10 * (code - 232)] * 3
     else:
         levels = [[0, 95, 135, 175, 215, 255][(code - 16) // step % 6] for step in (36, 6, 1)]
-    linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in (x / 255 for x in levels)]
-    luminance = sum(weight * one for weight, one in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in (x / 255 for x in levels)]
+    luminance = sum(weight * level for weight, level in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
     assert (luminance + 0.05) / 0.05 >= 3.4 and 1.05 / (luminance + 0.05) >= 3.4
 
 
@@ -171,28 +171,28 @@ def test_colors_are_legible_on_black_and_on_white(code, kind):
 
 
 def test_ansi_mode_colors_by_surprise(settings):
-    """A token is the redder, the less likely the reference found it; without a reference there is no color."""
+    """A token is redder the less likely it is under the reference; without a reference there is no color."""
     settings = {**settings, "prompts": ["the cat"]}
     env = gym.make("TextGen-v0", render_mode="ansi", **settings)
-    gray = f"\x1b[38;5;{PROMPT}mthe cat\x1b[0m"
+    gray = f"\x1b[38;5;{PROMPT_COLOR}mthe cat\x1b[0m"
     env.reset(seed=0)
     assert env.render() == gray
     wanted = gray
     for letter in "sat":
         info = env.step(ids_of(letter)[0])[4]
-        wanted += color(letter, shade(-info["reference_log_prob"], viewers.SURPRISE))
+        wanted += color(letter, shade(-info["reference_log_prob"], viewers.MAX_SURPRISE))
     assert CODE.sub("", env.render()) == "the catsat"
     assert env.render().replace("\x1b[0m\x1b[38;5;160m", "") == wanted.replace("\x1b[0m\x1b[38;5;160m", "")
-    assert shade(0.9, viewers.SURPRISE) is None and shade(2.0, viewers.SURPRISE) == ABOVE[0]
+    assert shade(0.9, viewers.MAX_SURPRISE) is None and shade(2.0, viewers.MAX_SURPRISE) == POSITIVE_COLORS[0]
     bare = gym.make("TextGen-v0", render_mode="ansi", **{**settings, "kl_coef": 0})
     play(bare, ids_of("sat"))
     assert bare.render() == gray + "sat"
     env.reset()
-    assert env.render() == gray  # nothing is left of the last episode
+    assert env.render() == gray  # nothing remains of the last episode
 
 
-def test_nothing_is_kept_without_a_render_mode(settings):
-    """No render mode, no viewer: None is rendered, and a step does nothing more than before."""
+def test_no_viewer_without_a_render_mode(settings):
+    """Without a render mode there is no viewer, and `render` returns None."""
     for env in (gym.make("TextGen-v0", **settings).unwrapped, TextGenVectorEnv(2, **settings)):
         env.reset(seed=0)
         assert env.viewer is None and env.render() is None
@@ -200,7 +200,7 @@ def test_nothing_is_kept_without_a_render_mode(settings):
 
 
 def test_gymnasium_checker_in_every_mode(settings, capsys):
-    """Gymnasium's checker has nothing to warn of, in any render mode."""
+    """Gymnasium's checker passes without warnings in every render mode."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for mode in viewers.VIEWERS:
@@ -209,7 +209,7 @@ def test_gymnasium_checker_in_every_mode(settings, capsys):
 
 
 class Terminal(io.StringIO):
-    """A terminal that remembers each piece that was flushed to it."""
+    """A terminal that records each flushed piece."""
 
     def __init__(self):
         super().__init__()
@@ -224,8 +224,8 @@ class Terminal(io.StringIO):
         self.truncate()
 
 
-def test_human_mode_types_into_a_pipe(settings, capsys):
-    """Plain text into a file: prompt, tokens, score and reason at the end, a line an episode; render gives None."""
+def test_human_mode_in_a_pipe(settings, capsys):
+    """A pipe gets plain text, one line per episode: prompt, tokens, score and finish reason. `render` returns None."""
     env = gym.make("TextGen-v0", render_mode="human", **{**settings, "prompts": ["the cat"]})
     env.reset(seed=0)
     for token in ids_of(" sat €"):
@@ -234,28 +234,28 @@ def test_human_mode_types_into_a_pipe(settings, capsys):
     score = env.step(tiny.END)[4]["score"]
     env.reset()
     env.step(ids_of("x")[0])
-    env.reset()  # in the middle: a new line all the same
+    env.reset()  # in the middle of an episode: also starts a new line
     env.close()
     wanted = f"the cat sat €  [score {score:+.2f}, stop]\nthe catx\nthe cat\n"
     assert capsys.readouterr().out == wanted
 
 
-def test_human_mode_types_live_into_a_terminal(settings, monkeypatch):
-    """Each token is flushed as it comes, in color, whole characters only, and paced by render_fps."""
+def test_human_mode_in_a_terminal(settings, monkeypatch):
+    """Each token is flushed when it arrives, in color, in whole characters, at the rate of render_fps."""
     terminal, naps = Terminal(), []
     env = gym.make("TextGen-v0", render_mode="human", **{**settings, "prompts": ["the cat"]})
     monkeypatch.setattr("sys.stdout", terminal)
     monkeypatch.setattr(viewers.time, "sleep", naps.append)
     play(env, [*ids_of("a€"), tiny.END])
     env.close()
-    pieces = [CODE.sub("", one) for one in terminal.flushed]
+    pieces = [CODE.sub("", piece) for piece in terminal.flushed]
     assert pieces[:6] == ["the cat", "a", "", "", "€", ""] and pieces[6].startswith("  [score ") and pieces[7] == "\n"
-    assert terminal.flushed[0] == color("the cat", PROMPT) and "38;5;1" in terminal.flushed[1]
+    assert terminal.flushed[0] == color("the cat", PROMPT_COLOR) and "38;5;1" in terminal.flushed[1]
     assert naps == [1 / env.metadata["render_fps"]] * 5
 
 
-def test_human_mode_types_what_ansi_shows(settings, monkeypatch):
-    """The typed text and colors are those of the ansi mode, for the same tokens."""
+def test_human_mode_equals_ansi_mode(settings, monkeypatch):
+    """Text and colors of the human mode equal those of the ansi mode."""
     tokens = [*ids_of("€ no"), 7, 200, 299]
     terminal = Terminal()
     with monkeypatch.context() as patch:
@@ -264,17 +264,17 @@ def test_human_mode_types_what_ansi_shows(settings, monkeypatch):
         play(gym.make("TextGen-v0", render_mode="human", **settings), tokens)
     env = gym.make("TextGen-v0", render_mode="ansi", **settings)
     play(env, tokens)
-    typed = "".join(terminal.flushed)
-    assert CODE.sub("", typed) == CODE.sub("", env.render())
-    joined = re.sub(r"\x1b\[0m(\x1b\[38;5;\d+m)", r"\1", typed)
+    written_text = "".join(terminal.flushed)
+    assert CODE.sub("", written_text) == CODE.sub("", env.render())
+    joined = re.sub(r"\x1b\[0m(\x1b\[38;5;\d+m)", r"\1", written_text)
     assert re.sub(r"(\x1b\[38;5;\d+m)([^\x1b]*)\1", r"\1\2", joined).count("m€") == env.render().count("m€") == 1
 
 
 @pytest.mark.parametrize(
     ("encoding", "wanted"), [("ascii", b"caf? ?!\n"), ("latin-1", b"caf\xe9 ?!\n"), ("utf-8", "café 日!\n".encode())]
 )
-def test_human_mode_writes_what_the_encoding_has(settings, monkeypatch, encoding, wanted):
-    """A letter that standard output cannot encode is a question mark; it never stops a step."""
+def test_human_mode_in_any_encoding(settings, monkeypatch, encoding, wanted):
+    """A character that standard output cannot encode becomes a question mark, and does not stop a step."""
     env = gym.make("TextGen-v0", render_mode="human", **{**settings, "prompts": ["café "]})
     out = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding=encoding))
@@ -284,7 +284,7 @@ def test_human_mode_writes_what_the_encoding_has(settings, monkeypatch, encoding
 
 
 def test_human_mode_without_a_console(settings, monkeypatch):
-    """Where there is no standard output at all, nothing is shown and nothing fails."""
+    """Without a standard output, nothing is written and nothing fails."""
     env = gym.make("TextGen-v0", render_mode="human", **settings)
     monkeypatch.setattr("sys.stdout", None)
     play(env, [*ids_of("a"), tiny.END])
@@ -293,7 +293,7 @@ def test_human_mode_without_a_console(settings, monkeypatch):
 
 
 def test_vector_env_has_no_human_mode(settings):
-    """Sixty-four rows cannot type into one terminal: refused, with what to do instead."""
+    """Several rows cannot write into one terminal: the error says what to use instead."""
     with pytest.raises(ValueError, match=r"one of \['ansi', 'rgb_array'\], got 'human'; .*use gym.make"):
         TextGenVectorEnv(2, render_mode="human", **settings)
 
@@ -301,7 +301,7 @@ def test_vector_env_has_no_human_mode(settings):
 @pytest.mark.parametrize("autoreset_mode", ["NextStep", "SameStep", "Disabled"])
 @pytest.mark.parametrize("mode", ["ansi", "rgb_array"])
 def test_vector_frames_are_those_of_single_environments(settings, mode, autoreset_mode):
-    """A tuple, one frame a row, as SyncVectorEnv of singles renders, over ends and resets."""
+    """A tuple with one frame per row, as a SyncVectorEnv of singles renders, across ends and resets."""
     settings = {**settings, "stop_token_ids": list(range(75)), "max_new_tokens": 4}
     native = TextGenVectorEnv(2, render_mode=mode, autoreset_mode=autoreset_mode, **settings)
     single = [lambda: gym.make("TextGen-v0", render_mode=mode, **settings)] * 2
@@ -314,8 +314,8 @@ def test_vector_frames_are_those_of_single_environments(settings, mode, autorese
         sync.step(actions)
         frames, wanted = native.render(), sync.render()
         assert isinstance(frames, tuple) and len(frames) == 2
-        for one, other in zip(frames, wanted, strict=True):
-            assert np.array_equal(one, other) if mode == "rgb_array" else one == other
+        for got, expected in zip(frames, wanted, strict=True):
+            assert np.array_equal(got, expected) if mode == "rgb_array" else got == expected
         ends += int(ended.sum())
         if autoreset_mode == "Disabled" and ended.any():
             for env in (native, sync):
@@ -323,10 +323,10 @@ def test_vector_frames_are_those_of_single_environments(settings, mode, autorese
     assert ends > 2
 
 
-# ---- pictures
+# ---- images
 
 
-def make_pictures(settings, tokens):
+def make_frames(settings, tokens):
     """All frames of one episode."""
     env = gym.make("TextGen-v0", render_mode="rgb_array_list", **settings)
     play(env, tokens)
@@ -334,46 +334,54 @@ def make_pictures(settings, tokens):
 
 
 def test_rgb_array_frames(settings):
-    """uint8 [H, W, 3], one size throughout, sides that codecs take; each token and the score change the frame."""
-    frames = make_pictures({**settings, "prompts": ["the cat"]}, [*ids_of("sat"), tiny.END])
+    """uint8 [H, W, 3], one size, sides that codecs accept; each token and the score change the frame."""
+    frames = make_frames({**settings, "prompts": ["the cat"]}, [*ids_of("sat"), tiny.END])
     assert len(frames) == 5
     assert all(frame.dtype == np.uint8 and frame.shape == frames[0].shape for frame in frames)
     height, width, channels = frames[0].shape
     assert channels == 3 and height % picture.BLOCK == width % picture.BLOCK == 0
-    assert all((one != other).any() for one, other in itertools.pairwise(frames))
+    assert all((first != second).any() for first, second in itertools.pairwise(frames))
     assert all(frame.flags.writeable for frame in frames)
 
 
-def find(image, wanted):
-    """How many pixels are of exactly this color."""
-    return int((image == np.array(wanted, dtype=np.uint8)).all(-1).sum())
+def count_pixels(image, color):
+    """The number of pixels of exactly this color."""
+    return int((image == np.array(color, dtype=np.uint8)).all(-1).sum())
 
 
-def test_picture_colors(kind):
-    """Prompt letters gray, response letters dark on the color of their number; none without numbers."""
+def test_image_colors(kind):
+    """The prompt is gray, the response is dark on the color of its values; without values there is no color."""
     plain = picture.draw(EpisodeView(prompt="prompt", pieces=()), 4)
-    assert find(plain, picture.GRAY) > 20 and not find(plain, picture.INK)
+    assert count_pixels(plain, picture.GRAY) > 20 and not count_pixels(plain, picture.INK)
     colored = picture.draw(
         EpisodeView(prompt="", pieces=("aaaa", " bbbb", " cccc"), values=(-2.0, 0.0, 2.0), scale=2.0), 4
     )
-    assert find(colored, picture.BLUE) > 100 and find(colored, picture.RED) > 100 and find(colored, picture.INK) > 20
+    assert (
+        count_pixels(colored, picture.BLUE) > 100
+        and count_pixels(colored, picture.RED) > 100
+        and count_pixels(colored, picture.INK) > 20
+    )
     bare = picture.draw(EpisodeView(prompt="", pieces=("aaaa", " bbbb")), 4)
-    assert not find(bare, picture.BLUE) and not find(bare, picture.RED) and find(bare, picture.INK) > 20
+    assert (
+        not count_pixels(bare, picture.BLUE)
+        and not count_pixels(bare, picture.RED)
+        and count_pixels(bare, picture.INK) > 20
+    )
     assert picture.tint(0.0, 2.0) == picture.PAPER and picture.tint(-9.0, 2.0) == picture.BLUE
     red, blue = picture.tint(1.0, 2.0), picture.tint(-1.0, 2.0)
     assert red[0] > red[2] and blue[2] > blue[0]
 
 
-def test_picture_wraps_words_and_scrolls(kind):
-    """Long text goes on in the next line between words, and of too many lines the last ones are seen."""
-    lines = [mark.line for mark in picture._lay_out(EpisodeView(prompt="", pieces=[" word"] * 40))]
+def test_image_wraps_words_and_scrolls(kind):
+    """Long text wraps between words, and if there are too many lines the last ones are shown."""
+    lines = [span.line for span in picture._layout(EpisodeView(prompt="", pieces=[" word"] * 40))]
     assert lines[0] == 0 and lines == sorted(lines) and 1 < lines[-1] < 6
-    marks = list(picture._lay_out(EpisodeView(prompt="", pieces=["x" * 300])))
-    assert max(mark.left + 20 for mark in marks) < picture.WIDTH - picture.MARGIN and marks[-1].line > 1
-    split = list(picture._lay_out(EpisodeView(prompt="a " * 40, pieces=["good", "ness"] * 20)))
-    assert {len({mark.line for mark in split if mark.text in ("good", "ness")})} != {1}
-    indented = list(picture._lay_out(EpisodeView(prompt="", pieces=["if x:\n", "    y"])))
-    assert indented[-1].left > 10 and indented[-1].line == 1  # a line's own spaces stay
+    spans = list(picture._layout(EpisodeView(prompt="", pieces=["x" * 300])))
+    assert max(span.left + 20 for span in spans) < picture.WIDTH - picture.MARGIN and spans[-1].line > 1
+    split = list(picture._layout(EpisodeView(prompt="a " * 40, pieces=["good", "ness"] * 20)))
+    assert {len({span.line for span in split if span.text in ("good", "ness")})} != {1}
+    indented = list(picture._layout(EpisodeView(prompt="", pieces=["if x:\n", "    y"])))
+    assert indented[-1].left > 10 and indented[-1].line == 1  # indentation is kept
     long = EpisodeView(prompt="\n".join(f"first {number}" for number in range(30)), pieces=("end",))
     tail = EpisodeView(prompt="\n".join(f"first {number}" for number in range(26, 30)), pieces=("end",))
     assert np.array_equal(picture.draw(long, 4), picture.draw(tail, 4))
@@ -383,35 +391,41 @@ def test_picture_wraps_words_and_scrolls(kind):
     "text", ["你好世界", "Привет", "مرحبا", "😀", "e\u0301\u200d\u202e", "\u2028x", "\x00", "\ufffd", ""]
 )
 def test_any_text_can_be_drawn(text, kind):
-    """No alphabet, joiner, separator or emptiness stops a picture."""
-    page = make_page(written("p", ids_of(text)), 0, tiny.tokenizer(), [float("inf")] * len(ids_of(text)))
-    assert picture.draw(page, 4).shape == picture.draw(EpisodeView(prompt="", pieces=()), 4).shape
-    assert paint(page)
+    """Any alphabet, joiner, separator, control code and the empty text can be drawn."""
+    view = make_view(written("p", ids_of(text)), 0, tiny.tokenizer(), [float("inf")] * len(ids_of(text)))
+    assert picture.draw(view, 4).shape == picture.draw(EpisodeView(prompt="", pieces=()), 4).shape
+    assert paint(view)
 
 
-def test_facts_stand_apart(kind):
-    """Between the facts of the footer is paper, from top to bottom, for budgets of four digits too."""
-    facts = ("token 1024 of 1024", "reward -1234.56", "score -123.45, length")
-    page = EpisodeView(prompt="", pieces=("a",), values=(-1.0,), scale=6.0, unit=viewers.UNIT, footer=facts)
-    footer = picture.draw(page, 4)[-picture.FOOTER + 16 :]
-    legend = picture.draw(dataclasses.replace(page, footer=()), 4)[-picture.FOOTER + 16 :]
+def test_footer_items_do_not_overlap(kind):
+    """There is empty space between the footer items and before the legend, even for token budgets of four digits."""
+    items = ("token 1024 of 1024", "reward -1234.56", "score -123.45, length")
+    view = EpisodeView(prompt="", pieces=("a",), values=(-1.0,), scale=6.0, unit=viewers.UNIT, footer=items)
+    footer = picture.draw(view, 4)[-picture.FOOTER + 16 :]
+    legend = picture.draw(dataclasses.replace(view, footer=()), 4)[-picture.FOOTER + 16 :]
     inked = [(image != np.array(picture.PAPER)).any((0, 2)) for image in (footer, legend)]  # by column
-    starts = [picture.MARGIN + index * picture.FACT for index in range(3)] + [int(inked[1].argmax())]
+    starts = [picture.MARGIN + index * picture.FOOTER_ITEM for index in range(3)] + [int(inked[1].argmax())]
     assert all(not inked[0][start - 6 : start].any() and inked[0][start : start + 6].any() for start in starts)
 
 
 def test_every_frame_has_the_size_of_the_first(settings):
-    """Whatever is written, the picture's size depends on the token budgets alone."""
-    shapes = {frame.shape for frame in make_pictures(settings, [*ids_of("\n\n\n\n\n\n\n\n\n\n"), 299, 255])}
+    """The image size depends only on the token budgets, not on the text."""
+    shapes = {frame.shape for frame in make_frames(settings, [*ids_of("\n\n\n\n\n\n\n\n\n\n"), 299, 255])}
     assert len(shapes) == 1
-    assert picture.lines_for(28) == picture.FEWEST < picture.lines_for(200) < picture.lines_for(10**6) == picture.MOST
+    assert (
+        picture.lines_for(28)
+        == picture.MIN_LINES
+        < picture.lines_for(200)
+        < picture.lines_for(10**6)
+        == picture.MAX_LINES
+    )
 
 
-# ---- Gymnasium's wrappers of rendering
+# ---- Gymnasium's rendering wrappers
 
 
 def test_lists_of_frames(settings):
-    """`ansi_list` and `rgb_array_list` collect a frame a step, and the reset's."""
+    """`ansi_list` and `rgb_array_list` collect one frame per step, and one for the reset."""
     for mode, type_ in (("ansi_list", str), ("rgb_array_list", np.ndarray)):
         env = gym.make("TextGen-v0", render_mode=mode, **settings)
         play(env, ids_of("ab"))
@@ -420,7 +434,7 @@ def test_lists_of_frames(settings):
 
 
 def test_add_render_observation(settings):
-    """Pixels as an observation, alone or beside the tokens."""
+    """Pixels as the observation, alone or together with the tokens."""
     env = AddRenderObservation(gym.make("TextGen-v0", render_mode="rgb_array", **settings), render_only=False)
     observation, _ = env.reset(seed=0)
     assert observation in env.observation_space and set(observation) == {"pixels", "input_ids", "attention_mask"}
@@ -430,7 +444,7 @@ def test_add_render_observation(settings):
 
 
 def test_human_rendering_window(settings, monkeypatch):
-    """Gymnasium's HumanRendering shows the pictures in a window of their size."""
+    """Gymnasium's HumanRendering shows the images in a window of the same size."""
     pygame = pytest.importorskip("pygame")
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     env = HumanRendering(gym.make("TextGen-v0", render_mode="rgb_array", **settings))
@@ -442,33 +456,33 @@ def test_human_rendering_window(settings, monkeypatch):
 
 
 def test_record_video(settings, tmp_path):
-    """RecordVideo writes a film of each episode: the picture's size, a frame a token and one for the prompt."""
+    """RecordVideo writes one video per episode, of the image's size, with a frame per token and one for the prompt."""
     pytest.importorskip("moviepy")
     from moviepy.video.io.VideoFileClip import VideoFileClip
 
     env = gym.make("TextGen-v0", render_mode="rgb_array", **settings)
     height, width, _ = picture.draw(EpisodeView(prompt="", pieces=()), picture.lines_for(28)).shape
-    env = RecordVideo(env, str(tmp_path / "films"), episode_trigger=lambda episode: True)
+    env = RecordVideo(env, str(tmp_path / "videos"), episode_trigger=lambda episode: True)
     play(env, [*ids_of("abcd"), tiny.END])
     env.close()
-    (film,) = (tmp_path / "films").iterdir()
-    with VideoFileClip(str(film)) as clip:
+    (video,) = (tmp_path / "videos").iterdir()
+    with VideoFileClip(str(video)) as clip:
         assert (clip.size, clip.fps, clip.n_frames) == ([width, height], env.metadata["render_fps"], 6)
 
 
 def test_record_vector_video(settings, tmp_path):
-    """The vector RecordVideo puts all rows into one film; under NEXT_STEP an episode of row 0 is a film."""
+    """The vector RecordVideo tiles all rows in one video; under NEXT_STEP each episode of row 0 is one video."""
     pytest.importorskip("moviepy")
     from moviepy.video.io.VideoFileClip import VideoFileClip
 
     native = gym.make_vec("TextGen-v0", num_envs=4, render_mode="rgb_array", **{**settings, "max_new_tokens": 3})
-    height, width, _ = picture.draw(EpisodeView(prompt="", pieces=()), picture.FEWEST).shape
-    env = RecordVectorVideo(native, str(tmp_path / "films"), episode_trigger=lambda episode: True)
+    height, width, _ = picture.draw(EpisodeView(prompt="", pieces=()), picture.MIN_LINES).shape
+    env = RecordVectorVideo(native, str(tmp_path / "videos"), episode_trigger=lambda episode: True)
     env.reset(seed=0)
     for _ in range(7):  # three tokens, an automatic reset, three tokens
         env.step(np.full(4, 65))
     env.close()
-    for film in sorted((tmp_path / "films").iterdir()):
-        with VideoFileClip(str(film)) as clip:
+    for video in sorted((tmp_path / "videos").iterdir()):
+        with VideoFileClip(str(video)) as clip:
             assert (clip.size, clip.n_frames) == ([2 * width, 2 * height], 4)
-    assert len(list((tmp_path / "films").iterdir())) == 2
+    assert len(list((tmp_path / "videos").iterdir())) == 2

@@ -1,4 +1,4 @@
-"""Reward functions: their forms, their fields, their threads, and what is said when one goes wrong."""
+"""Reward functions: forms, prompt fields, threads, and error messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from textenv.rewards.functions import FunctionReward
 from textenv.vector_env import TextGenVectorEnv
 
 pytestmark = pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-FOREVER = 20.0  # seconds that a test's hanging function waits: far more than the test itself may take
+FOREVER = 20.0  # seconds that a hanging function waits: far longer than a test should take
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +36,8 @@ def kind_of_models(kind):
     """One architecture is enough here."""
 
 
-def two(**more):
-    """Two finished responses: "abc" and "d", to the prompts "x" and "yz"."""
+def two_responses(**more):
+    """A batch of two finished responses: "abc" and "d", to the prompts "x" and "yz"."""
     ids = {letter: tiny.tokenizer()(letter).input_ids[0] for letter in "abcdxyz"}
     texts = [[ids["x"]], [ids["y"], ids["z"]]], [[ids["a"], ids["b"], ids["c"]], [ids["d"]]]
     return written(*texts, tiny.tokenizer(), **more)
@@ -46,8 +46,8 @@ def two(**more):
 # ---- calls
 
 
-def test_calls_are_made_at_the_same_time():
-    """With four workers four calls run at once: each waits for the other three, then all go on."""
+def test_calls_run_concurrently():
+    """With four workers, four calls run at once: each waits for the other three."""
     together = threading.Barrier(4)
 
     def function(index):
@@ -57,8 +57,8 @@ def test_calls_are_made_at_the_same_time():
     assert call_each(function, 8, workers=4) == [index**2 for index in range(8)]
 
 
-def test_no_more_calls_at_once_than_workers():
-    """At most `workers` calls run at a time, and without workers or limit the caller's own thread makes them."""
+def test_at_most_workers_calls_at_once():
+    """At most `workers` calls run at a time. One worker without a time limit runs in the caller's thread."""
     running, most, lock, threads = 0, 0, threading.Lock(), set()
 
     def function(index):
@@ -79,7 +79,7 @@ def test_no_more_calls_at_once_than_workers():
 
 
 def test_the_overdue_call_is_named():
-    """The call that takes too long is told from those that wait their turn; the time counts from its own start."""
+    """The error has the index of the call that exceeds the limit. Each call's time counts from its own start."""
     hang = threading.Event()
 
     def function(index):
@@ -94,8 +94,8 @@ def test_the_overdue_call_is_named():
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), SystemExit(3)])
-def test_the_failed_call_is_named_and_the_rest_is_not_made(error):
-    """The first exception ends it, even one that would end a thread without a word."""
+def test_the_failed_call_is_named_and_later_calls_are_not_made(error):
+    """The first exception stops all calls, even SystemExit, which would end a thread silently."""
     calls = []
 
     def function(index):
@@ -108,8 +108,8 @@ def test_the_failed_call_is_named_and_the_rest_is_not_made(error):
     assert raised.value.index == 1 and raised.value.error is error and calls == [0, 1]
 
 
-def test_a_hung_call_does_not_keep_the_process():
-    """A process whose reward hangs ends when its main thread does, and can make the same call anew before."""
+def test_a_hung_call_does_not_block_the_process():
+    """After a call hangs, the process can make more calls, and it exits when its main thread ends."""
     script = (
         "import importlib.util, sys, time\n"
         f"spec = importlib.util.spec_from_file_location('calling', {str(Path('textenv/rewards/calling.py').resolve())!r})\n"
@@ -130,14 +130,14 @@ def test_a_hung_call_does_not_keep_the_process():
 
 
 async def slow_lengths(prompts, responses):
-    """An async reward, with calls that wait at the same time."""
+    """An async reward whose inner tasks wait for each other."""
     together = asyncio.Barrier(len(responses))
 
-    async def one(text):
+    async def length(text):
         await together.wait()
         return float(len(text))
 
-    return await asyncio.gather(*(one(text) for text in responses))
+    return await asyncio.gather(*(length(text) for text in responses))
 
 
 async def slow_length(prompt, response):
@@ -147,45 +147,45 @@ async def slow_length(prompt, response):
 
 
 def test_async_functions():
-    """`async def` works, of a batch and of a response, with a time limit and without, in a running loop too."""
+    """`async def` works per batch and per response, with and without a time limit, and inside a running event loop."""
     functions = [slow_lengths, per_response(workers=2)(slow_length), per_response()(slow_length)]
     for function in functions:
         for timeout in (None, FOREVER):
             reward = FunctionReward(function, "slow", timeout=timeout)
-            assert reward(two()).total.tolist() == [3.0, 1.0]
+            assert reward(two_responses()).total.tolist() == [3.0, 1.0]
 
             async def notebook(reward=reward):
-                return reward(two()).total.tolist()
+                return reward(two_responses()).total.tolist()
 
             assert asyncio.run(notebook()) == [3.0, 1.0]
 
 
 def test_a_function_of_one_response():
-    """per_response calls once a response; the decorated function is still the function."""
+    """per_response calls the function once per response; the decorated function can still be called directly."""
     weighted = per_response(workers=3)(lambda prompt, response: 10 * len(prompt) + len(response))
-    assert FunctionReward(weighted, "f")(two()).total.tolist() == [13.0, 21.0]
+    assert FunctionReward(weighted, "f")(two_responses()).total.tolist() == [13.0, 21.0]
     assert weighted("ab", "c") == 21
 
 
-def test_a_function_of_episodes():
-    """per_batch hands over tokens, masks and how responses ended."""
+def test_a_function_of_the_batch():
+    """per_batch passes the ResponseBatch: tokens, masks and how responses ended."""
 
     @per_batch
-    def stops(episodes):
-        return 10 * episodes.state.length + episodes.stopped
+    def stops(batch):
+        return 10 * batch.state.length + batch.stopped
 
-    assert FunctionReward(stops, "f")(two(stopped=[True, False])).total.tolist() == [31.0, 10.0]
+    assert FunctionReward(stops, "f")(two_responses(stopped=[True, False])).total.tolist() == [31.0, 10.0]
 
 
 def test_workers_are_counted():
-    """A bare decorator, or no number of workers, is refused with the way to write it."""
-    for given in (len, 0, -1, 1.5, True, "4"):
+    """per_response without parentheses, or with an invalid number of workers, raises an error with the right syntax."""
+    for workers in (len, 0, -1, 1.5, True, "4"):
         with pytest.raises(ValueError, match=r"number of workers, 1 or more, got .*@per_response\(\)"):
-            per_response(given)
+            per_response(workers)
 
 
 def test_functions_by_name_in_the_environment(settings):
-    """Decorated functions work by name, in `shared`, and bare, and are called by their own names."""
+    """Decorated functions work by name, in `shared` and directly, and their part has the function's name."""
     for reward in ("tests.textenv.rewards.test_functions:letters", letters, shared(letters)):
         env = gym.make("TextGen-v0", **{**settings, "reward": reward, "kl_coef": 0})
         env.reset(seed=0)
@@ -204,8 +204,8 @@ def letters(prompt, response):
 # ---- fields
 
 
-def test_columns():
-    """A parameter beyond the first two is the prompts' field of its name, whole or one response's."""
+def test_prompt_fields():
+    """A parameter after the first two gets the prompt field of its name: all values, or one per response."""
     fields = {"answer": ["abc", "e"], "weight": (2, 3)}
 
     def batch(prompts, responses, answer, *, weight):
@@ -216,28 +216,28 @@ def test_columns():
         return sorted(fields) == ["answer", "weight"] and fields["weight"] * (fields["answer"] == response)
 
     for function in (batch, single):
-        assert FunctionReward(function, "f")(two(fields=fields)).total.tolist() == [2.0, 0.0]
+        assert FunctionReward(function, "f")(two_responses(fields=fields)).total.tolist() == [2.0, 0.0]
     optional = FunctionReward(lambda prompts, responses, bonus=(5, 6): list(bonus), "f")
-    assert optional(two()).total.tolist() == [5.0, 6.0]
-    assert optional(two(fields={"bonus": [7, 8]})).total.tolist() == [7.0, 8.0]
+    assert optional(two_responses()).total.tolist() == [5.0, 6.0]
+    assert optional(two_responses(fields={"bonus": [7, 8]})).total.tolist() == [7.0, 8.0]
     changed = FunctionReward(lambda prompts, responses, answer: answer.clear() or [0, 0], "rude")
-    changed(two(fields=fields))
+    changed(two_responses(fields=fields))
     assert fields["answer"] == ["abc", "e"]
 
 
-def test_missing_columns_are_named():
-    """A function whose field the prompts lack is refused, at its call and before, alone and in a sum."""
+def test_missing_prompt_fields_are_named():
+    """A required field that the prompts lack raises an error, in the call and in `check_fields`, alone and in a sum."""
     reward = FunctionReward(lambda prompts, responses, answer: [0, 0], "grade")
-    says = r"reward 'grade' needs the prompts' field 'answer', and they have {}; give the field 'answer' beside"
+    says = r"reward 'grade' needs the prompts' field 'answer', and they have {}; add the field 'answer' to every"
     with pytest.raises(ValueError, match=says.format("no fields")):
-        reward(two())
+        reward(two_responses())
     with pytest.raises(ValueError, match=says.format(r"\['reference'\]")):
         check_fields(WeightedSum([(1.0, reward)]), ["reference"])
     check_fields(WeightedSum([(1.0, reward)]), ["answer", "more"])
 
 
-def test_columns_of_the_prompts_in_the_environment(settings):
-    """Fields of the prompts reach the functions in every face; a missing one is refused when the environment is made."""
+def test_prompt_fields_in_the_environment(settings):
+    """Prompt fields reach functions in every face; a missing field raises an error when the environment is made."""
     letters = tiny.tokenizer()
     prompts = [{"prompt": "a", "answer": "x"}, {"prompt": "the cat", "answer": "y"}]
     reward = {"textenv.rewards.library:exact_match": 1.0, "tests.textenv.rewards.test_functions:letters": 0.1}
@@ -256,16 +256,16 @@ def test_columns_of_the_prompts_in_the_environment(settings):
 
 
 @pytest.mark.parametrize("function", [lambda: [], lambda responses: [], per_response()(lambda *, prompt: 0)])
-def test_functions_of_too_few_arguments(function):
-    """A function that cannot take prompts and responses is refused when the reward is made."""
+def test_functions_with_too_few_parameters(function):
+    """A function that cannot take prompts and responses raises an error when the reward is built."""
     with pytest.raises(ValueError, match="reward 'f' must take two arguments, prompts and responses, got the"):
         FunctionReward(function, "f")
 
 
-# ---- what goes wrong
+# ---- failures
 
 
-BROKEN = threading.Event()  # set: row 7's response goes wrong
+BROKEN = threading.Event()  # while set, rewards fail on the response "x" of row 7
 HANG = threading.Event()
 
 
@@ -273,7 +273,7 @@ HANG = threading.Event()
 def raises(prompt, response):
     """Raises for the response "x"."""
     if BROKEN.is_set() and response == "x":
-        json.loads("lost")  # raised deep in a library; the line that is named must be this one
+        json.loads("lost")  # raised inside a library; the error must name this line
     return len(response)
 
 
@@ -286,7 +286,7 @@ def hangs(prompt, response):
 
 
 def batch_of(wrong):
-    """A function of a batch that, when broken, hands its list of numbers to `wrong(numbers, place of "x")`."""
+    """A plain function that, while BROKEN is set, returns `wrong(numbers, index of "x")` instead of its numbers."""
 
     def function(prompts, responses):
         numbers = [float(len(response)) for response in responses]
@@ -295,37 +295,37 @@ def batch_of(wrong):
     return function
 
 
-def put(value):
-    """A list with a wrong value in the place of "x"."""
-    return batch_of(lambda numbers, place: [*numbers[:place], value, *numbers[place + 1 :]])
+def returns_for_x(value):
+    """A plain function that returns a wrong value for "x"."""
+    return batch_of(lambda numbers, index: [*numbers[:index], value, *numbers[index + 1 :]])
 
 
 async def hangs_async(prompts, responses):
-    """Waits for ever, politely."""
+    """Hangs in a coroutine."""
     if BROKEN.is_set():
         await asyncio.sleep(FOREVER)
     return [float(len(response)) for response in responses]
 
 
 @per_batch
-def raises_on_tokens(episodes):
+def raises_on_tokens(batch):
     """Raises for a whole batch."""
     if BROKEN.is_set():
         raise RuntimeError("no tokens")
-    return episodes.state.length - episodes.stopped.long()
+    return batch.state.length - batch.stopped.long()
 
 
-THIS = r"row 7 \(prompt '{prompt}', response 'x'\)"
+ROW_7 = r"row 7 \(prompt '{prompt}', response 'x'\)"
 BATCH = r"a batch of 3 responses, the first of them row 5 \(prompt '[^']+', response 'o'\)"
 WRONG = {
-    "raises": (raises, r"raised JSONDecodeError: .*\(/.*test_functions.py, line \d+\) for " + THIS),
-    "hangs": (hangs, "took longer than reward_timeout=0.5 seconds for " + THIS + "; make it faster"),
-    "nan": (put(math.nan), "returned nan for " + THIS + "; return a finite number"),
-    "type": (put(None), "must return a list of 3 numbers.*first that is no number is None, for " + THIS),
-    "text": (put("1"), "must return a list of 3 numbers.*first that is no number is '1', for " + THIS),
+    "raises": (raises, r"raised JSONDecodeError: .*\(/.*test_functions.py, line \d+\) for " + ROW_7),
+    "hangs": (hangs, "took longer than reward_timeout=0.5 seconds for " + ROW_7 + "; make it faster"),
+    "nan": (returns_for_x(math.nan), "returned nan for " + ROW_7 + "; return a finite number"),
+    "type": (returns_for_x(None), "must return a list of 3 numbers.*first that is not a number is None, for " + ROW_7),
+    "text": (returns_for_x("1"), "must return a list of 3 numbers.*first that is not a number is '1', for " + ROW_7),
     "length": (
         batch_of(lambda numbers, place: numbers[1:]),
-        r"must return one number a response, 3 in all, got shape \(2,\)",
+        r"must return one number per response, 3 in all, got shape \(2,\)",
     ),
     "nothing": (batch_of(lambda numbers, place: None), "must return a list of 3 numbers, got NoneType"),
     "batch": (batch_of(lambda numbers, place: 1 / 0), "raised ZeroDivisionError: .* for " + BATCH),
@@ -336,9 +336,9 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_row_7_of_64(settings, wrong):
-    """A reward that goes wrong in one of 64 rows is named, with the row's prompt and response where they are known.
+    """If a reward fails in one of 64 rows, the error names the reward and, where known, the prompt and response.
 
-    The step is undone: tried again it gives what it would have given, and after `reset` everything works.
+    The step is undone: a retry gives the same result as an environment that never failed, and so does `reset`.
     """
     function, says = WRONG[wrong]
     settings = {**settings, "reward": shared(function), "reward_timeout": 0.5, "max_new_tokens": 4}
@@ -347,9 +347,9 @@ def test_row_7_of_64(settings, wrong):
     letters[0, 7] = tiny.tokenizer()("x").input_ids[0]
     letters[1, [5, 7, 9]] = tiny.END
     BROKEN.clear()
-    for one in (env, untouched):
-        one.reset(seed=3)
-        one.step(letters[0])
+    for environment in (env, untouched):
+        environment.reset(seed=3)
+        environment.step(letters[0])
     BROKEN.set()
     for _ in range(2):
         with pytest.raises(
@@ -369,20 +369,20 @@ def test_row_7_of_64(settings, wrong):
 
 
 def same(got, wanted):
-    """Equal to the bit, all the way down."""
+    """Assert that nested structures are equal to the bit."""
     if isinstance(wanted, dict):
         assert got.keys() == wanted.keys()
         got, wanted = list(got.values()), list(wanted.values())
     if isinstance(wanted, list | tuple):
-        for one, other in zip(got, wanted, strict=True):
-            same(one, other)
+        for left, right in zip(got, wanted, strict=True):
+            same(left, right)
     else:
         assert np.array_equal(got, wanted)
 
 
-def test_after_a_broken_reward_without_retry(settings):
-    """The single environment, through all of Gymnasium's wrappers, is usable after `reset` as well."""
-    env = gym.make("TextGen-v0", **{**settings, "reward": shared(put(math.nan))})
+def test_reset_after_a_failed_reward(settings):
+    """After a failed reward and `reset`, the single environment works, through all of Gymnasium's wrappers."""
+    env = gym.make("TextGen-v0", **{**settings, "reward": shared(returns_for_x(math.nan))})
     BROKEN.set()
     env.reset(seed=0)
     env.step(tiny.tokenizer()("x").input_ids[0])
@@ -399,18 +399,18 @@ async def raises_async(prompts, responses):
     raise RuntimeError("no network")
 
 
-def test_the_line_that_is_named_is_the_users():
-    """The message names the line of the user's function, in a coroutine too, and that of a ready-made reward."""
-    for function in (raises_async, per_response()(raises_async), per_batch(lambda episodes: 1 / 0)):
+def test_errors_name_the_line_of_the_function():
+    """The message names the line of the user's function, also in a coroutine, or of a ready-made reward."""
+    for function in (raises_async, per_response()(raises_async), per_batch(lambda batch: 1 / 0)):
         for timeout in (None, FOREVER):
             with pytest.raises(ValueError, match=r"\(/[^ ]*test_functions.py, line \d+\) for "):
-                FunctionReward(function, "f", timeout=timeout)(two())
-    with pytest.raises(ValueError, match=r"holds no number \(/[^ ]*library.py, line \d+\) for row 1"):
-        FunctionReward(library.numeric_match, "f")(two(fields={"answer": ["1", "none"]}))
+                FunctionReward(function, "f", timeout=timeout)(two_responses())
+    with pytest.raises(ValueError, match=r"contains no number \(/[^ ]*library.py, line \d+\) for row 1"):
+        FunctionReward(library.numeric_match, "f")(two_responses(fields={"answer": ["1", "none"]}))
 
 
-def test_long_texts_are_cut_in_messages():
-    """An error message quotes the beginning of a long response, not all of it."""
+def test_long_texts_are_truncated_in_messages():
+    """An error message quotes only the beginning of a long response."""
     long = written([[65]], [tiny.tokenizer()("word " * 200).input_ids], tiny.tokenizer())
     with pytest.raises(ValueError, match="returned nan for row 0") as raised:
         read_scores(FunctionReward(lambda prompts, responses: [math.nan], "f"), long)
@@ -419,17 +419,20 @@ def test_long_texts_are_cut_in_messages():
 
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "3", True])
 def test_bad_reward_timeout(settings, value):
-    """reward_timeout is seconds above 0, or None."""
+    """reward_timeout must be a finite number of seconds above 0, or None."""
     with pytest.raises(ValueError, match=r"reward_timeout must be (a finite number or None|above 0)"):
         build_task(TextGenConfig(**{**settings, "reward_timeout": value}))
 
 
 def test_a_time_limit_longer_than_threads_can_wait():
-    """Any finite number of seconds is a limit."""
-    assert FunctionReward(lambda prompts, responses: [1, 2], "f", timeout=1e300)(two()).total.tolist() == [1.0, 2.0]
+    """A limit beyond threading.TIMEOUT_MAX works."""
+    assert FunctionReward(lambda prompts, responses: [1, 2], "f", timeout=1e300)(two_responses()).total.tolist() == [
+        1.0,
+        2.0,
+    ]
 
 
-def test_numbers_of_a_function_may_need_gradients():
-    """A function may compute with tensors that want gradients; the score does not."""
+def test_scores_are_detached():
+    """A function may return a tensor that requires gradients; the score does not require them."""
     weight = torch.ones(2, requires_grad=True)
-    assert not FunctionReward(lambda prompts, responses: 2 * weight, "f")(two()).total.requires_grad
+    assert not FunctionReward(lambda prompts, responses: 2 * weight, "f")(two_responses()).total.requires_grad

@@ -1,4 +1,4 @@
-"""Ready-made rewards, against numbers worked out by hand."""
+"""Ready-made rewards, against hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from textenv.rewards import library
 from textenv.rewards.functions import FunctionReward
 
 
-def of(function, responses, stopped=True, **fields):
-    """What a ready-made reward gives for responses of these ids or texts."""
-    ids = [[*tiny.tokenizer()(one).input_ids, tiny.END] if isinstance(one, str) else one for one in responses]
-    episodes = written([[65]] * len(ids), ids, tiny.tokenizer(), stopped, fields=fields)
-    return FunctionReward(function, "ready-made")(episodes).total.tolist()
+def scores_of(function, responses, stopped=True, **fields):
+    """The scores of a ready-made reward for responses of these texts or token ids."""
+    ids = [[*tiny.tokenizer()(r).input_ids, tiny.END] if isinstance(r, str) else r for r in responses]
+    batch = written([[65]] * len(ids), ids, tiny.tokenizer(), stopped, fields=fields)
+    return FunctionReward(function, "ready-made")(batch).total.tolist()
 
 
 def test_length_and_unfinished():
-    """Length counts tokens, the end token too; unfinished is 1 where the budget ended it."""
-    assert of(library.length, ["", "abc"]) == [1.0, 4.0]
-    assert of(library.unfinished, ["", "abc", "x"], stopped=[True, False, True]) == [0.0, 1.0, 0.0]
+    """Length counts tokens, including the end token; unfinished is 1 if the token budget ended the response."""
+    assert scores_of(library.length, ["", "abc"]) == [1.0, 4.0]
+    assert scores_of(library.unfinished, ["", "abc", "x"], stopped=[True, False, True]) == [0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -43,15 +43,15 @@ def test_length_and_unfinished():
     ],
 )
 def test_repetition(ids, share):
-    """The share of trigrams that were there before."""
-    assert of(library.repetition, [ids, [9, 8, 7, 6]]) == pytest.approx([share, 0.0])
+    """The share of trigrams that repeat earlier ones."""
+    assert scores_of(library.repetition, [ids, [9, 8, 7, 6]]) == pytest.approx([share, 0.0])
 
 
 def test_exact_match():
-    """Case and runs of white space do not count; all else does; numbers are written out."""
+    """Case and runs of whitespace are ignored, nothing else is; numeric answers are compared as text."""
     responses = ["The  cat\n", " the cat", "the cat.", "a cat", "7", "8"]
     answers = [*["the cat"] * 4, 7, np.int64(8)]
-    assert of(library.exact_match, responses, answer=answers) == [1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
+    assert scores_of(library.exact_match, responses, answer=answers) == [1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
 
 
 NUMBERS = {
@@ -78,7 +78,7 @@ NUMBERS = {
     "3.14.": Fraction("3.14"),
     "1e3": 1000,
     "1.5e-3": Fraction("0.0015"),
-    "1e999999999999": 1,  # such an exponent is none, and nothing is computed with it
+    "1e999999999999": 1,  # not parsed as an exponent, so no huge number is computed
     "3/4": Fraction(3, 4),
     "-3/4 of it": Fraction(-3, 4),
     "1/0": None,
@@ -92,13 +92,13 @@ NUMBERS = {
     "B2": None,
     "v1.2.3": None,
     "1.2.3": Fraction("1.2"),
-    "9" * 5000: None,  # longer than Python reads
+    "9" * 5000: None,  # more digits than Python parses
 }
 
 
 @pytest.mark.parametrize("text", NUMBERS, ids=lambda text: text[:20] or "empty")
 def test_last_number(text):
-    """How a number is read: signs, thousands, decimals, exponents, fractions, and what is no part of one."""
+    """Signs, thousands separators, decimals, exponents, fractions, and text that is not part of a number."""
     assert library.last_number(text) == NUMBERS[text]
 
 
@@ -114,34 +114,34 @@ def test_last_number(text):
         ("50%", "0.5", 0),
         ("0.3333333", "1/3", 1),
         ("0.333", "1/3", 0),
-        ("1000000", "1000001", 0),  # whole numbers must be equal
+        ("1000000", "1000001", 0),  # integers must be equal
         ("no idea", "0", 0),
         ("#### 18", "so 9 * 2 = 18\n#### 18", 1),
         ("-3", "3", 0),
     ],
 )
 def test_numeric_match(response, answer, right):
-    """The last number of the response against that of the answer, within a millionth."""
-    assert of(library.numeric_match, [response], answer=[answer]) == [float(right)]
+    """The last numbers of response and answer are compared, within a relative 1e-6."""
+    assert scores_of(library.numeric_match, [response], answer=[answer]) == [float(right)]
 
 
 @pytest.mark.parametrize(
     ("function", "answer", "says"),
     [
-        (library.numeric_match, "many", "ValueError: the answer 'many' holds no number .*for row 1 .*response 'b'"),
+        (library.numeric_match, "many", "ValueError: the answer 'many' contains no number .*for row 1 .*response 'b'"),
         (library.numeric_match, None, "ValueError: an answer must be a text or a number, got None .*for row 1"),
         (library.exact_match, ["b"], r"ValueError: an answer must be a text or a number, got \['b'\] .*for row 1"),
     ],
 )
 def test_bad_answers(function, answer, says):
-    """An answer that nothing could match is refused, with its row, and never graded as wrong."""
+    """An answer that no response could match raises an error that names its row; it never scores 0."""
     with pytest.raises(ValueError, match=f"reward 'ready-made' raised {says}"):
-        of(function, ["a", "b"], answer=["1", answer])
+        scores_of(function, ["a", "b"], answer=["1", answer])
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_by_name_in_a_sum(settings):
-    """Names and weights are all that it takes, they survive JSON, and every face gives the same."""
+    """Names and weights are enough, they survive JSON, and every face gives the same scores."""
     penalties = {
         "textenv.rewards.library:length": -0.01,
         "textenv.rewards.library:unfinished": -1,

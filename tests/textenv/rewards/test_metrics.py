@@ -41,33 +41,33 @@ def metric(tmp_path_factory) -> str:
     return str(folder)
 
 
-def episodes(**fields):
-    """The responses "the cat" and "dog", to be measured."""
+def two_responses(**fields):
+    """A batch of the responses "the cat" and "dog"."""
     responses = [tiny.tokenizer()(text).input_ids for text in ("the cat", "dog")]
     return written([[65]] * 2, responses, tiny.tokenizer(), fields=fields)
 
 
 def test_each_response_against_its_reference(metric):
-    """The metric is computed for every response by itself, not for the batch; a list of one number is a number."""
+    """The metric is computed per response, not for the batch. A list of one number counts as a number."""
     for key in ("overlap", "each"):
         name = f"evaluate:{metric}:{key}"
         reward = FunctionReward(metric_function(name), name)
-        found = reward(episodes(reference=["a cat sat on the mat", "dog"]))
-        assert found.total.tolist() == pytest.approx([2 / 6, 1.0])
-        assert list(found.parts) == [name]
+        scores = reward(two_responses(reference=["a cat sat on the mat", "dog"]))
+        assert scores.total.tolist() == pytest.approx([2 / 6, 1.0])
+        assert list(scores.parts) == [name]
 
 
-def test_what_a_metric_lacks_is_named(metric):
-    """A wrong key, a key of many numbers, and prompts without references are refused in a sentence."""
-    for key, says in (("rougeL", r"computes no 'rougeL'; it has \['each'"), ("pair", "no single number")):
+def test_unusable_metrics_are_refused(metric):
+    """A wrong key, a key with several numbers, and prompts without references each raise an error."""
+    for key, says in (("rougeL", r"does not compute 'rougeL'; it computes \['each'"), ("pair", "not a single number")):
         with pytest.raises(ValueError, match=says):
-            FunctionReward(metric_function(f"evaluate:{metric}:{key}"), "m")(episodes(reference=["a", "b"]))
+            FunctionReward(metric_function(f"evaluate:{metric}:{key}"), "m")(two_responses(reference=["a", "b"]))
     with pytest.raises(ValueError, match="reward 'm' needs the prompts' field 'reference'"):
-        FunctionReward(metric_function(f"evaluate:{metric}:overlap"), "m")(episodes())
+        FunctionReward(metric_function(f"evaluate:{metric}:overlap"), "m")(two_responses())
 
 
-def test_a_metric_that_cannot_be_had(tmp_path):
-    """A metric that does not exist is refused when the reward is made, with what to do."""
+def test_a_metric_that_does_not_exist(tmp_path):
+    """A metric that does not exist raises an error with the remedy when the reward is built."""
     pytest.importorskip("evaluate")
     with pytest.raises(ValueError, match=r"cannot load the metric '.*absent' .*folder with its script"):
         metric_function(f"evaluate:{tmp_path}/absent:overlap")
@@ -75,14 +75,14 @@ def test_a_metric_that_cannot_be_had(tmp_path):
 
 @pytest.mark.parametrize("name", ["evaluate:bleu", "evaluate:", "evaluate::bleu", "evaluate:bleu:"])
 def test_names_of_metrics(name):
-    """A metric without a key is refused before the library is looked for."""
+    """A metric name without a key raises an error before `evaluate` is imported."""
     with pytest.raises(ValueError, match="'evaluate:NAME:KEY', got"):
         metric_function(name)
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_without_the_library(settings, monkeypatch):
-    """Where evaluate is not installed, making the environment says how to install it."""
+    """Without `evaluate`, making the environment raises an error that says how to install it."""
     monkeypatch.setitem(sys.modules, "evaluate", None)
     with pytest.raises(ValueError, match=r"not installed .*pip install 'textenv\[metrics\]'"):
         build_task(TextGenConfig(**{**settings, "reward": "evaluate:bleu:bleu", "kl_coef": 0}))

@@ -1,4 +1,4 @@
-"""Normalized scores: the formulas, what the environment shows, what checkpoints keep and measurements leave alone."""
+"""Score normalization: formulas, environment outputs, checkpoints and evaluation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def characters(prompts, responses):
 
 
 def scored(*numbers):
-    """Scores of one reward named "r"."""
+    """Final scores of one reward named "r"."""
     return Scores(torch.tensor(numbers), {"r": torch.tensor(numbers)})
 
 
@@ -46,7 +46,7 @@ def scored(*numbers):
 
 
 def test_running_statistics_are_those_of_all_scores():
-    """Batch by batch they are mean and standard deviation of everything so far, even far from zero."""
+    """After each batch they equal the mean and standard deviation of all scores so far, even far from zero."""
     generator = np.random.default_rng(0)
     for offset in (0.0, 1e6):
         statistics, seen = RunningStatistics(), np.zeros(0)
@@ -59,8 +59,8 @@ def test_running_statistics_are_those_of_all_scores():
                 assert statistics.std == pytest.approx(seen.std(), rel=1e-6)
 
 
-def test_scores_that_do_not_differ():
-    """One score, or many equal ones, have no standard deviation to divide by: they become 0, not NaN or noise."""
+def test_equal_scores():
+    """One score, or several equal scores, normalize to 0, not to NaN or noise."""
     for size in (1, 3):
         normalizer = Normalizer(RunningStatistics())
         for _ in range(3):
@@ -68,7 +68,7 @@ def test_scores_that_do_not_differ():
 
 
 def test_hand_computed():
-    """(score - mean) / std, then the clip; the parts keep what the rewards gave."""
+    """(score - mean) / std, then the clip; the parts keep the unnormalized scores."""
     paid = Normalizer(FixedStatistics(1.0, 2.0), clip=1.5)(scored(-9.0, 1.0, 3.0, 9.0))
     assert paid.final.tolist() == [-1.5, 0.0, 1.0, 1.5] == paid.total.tolist()
     assert paid.parts["r"].tolist() == paid.parts["raw"].tolist() == [-9.0, 1.0, 3.0, 9.0]
@@ -77,17 +77,17 @@ def test_hand_computed():
     assert normalizer(scored(8.0)).final.tolist() == pytest.approx([4 / math.sqrt(26 / 3)])  # 1, 3, 8: 4 and 26/3
 
 
-def test_rewards_of_tokens_are_paid_as_they_are():
-    """Only what is paid at the end is normalized; "raw" is the whole response's score."""
+def test_per_token_rewards_are_not_normalized():
+    """Only the final score is normalized; "raw" is the score of the whole response."""
     tokens = torch.tensor([[1.0, 2.0]])
-    given = Scores(torch.tensor([5.0]), {"r": torch.tensor([8.0])}, tokens)
-    paid = Normalizer(FixedStatistics(1.0, 2.0))(given)
+    scores = Scores(torch.tensor([5.0]), {"r": torch.tensor([8.0])}, tokens)
+    paid = Normalizer(FixedStatistics(1.0, 2.0))(scores)
     assert torch.equal(paid.tokens, tokens) and paid.final.tolist() == [2.0] and paid.total.tolist() == [5.0]
     assert paid.parts["raw"].tolist() == [8.0]
 
 
 def test_state_through_json():
-    """Statistics go on from a saved state, to the bit, through JSON."""
+    """Statistics continue from a state saved as JSON, equal to the bit."""
     first, second = RunningStatistics(), RunningStatistics()
     for batch in torch.randn(5, 7, generator=torch.Generator().manual_seed(0)):
         first.update(batch)
@@ -100,7 +100,7 @@ def test_state_through_json():
 
 
 def play(settings, text):
-    """Reward and info of the last step of an episode."""
+    """The reward and info of the last step of an episode."""
     env = gym.make("TextGen-v0", **{**settings, "reward": characters, "kl_coef": 0})
     env.reset(seed=0)
     for token in tiny.tokenizer()(text).input_ids:
@@ -109,8 +109,8 @@ def play(settings, text):
     return reward, info
 
 
-def test_the_score_in_info_is_the_one_that_is_paid(settings):
-    """`score` is normalized and clipped; `score_parts` holds the raw sum and each reward's own number."""
+def test_the_score_in_info_is_the_paid_score(settings):
+    """`score` is normalized and clipped; `score_parts` holds the raw sum and each reward's own score."""
     fixed = dict(score_normalization="fixed", score_mean=1.0, score_std=4.0)
     for more, wanted in [
         (fixed, 0.5),
@@ -125,31 +125,32 @@ def test_the_score_in_info_is_the_one_that_is_paid(settings):
 
 
 def test_faces_agree_under_fixed_normalization(settings):
-    """Shifted, scaled and clipped scores are the same in every face."""
+    """Normalized and clipped scores are the same in every face."""
     more = dict(score_normalization="fixed", score_mean=0.5, score_std=0.7, score_clip=1.0, stop_token_ids=STOPS)
     task = build_task(TextGenConfig(**{**settings, **more}))
     check_faces(task, rows=2, torchrl_env=TextGenTorchEnv(task, 2))
 
 
-def test_conformance_says_why_running_statistics_cannot_agree(settings):
-    """A score that depends on what came before is told apart from a broken face."""
+def test_conformance_refuses_running_statistics(settings):
+    """Under running statistics a score depends on earlier scores; the check says so instead of failing a face."""
     with pytest.raises(ValueError, match=r"running normalization .* score_normalization='none'"):
         check_faces(build_task(TextGenConfig(**settings | RUNNING)))
 
 
-def test_rows_read_at_a_time_do_not_matter(settings):
-    """Running statistics are updated by all responses that are scored together, however many fit in a pass."""
-    found = []
+def test_rows_per_pass_do_not_matter(settings):
+    """Running statistics are updated once by all responses scored together, whatever `rows_per_pass` is."""
+    scored_by_pass = []
     for rows_per_pass in (1, 64):
         task = build_task(TextGenConfig(**{**settings, **RUNNING, "reward": characters, "kl_coef": 0}))
         prompts = task.prompts
         state = start(prompts.input_ids, prompts.attention_mask, 12, 0)
         for tokens in ([65, 66, 67, tiny.END], [tiny.END, 66, 67, 0], [0, tiny.END, 67, 0], [0, 0, tiny.END, 0]):
             state = state.append(torch.tensor(tokens), torch.tensor(tokens) > 0)
-        found.append(score_responses(task, state, prompts.texts, rows_per_pass))
+        scored_by_pass.append(score_responses(task, state, prompts.texts, rows_per_pass))
         assert task.normalizer.statistics.count == 4
-    assert torch.equal(found[0].score, found[1].score) and found[0].score.std() > 0.5
-    assert torch.equal(found[0].reward, found[1].reward)
+    single, together = scored_by_pass
+    assert torch.equal(single.score, together.score) and single.score.std() > 0.5
+    assert torch.equal(single.reward, together.reward)
 
 
 @pytest.mark.parametrize(
@@ -170,13 +171,13 @@ def test_rows_read_at_a_time_do_not_matter(settings):
     ],
 )
 def test_bad_settings(settings, changes, says):
-    """Bad values are refused when the environment is made, with the remedy."""
+    """Invalid settings raise an error with the remedy when the environment is made."""
     with pytest.raises(ValueError, match=says):
         gym.make("TextGen-v0", **{**settings, **changes})
 
 
 def test_a_reward_named_raw(settings):
-    """The name under which the raw score is shown is taken, where there is one."""
+    """A reward named "raw" is allowed only without normalization, which uses that key."""
 
     def raw(prompts, responses):
         return [0.0] * len(responses)
@@ -190,7 +191,7 @@ def test_a_reward_named_raw(settings):
 
 
 def test_resumed_equals_uninterrupted(settings, tmp_path):
-    """A run with running normalization that is stopped and resumed is, to the bit, one never stopped."""
+    """With running normalization, a resumed run equals an uninterrupted run to the bit."""
     settings = settings | RUNNING | dict(reward={"tests.textenv.rewards.test_normalization:characters": 1.0})
     whole = make_trainer(settings)
     expected = [iteration.metrics["score"] for iteration in whole.iterate()]
@@ -207,8 +208,8 @@ def test_resumed_equals_uninterrupted(settings, tmp_path):
     assert statistics == resumed.collector.task.normalizer.statistics.state_dict() and statistics["count"] == 24
 
 
-def test_measurements_are_raw_and_leave_statistics_alone(settings):
-    """Evaluation gives the reward's own numbers, the same before and after the statistics moved, and moves none."""
+def test_evaluation_is_not_normalized(settings):
+    """Evaluation reports unnormalized scores, before and after the statistics change, and does not update them."""
     trainer = make_trainer(settings | RUNNING | dict(reward=characters, kl_coef=0))
     model = trainer.algorithm.networks.policy.model
 
@@ -224,8 +225,8 @@ def test_measurements_are_raw_and_leave_statistics_alone(settings):
     assert trainer.collector.task.normalizer.statistics.count == 8
 
 
-def test_frozen_statistics_pay_and_stay(settings):
-    """A frozen task pays by the statistics of that moment, and moves none."""
+def test_frozen_statistics(settings):
+    """`with_frozen_statistics` normalizes by the current statistics and does not update them."""
     trainer = make_trainer(settings | RUNNING)
     make_rollout(trainer)
     statistics = trainer.collector.task.normalizer.statistics.state_dict()
@@ -237,13 +238,13 @@ def test_frozen_statistics_pay_and_stay(settings):
 
 
 def test_metrics_show_the_parts(settings):
-    """Every iteration's metrics hold the mean of each part, where there is more than the score itself."""
+    """With several rewards, or normalization, every iteration's metrics hold the mean of each part."""
     name = "tests.textenv.rewards.test_normalization:characters"
-    one = next(make_trainer(settings | dict(reward=name), iterations=1).iterate())
-    assert not any(metric.startswith("score/") for metric in one.metrics)
+    single = next(make_trainer(settings | dict(reward=name), iterations=1).iterate())
+    assert not any(metric.startswith("score/") for metric in single.metrics)
     both = {name: 2.0, "textenv.rewards.library:length": -1.0}
-    found = next(make_trainer(settings | dict(reward=both), iterations=1).iterate())
-    parts, data = found.metrics, found.rollout.data
+    iteration = next(make_trainer(settings | dict(reward=both), iterations=1).iterate())
+    parts, data = iteration.metrics, iteration.rollout.data
     assert parts["score/textenv.rewards.library:length"] == pytest.approx(float(data["mask"].sum(1).float().mean()))
     assert parts["score"] == pytest.approx(
         2 * parts[f"score/{name}"] - parts["score/textenv.rewards.library:length"], abs=1e-5
@@ -252,8 +253,8 @@ def test_metrics_show_the_parts(settings):
     assert raw["score/raw"] == pytest.approx(parts["score"], abs=1e-5) and abs(raw["score"]) < 1e-5
 
 
-def test_the_critic_starts_without_an_opinion(settings):
-    """Where scores are normalized, the reward model's head would speak in another unit: the critic's is zero."""
+def test_the_critic_head_starts_at_zero(settings):
+    """With normalized scores the reward model's head has a different scale, so the critic's head starts at zero."""
     trainer = make_trainer(settings | dict(score_normalization="fixed", score_mean=3.0))
     critic = trainer.algorithm.networks.critic
     assert not critic.head.weight.any() and not critic.head.bias.any()

@@ -1,4 +1,4 @@
-"""Rewards of single tokens: what is paid when, in every face, and the texts that the functions see."""
+"""Per-token rewards: when they are paid, in every face, and the token texts that functions receive."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def kind_of_models(kind):
 
 @per_token
 def vowels(prompts, tokens):
-    """1 for every vowel; and a tenth for every token before it, so that places matter."""
-    return [[float(text in "aeiou") + 0.1 * place for place, text in enumerate(row)] for row in tokens]
+    """1 for every vowel, plus 0.1 for every earlier token, so that the position matters."""
+    return [[float(text in "aeiou") + 0.1 * index for index, text in enumerate(row)] for row in tokens]
 
 
 @per_token
 def ahead(prompts, tokens):
-    """Pays the first token for the last one."""
+    """Pays the first token by the length of the response, which later tokens change."""
     return [[float(len(row))] + [0.0] * (len(row) - 1) for row in tokens]
 
 
@@ -57,12 +57,12 @@ def ids(text):
 
 
 def test_what_is_paid_when(settings):
-    """r_t is the token's reward, at the end the score of the whole besides; the score is the sum of both."""
+    """Each step pays the token's reward, and the last step also the final score; `score` is the sum of all."""
     env = gym.make("TextGen-v0", **{**settings, "kl_coef": 0, "reward": SUM})
     env.reset(seed=0)
     answers = [env.step(token) for token in [*ids("bae"), tiny.END]]
     wanted = [0.5 * 0.0, 0.5 * 1.1, 0.5 * 1.2, 0.5 * 0.3 + 2 * 3]
-    wanted[3] += 0.5 * float("" in "aeiou")  # the end token's text is empty, and the empty text is in every text
+    wanted[3] += 0.5 * float("" in "aeiou")  # the end token's text is empty, and the empty string is in every string
     assert [answer[1] for answer in answers] == pytest.approx(wanted)
     info = answers[-1][4]
     assert info["score"] == pytest.approx(sum(wanted))
@@ -70,7 +70,7 @@ def test_what_is_paid_when(settings):
 
 
 def test_the_fast_path_pays_the_same(settings):
-    """Hand-computed: `score_responses` gives each row its tokens' rewards, zero beyond its end."""
+    """Hand-computed: `score_responses` gives each row its per-token rewards, and zero after its end."""
     task = build_task(TextGenConfig(**{**settings, "kl_coef": 0, "reward": SUM}))
     prompts = task.prompts.select([0, 1])
     state = start(prompts.input_ids, prompts.attention_mask, 12, 0)
@@ -85,21 +85,21 @@ def test_the_fast_path_pays_the_same(settings):
 
 
 def test_faces_agree(settings):
-    """With the penalty, weights and ragged ends, every face pays what the fast path pays."""
+    """With the penalty, weights and different lengths, every face pays the same as the fast path."""
     settings = {**settings, "reward": SUM, "stop_token_ids": STOPS}
     task = build_task(TextGenConfig(**settings))
     check_faces(task, rows=3, torchrl_env=TextGenTorchEnv(task, 3))
 
 
 def test_looking_ahead_is_caught(settings):
-    """A function that pays a token for what comes after it fails the conformance check, at that token."""
+    """A reward that depends on later tokens fails the conformance check at that token."""
     task = build_task(TextGenConfig(**{**settings, "reward": ahead, "kl_coef": 0}))
     with pytest.raises(AssertionError, match=r"row 0, step 0: reward is 1\.0, by the fast path"):
         check_faces(task, rows=2)
 
 
 def test_one_call_a_step(settings):
-    """Stepping asks once about all rows that go on, and once about those that end; resting rows are not asked about."""
+    """A step calls the function once for all rows that continue and once for all that end; inactive rows are left out."""
     calls = []
 
     @per_token
@@ -117,23 +117,21 @@ def test_one_call_a_step(settings):
 
 
 def test_no_token_reward_costs_nothing(settings, monkeypatch):
-    """Without such a reward nothing is put together for rewards, and no text decoded, before an episode ends."""
+    """Without a per-token reward, no ResponseBatch is built and no text is decoded before an episode ends."""
     task, calls = build_task(TextGenConfig(**{**settings, "reward": count, "kl_coef": 0})), []
     decode = task.tokenizer.decode
     monkeypatch.setattr(task.tokenizer, "decode", lambda *args, **more: calls.append("text") or decode(*args, **more))
-    monkeypatch.setattr(
-        textenv.dynamics, "ResponseBatch", lambda *args: calls.append("episodes") or ResponseBatch(*args)
-    )
+    monkeypatch.setattr(textenv.dynamics, "ResponseBatch", lambda *args: calls.append("batch") or ResponseBatch(*args))
     dynamics = TextDynamics(task, 2)
     dynamics.reset([0, 1], [0, 1])
     dynamics.step(torch.tensor([65, 65]))
     assert not calls
     dynamics.step(torch.tensor([65, tiny.END]))
-    assert set(calls) == {"episodes", "text"}  # the spies see what there is to see
+    assert set(calls) == {"batch", "text"}  # the spies do record calls
 
 
-def test_a_step_tried_again_counts_its_scores_once(settings):
-    """A token's reward that goes wrong in a row that goes on undoes the score of the row that ended as well."""
+def test_a_retried_step_counts_its_scores_once(settings):
+    """If the per-token reward of an unfinished row fails, the score of the row that ended is not counted either."""
     broken = [True]
 
     @per_token
@@ -156,21 +154,21 @@ def test_a_step_tried_again_counts_its_scores_once(settings):
 
 
 class OwnTokenReward:
-    """A user's own object that pays by the token: the tokens' ids over a hundred."""
+    """A user's reward object that pays each token its id / 100."""
 
     name, part_names = "own", ("own",)
 
-    def token_rewards(self, episodes):
-        """Ids over a hundred."""
-        return (episodes.state.response_ids / 100).where(episodes.state.response_mask, 0.0)
+    def token_rewards(self, batch):
+        """Token ids / 100, [B, R]."""
+        return (batch.state.response_ids / 100).where(batch.state.response_mask, 0.0)
 
-    def __call__(self, episodes):
-        """All of it by the token, and 1 at the end."""
-        tokens = self.token_rewards(episodes)
-        return Scores(torch.ones(len(episodes)), {"own": 1 + tokens.sum(1)}, tokens)
+    def __call__(self, batch):
+        """The per-token rewards, and 1 at the end."""
+        tokens = self.token_rewards(batch)
+        return Scores(torch.ones(len(batch)), {"own": 1 + tokens.sum(1)}, tokens)
 
 
-def test_objects_of_ones_own(settings):
+def test_reward_objects(settings):
     """An object with `token_rewards` pays at every step, alone and in a sum."""
     for reward, weight in ((OwnTokenReward(), 1.0), (WeightedSum([(-3.0, OwnTokenReward())]), -3.0)):
         env = gym.make("TextGen-v0", **{**settings, "reward": shared(reward), "kl_coef": 0})
@@ -180,19 +178,19 @@ def test_objects_of_ones_own(settings):
 
 
 WRONG = {
-    "rows": (lambda tokens: [[0.0]] * 3, "must return a list of 2 lists, one a response, got 3"),
-    "kind": (lambda tokens: 0.0, "must return a list of 2 lists, one a response, got float"),
+    "rows": (lambda tokens: [[0.0]] * 3, "must return a list of 2 lists, one per response, got 3"),
+    "kind": (lambda tokens: 0.0, "must return a list of 2 lists, one per response, got float"),
     "length": (
         lambda tokens: [[0.0, 0.0], [0.0]],
-        r"must return 2 numbers, one a token, for row 9 .*response 'd'\), got shape \(1,",
+        r"must return 2 numbers, one per token, for row 9 .*response 'd'\), got shape \(1,",
     ),
     "type": (
         lambda tokens: [["1", "2"], [0.0, 0.0]],
-        r"must return 2 numbers, one a token, for row 8 .*'c'\), got .*'1', '2'",
+        r"must return 2 numbers, one per token, for row 8 .*'c'\), got .*'1', '2'",
     ),
     "huge": (
         lambda tokens: [[10**400, 0], [0, 0]],
-        r"must return 2 numbers, one a token, for row 8 .*'c'\), got '\[1000",
+        r"must return 2 numbers, one per token, for row 8 .*'c'\), got '\[1000",
     ),
     "nan": (lambda tokens: [[0.0, 0.0], [0.0, math.nan]], r"returned nan for token 1 of row 9 \(prompt 'b'"),
     "raise": (lambda tokens: tokens[7], "raised IndexError: .* for a batch of 2 responses, the first of them row 8"),
@@ -201,15 +199,15 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_bad_token_rewards(wrong):
-    """What is not one finite number a token is refused, and reward, response and token are named."""
+    """Anything but one finite number per token raises an error that names the reward, and the response and token where known."""
     function, says = WRONG[wrong]
-    episodes = written([ids("a"), ids("b")], [[*ids("c"), 256], [*ids("d"), 256]], tiny.tokenizer(), rows=[8, 9])
+    batch = written([ids("a"), ids("b")], [[*ids("c"), 256], [*ids("d"), 256]], tiny.tokenizer(), rows=[8, 9])
     with pytest.raises(ValueError, match=f"reward 'f' {says}"):
-        TokenFunctionReward(per_token(lambda prompts, tokens: function(tokens)), "f")(episodes)
+        TokenFunctionReward(per_token(lambda prompts, tokens: function(tokens)), "f")(batch)
 
 
-def test_columns_and_copies():
-    """Columns come by name, and a function that changes its lists changes nothing for the next call."""
+def test_prompt_fields_and_copies():
+    """Prompt fields are passed by name, and a function that changes its lists does not affect the next call."""
 
     @per_token
     def rude(prompts, tokens, answer):
@@ -218,18 +216,18 @@ def test_columns_and_copies():
             row.clear()
         return paid
 
-    episodes = written([ids("a"), ids("b")], [ids("cd"), ids("dx")], tiny.tokenizer(), fields={"answer": ["c", "dx"]})
+    batch = written([ids("a"), ids("b")], [ids("cd"), ids("dx")], tiny.tokenizer(), fields={"answer": ["c", "dx"]})
     reward = TokenFunctionReward(rude, "rude")
     for _ in range(2):
-        assert reward(episodes).total.tolist() == [1.0, 2.0]
+        assert reward(batch).total.tolist() == [1.0, 2.0]
 
 
 def test_token_texts_make_the_response():
-    """Put together, the tokens' texts are the response: spaces are kept, special tokens are empty."""
+    """The token texts concatenate to the response: spaces are kept, special tokens are empty."""
     tokenizer = tiny.tokenizer()
     texts = TokenTexts(tokenizer)
     assert texts([*ids(" it's\nA"), tiny.PAD, tiny.END, 299]) == [" ", "i", "t", "'", "s", "\n", "A", "", "", ""]
     assert texts(ids("é")) == ["\ufffd", "\ufffd"]  # two bytes, neither of them a character
     words = TokenTexts(sentencepiece_tokenizer())
     assert words([2, 3, 5, 4, 1]) == [" the", " cat", "s", " sat", ""]
-    assert words([3]) == [" cat"]  # a token's text does not depend on its place
+    assert words([3]) == [" cat"]  # a token's text does not depend on its position

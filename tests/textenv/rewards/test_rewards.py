@@ -1,4 +1,4 @@
-"""Rewards: models that read the last real token, functions, sums, and the texts that they see."""
+"""Reward models, function rewards, weighted sums, and the decoded texts that they receive."""
 
 import math
 
@@ -22,7 +22,7 @@ from textenv.rewards.reward_model import RewardModel, last_token_scores, log_odd
 from textenv.torchrl_env import TextGenTorchEnv
 from textenv.vector_env import TextGenVectorEnv
 
-# The same float32 sums in another order, at scores of about 1.
+# The same float32 sums in a different order, at scores of about 1.
 TOLERANCE = 1e-5
 
 
@@ -38,13 +38,13 @@ def prompt_reward(prompts, responses):
 
 @torch.no_grad()
 def plain_outputs(model, ids):
-    """The oracle: the head at the last token of one bare row. [labels]."""
+    """The oracle: the head's output at the last token of one unpadded row. Returns [labels]."""
     hidden = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
     return model.score(hidden)
 
 
 def shuffled_tokenizer():
-    """Bytes as tokens like `tiny.tokenizer`, under other ids: 0 is the end token, pad is none."""
+    """Byte tokens as in `tiny.tokenizer`, with different ids: 0 is the end token, and there is no pad token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
     raw = Tokenizer(models.BPE(vocab={"</s>": 0} | {symbol: at + 1 for at, symbol in enumerate(alphabet)}, merges=[]))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -52,7 +52,7 @@ def shuffled_tokenizer():
 
 
 def play(env, tokens, seed=0):
-    """The last `info` of an episode with these tokens, and the prompt's text."""
+    """The last `info` of an episode with these tokens, and the text of its prompt."""
     env.reset(seed=seed)
     for token in tokens:
         *_, info = env.step(token)
@@ -64,7 +64,7 @@ def play(env, tokens, seed=0):
 
 @pytest.mark.parametrize("pad", [tiny.PAD, tiny.END, 65])
 def test_last_real_token_wherever_the_padding_is(kind, pad):
-    """Left, right, both or no padding, and pad = end: the score is that of the bare row."""
+    """With padding on the left, right, both sides or none, and pad = end, the score is that of the unpadded row."""
     model, row = tiny.reward_model(kind), [*b"the cat", 65, tiny.PAD, tiny.END]
     wanted = plain_outputs(model, row)
     for left, right in ((0, 0), (5, 0), (0, 5), (3, 4)):
@@ -73,11 +73,11 @@ def test_last_real_token_wherever_the_padding_is(kind, pad):
         with torch.no_grad():
             got = last_token_scores(model, ids, mask)[0]
         torch.testing.assert_close(got, wanted, rtol=0, atol=TOLERANCE)
-    assert (plain_outputs(model, row[:-1]) - wanted).abs() > 100 * TOLERANCE  # one token off would show
+    assert (plain_outputs(model, row[:-1]) - wanted).abs() > 100 * TOLERANCE  # an error of one token would show
 
 
 def test_score_in_the_environment(settings, kind):
-    """The score of `info` is the saved reward model's, for prompt and response with its end token."""
+    """`info["score"]` is the saved reward model's score of prompt and response, including the end token."""
     env = gym.make("TextGen-v0", **settings)
     response = [*tiny.tokenizer()(" sat").input_ids, tiny.PAD, tiny.END]
     info, prompt = play(env, response)
@@ -86,8 +86,8 @@ def test_score_in_the_environment(settings, kind):
 
 
 @pytest.mark.parametrize("tokens", [[*b" sat"], [*b" it", tiny.END], [tiny.END]])
-def test_other_tokenizer_reads_text(settings, kind, tmp_path, tokens):
-    """A reward model with another tokenizer scores the decoded text, and its own end token after a stop."""
+def test_a_different_tokenizer_scores_text(settings, kind, tmp_path, tokens):
+    """A reward model with its own tokenizer scores the decoded text, plus its own end token after a stop."""
     model, own = tiny.reward_model(kind), shuffled_tokenizer()
     model.save_pretrained(tmp_path)
     own.save_pretrained(tmp_path)
@@ -101,8 +101,8 @@ def test_other_tokenizer_reads_text(settings, kind, tmp_path, tokens):
     assert info["score"] == pytest.approx(wanted.item(), abs=TOLERANCE)
 
 
-def test_other_tokenizer_in_ragged_batches(kind):
-    """Texts of many lengths in one batch are scored as each alone."""
+def test_a_different_tokenizer_in_ragged_batches(kind):
+    """Texts of different lengths in one batch get the same scores as alone."""
     model, own, tokenizer = tiny.reward_model(kind), shuffled_tokenizer(), tiny.tokenizer()
     prompts = [tokenizer(text).input_ids for text in ("a", "the cat", "it is late")]
     responses = [[tiny.END], tokenizer(" and so it goes").input_ids, tokenizer("!").input_ids]
@@ -113,22 +113,22 @@ def test_other_tokenizer_in_ragged_batches(kind):
 
 
 def test_encoder_reward_model():
-    """A classifier that pools by itself (BERT) gives its own logits, for texts of any length in one batch."""
+    """A classifier with its own pooling (BERT) is scored by its own logits, for texts of any length in one batch."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     config = BertConfig(vocab_size=300, max_position_embeddings=64, num_labels=1, **sizes)
     model, own, tokenizer = BertForSequenceClassification(config).eval(), shuffled_tokenizer(), tiny.tokenizer()
     prompts, responses = [[72], [*b"the cat"]], [[73, tiny.END], [*b" sat down"]]
-    episodes = written(prompts, responses, tokenizer)
-    got = RewardModel(model, tokenizer=own)(episodes).total
-    for row, text in enumerate(episodes.texts):
+    batch = written(prompts, responses, tokenizer)
+    got = RewardModel(model, tokenizer=own)(batch).total
+    for row, text in enumerate(batch.texts):
         with torch.no_grad():
             wanted = model(input_ids=torch.tensor([own(text).input_ids])).logits[0, 0]
         assert got[row].item() == pytest.approx(wanted.item(), abs=TOLERANCE)
 
 
-def test_wider_actor_than_reward_model(settings, kind, tmp_path):
-    """Every id is legal: ids beyond the reward model's own embedding do not break it, though the tokenizers agree."""
+def test_actor_wider_than_reward_model(settings, kind, tmp_path):
+    """Every id is legal: ids beyond the reward model's embedding do not break it, even if the tokenizers are equal."""
     width = {"gpt2": tiny.GPT2, "llama": tiny.LLAMA}[kind]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(width, "vocab_size", 280)
@@ -148,7 +148,7 @@ def test_log_odds():
 
 
 def test_two_labels(settings, kind, tmp_path):
-    """With two labels the score is the named label's log-odds; without a name, the error offers the names."""
+    """With two labels the score is the log-odds of `reward_label`; without one, the error lists the labels."""
     model = tiny.reward_model(kind, labels=2)
     model.config.id2label = {0: "bad", 1: "good"}
     settings = {**settings, "reward": tiny.save(model, tmp_path)}
@@ -166,7 +166,7 @@ def test_two_labels(settings, kind, tmp_path):
 
 
 def test_function_reward(settings):
-    """A function, by value or by name, gets prompts and responses as texts; its number is the score."""
+    """A function, passed directly or by name, gets prompts and responses as texts; its number is the score."""
     for reward in (length_reward, "tests.textenv.rewards.test_rewards:length_reward"):
         env = gym.make("TextGen-v0", **{**settings, "reward": reward})
         info, _ = play(env, [*b" sat", tiny.END])
@@ -178,15 +178,15 @@ def test_function_reward(settings):
 )
 def test_numbers_of_any_kind(returned):
     """Lists, tuples, arrays and tensors of numbers are scores."""
-    episodes = written([[65], [66]], [[67], [68]], tiny.tokenizer())
-    scores = FunctionReward(lambda prompts, responses: returned, "f")(episodes).total
+    batch = written([[65], [66]], [[67], [68]], tiny.tokenizer())
+    scores = FunctionReward(lambda prompts, responses: returned, "f")(batch).total
     assert scores.dtype == torch.float32 and scores.tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
     ("returned", "says"),
     [
-        ([1.0], r"one number a response, 2 in all, got shape \(1,\); return a flat list"),
+        ([1.0], r"one number per response, 2 in all, got shape \(1,\); return a flat list"),
         ([[1.0], [2.0]], r"2 in all, got shape \(2, 1\)"),
         (1.0, r"2 in all, got shape \(\)"),
         ([1.0, math.nan], r"returned nan for row 1 \(prompt 'B', response 'D'\); return a finite number"),
@@ -200,16 +200,16 @@ def test_numbers_of_any_kind(returned):
     ],
 )
 def test_bad_function_rewards(returned, says):
-    """What is not one finite number a response is refused, with the reward's name and the row."""
+    """Anything but one finite number per response raises an error with the reward's name and, where known, the row."""
     tokenizer = tiny.tokenizer()
     ids = tokenizer("ABCD").input_ids
-    episodes = written([ids[:1], ids[1:2]], [ids[2:3], ids[3:]], tokenizer)
+    batch = written([ids[:1], ids[1:2]], [ids[2:3], ids[3:]], tokenizer)
     with pytest.raises(ValueError, match=f"'my_reward'.*{says}"):
-        read_scores(FunctionReward(lambda prompts, responses: returned, "my_reward"), episodes)
+        read_scores(FunctionReward(lambda prompts, responses: returned, "my_reward"), batch)
 
 
 def test_functions_get_copies():
-    """A function that changes its lists changes nothing for the next one."""
+    """A function that changes its lists does not affect the next function."""
 
     def rude(prompts, responses):
         scores = length_reward(prompts, responses)
@@ -218,13 +218,13 @@ def test_functions_get_copies():
         return scores
 
     rewards = [(1.0, FunctionReward(rude, "rude")), (10.0, FunctionReward(length_reward, "length"))]
-    episodes = written([[65], [66]], [[67], [68, 69]], tiny.tokenizer())
-    assert WeightedSum(rewards)(episodes).total.tolist() == [11.0, 22.0]
-    assert episodes.responses == [tiny.tokenizer().decode([67]), tiny.tokenizer().decode([68, 69])]
+    batch = written([[65], [66]], [[67], [68, 69]], tiny.tokenizer())
+    assert WeightedSum(rewards)(batch).total.tolist() == [11.0, 22.0]
+    assert batch.responses == [tiny.tokenizer().decode([67]), tiny.tokenizer().decode([68, 69])]
 
 
 def test_weighted_sum(settings, folders, kind):
-    """`reward={name: weight}` mixes functions and models, each times its weight."""
+    """`reward={name: weight}` sums functions and models, each times its weight."""
     names = {
         "tests.textenv.rewards.test_rewards:length_reward": 0.5,
         "tests.textenv.rewards.test_rewards:prompt_reward": -2,
@@ -238,78 +238,78 @@ def test_weighted_sum(settings, folders, kind):
 
 
 def test_reward_objects_pass_through(settings, kind):
-    """Rewards built by hand, in `shared` or bare in a mapping's place, are taken as they are."""
+    """A reward object in `shared` is used unchanged."""
     built = WeightedSum([(2.0, FunctionReward(length_reward, "length")), (1.0, RewardModel(tiny.reward_model(kind)))])
     task = build_task(TextGenConfig(**{**settings, "reward": shared(built)}))
     assert task.reward is built
 
 
 class Vowels:
-    """A user's own object that follows the protocol, with parts that are not its total."""
+    """A user's reward object, with parts that do not sum to its total."""
 
     name, part_names = "vowels", ("a", "e")
 
-    def __call__(self, episodes):
-        parts = {letter: torch.tensor([float(text.count(letter)) for text in episodes.responses]) for letter in "ae"}
+    def __call__(self, batch):
+        parts = {letter: torch.tensor([float(text.count(letter)) for text in batch.responses]) for letter in "ae"}
         return Scores(2 * parts["a"] + parts["e"], parts)
 
 
 class Broken(Vowels):
-    """The same object, giving something else."""
+    """The same object, with changed return values."""
 
-    def __init__(self, given):
-        self.given = given
+    def __init__(self, change):
+        self.change = change
 
-    def __call__(self, episodes):
-        return self.given(episodes, super().__call__(episodes))
+    def __call__(self, batch):
+        return self.change(batch, super().__call__(batch))
 
 
-def test_objects_of_ones_own(settings):
-    """Whatever follows the Reward protocol is a reward, alone and in a sum, and its parts are in `info`."""
-    own = shared(Vowels())
-    env = gym.make("TextGen-v0", **{**settings, "reward": own})
+def test_reward_objects(settings):
+    """Any object that follows the Reward protocol is a reward, alone and in a sum, and its parts are in `info`."""
+    vowels = shared(Vowels())
+    env = gym.make("TextGen-v0", **{**settings, "reward": vowels})
     info, _ = play(env, [*tiny.tokenizer()("aeae").input_ids, tiny.END])
     assert info["score"] == 6.0 and info["score_parts"] == {"a": 2.0, "e": 2.0}
-    assert env.unwrapped.task.reward is own.value
-    mixed = shared(WeightedSum([(10.0, own.value), (1.0, FunctionReward(length_reward, "length"))]))
+    assert env.unwrapped.task.reward is vowels.value
+    mixed = shared(WeightedSum([(10.0, vowels.value), (1.0, FunctionReward(length_reward, "length"))]))
     info, _ = play(gym.make("TextGen-v0", **{**settings, "reward": mixed}), [*tiny.tokenizer()("ab").input_ids, 256])
     assert info["score"] == 22.0 and info["score_parts"] == {"a": 1.0, "e": 0.0, "length": 2.0}
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("change", "says"),
     [
-        (lambda episodes, scores: scores.final, r"must return textenv.Scores .*\['a', 'e'\].*got Tensor"),
-        (lambda episodes, scores: Scores(scores.final, {"a": scores.final}), r"must return .*got parts \['a'\]"),
-        (lambda episodes, scores: Scores(scores.final[:1], scores.parts), r"final as a tensor of shape \(2,\).*\(1,\)"),
-        (lambda episodes, scores: Scores([1.0, 2.0], scores.parts), r"final as a tensor of shape \(2,\), got list"),
+        (lambda batch, scores: scores.final, r"must return textenv.Scores .*\['a', 'e'\].*got Tensor"),
+        (lambda batch, scores: Scores(scores.final, {"a": scores.final}), r"must return .*got parts \['a'\]"),
+        (lambda batch, scores: Scores(scores.final[:1], scores.parts), r"final as a tensor of shape \(2,\).*\(1,\)"),
+        (lambda batch, scores: Scores([1.0, 2.0], scores.parts), r"final as a tensor of shape \(2,\), got list"),
         (
-            lambda episodes, scores: Scores(scores.final / 0, scores.parts),
+            lambda batch, scores: Scores(scores.final / 0, scores.parts),
             r"returned (nan|inf) for row 11 \(prompt 'A'",
         ),
-        (lambda episodes, scores: Scores(scores.final, scores.parts, torch.zeros(2, 2)), "no method token_rewards"),
+        (lambda batch, scores: Scores(scores.final, scores.parts, torch.zeros(2, 2)), "no method token_rewards"),
     ],
 )
-def test_bad_objects(given, says):
-    """What a user's object gives is checked where it comes in, and the reward is named, in a sum too."""
-    episodes = written([[65], [66]], [[67], [68]], tiny.tokenizer(), rows=[11, 12])
-    episodes.prompts[0] = "A"
+def test_bad_reward_objects(change, says):
+    """The scores of a user's object are checked, and errors name the reward, also in a sum."""
+    batch = written([[65], [66]], [[67], [68]], tiny.tokenizer(), rows=[11, 12])
+    batch.prompts[0] = "A"
     with pytest.raises(ValueError, match=f"reward 'vowels' .*{says}"):
-        WeightedSum([(1.0, Broken(given))])(episodes)
+        WeightedSum([(1.0, Broken(change))])(batch)
 
 
-def test_two_rewards_of_one_name():
-    """Parts that could not be told apart are refused when the sum is built."""
+def test_two_rewards_with_the_same_name():
+    """Parts with equal names raise an error when the sum is built."""
     functions = [FunctionReward(length_reward, "same"), FunctionReward(prompt_reward, "same")]
-    with pytest.raises(ValueError, match=r"2 rewards of a sum are named 'same'.*name of its own"):
-        WeightedSum([(1.0, one) for one in functions])
+    with pytest.raises(ValueError, match=r"2 rewards of a sum are named 'same'.*its own name"):
+        WeightedSum([(1.0, function) for function in functions])
     with pytest.raises(ValueError, match="2 rewards of a sum are named 'same'"):
         WeightedSum([(1.0, functions[0]), (1.0, WeightedSum([(1.0, functions[1])]))])
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_parts_in_every_face(settings, folders):
-    """Each reward's number, before its weight, is in `info["score_parts"]` under its name, in all faces alike."""
+    """In all faces, `info["score_parts"]` holds each reward's score, before its weight, under its name."""
     model, function = folders["gpt2_reward"], "tests.textenv.rewards.test_rewards:length_reward"
     settings = {**settings, "reward": {function: 0.5, model: 3.0}, "prompts": ["the cat"], "kl_coef": 0}
     tokens = [*tiny.tokenizer()(" sa").input_ids, tiny.END]
@@ -337,13 +337,11 @@ def test_parts_in_every_face(settings, folders):
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-def test_models_are_called_once_a_batch(settings, monkeypatch):
-    """The vector environment asks the reward model once for all rows that end in a step, and never else."""
+def test_models_are_called_once_per_step(settings, monkeypatch):
+    """The vector environment calls the reward model once for all rows that end in a step, and at no other time."""
     batches = []
     call = RewardModel.__call__
-    monkeypatch.setattr(
-        RewardModel, "__call__", lambda self, episodes: batches.append(episodes) or call(self, episodes)
-    )
+    monkeypatch.setattr(RewardModel, "__call__", lambda self, batch: batches.append(batch) or call(self, batch))
     env = TextGenVectorEnv(5, **{**settings, "max_new_tokens": 3})
     env.reset(seed=0)
     for tokens in ([65] * 5, [65, tiny.END, 65, tiny.END, 65], [65] * 5):
@@ -351,8 +349,8 @@ def test_models_are_called_once_a_batch(settings, monkeypatch):
     assert [batch.rows for batch in batches] == [[1, 3], [0, 2, 4]]
 
 
-def test_rewards_see_finished_responses_only(settings):
-    """A reward is called at ends alone, with just the rows that ended, once each."""
+def test_rewards_see_only_finished_responses(settings):
+    """A reward is called only when episodes end, once, with only the rows that ended."""
     calls = []
 
     def spy(prompts, responses):
@@ -372,7 +370,7 @@ def test_rewards_see_finished_responses_only(settings):
 
 
 def test_responses_are_exact():
-    """The response's text keeps its leading space and loses its special tokens."""
+    """The response text keeps its leading space and omits special tokens."""
     tokenizer = tiny.tokenizer()
     prompts = [tokenizer(text).input_ids for text in ("the cat", "a<end>b", "é")]
     responses = [
@@ -380,27 +378,27 @@ def test_responses_are_exact():
         [tiny.PAD, *tokenizer("x").input_ids, tiny.END],
         tokenizer("né☃\n").input_ids,
     ]
-    episodes = written(prompts, responses, tokenizer)
-    assert episodes.responses == ["  sat ", "x", "né☃\n"]
-    assert episodes.texts == ["the cat  sat ", "abx", "éné☃\n"]
+    batch = written(prompts, responses, tokenizer)
+    assert batch.responses == ["  sat ", "x", "né☃\n"]
+    assert batch.texts == ["the cat  sat ", "abx", "éné☃\n"]
 
 
 def test_responses_of_a_tokenizer_that_strips_spaces():
-    """With SentencePiece a response begins with its space, or without one where it goes on with the word."""
+    """With SentencePiece, a response starts with a space unless it continues the prompt's last word."""
     tokenizer = sentencepiece_tokenizer()
-    episodes = written([[2, 3], [2, 3], [2]], [[4, 1], [5, 4, 1], [1]], tokenizer)
-    assert episodes.responses == [" sat", "s sat", ""]
-    assert episodes.texts == ["the cat sat", "the cats sat", "the"]
+    batch = written([[2, 3], [2, 3], [2]], [[4, 1], [5, 4, 1], [1]], tokenizer)
+    assert batch.responses == [" sat", "s sat", ""]
+    assert batch.texts == ["the cat sat", "the cats sat", "the"]
 
 
 def test_text_longer_than_the_reward_model_is_refused(folders, tmp_path):
-    """A reward model with another tokenizer never loses the end of a text silently: it says what is too long."""
-    own = tiny.tokenizer()
-    own.add_tokens(["another"])  # another vocabulary, so the model reads text
-    own.model_max_length = 10
+    """A reward model with its own tokenizer never truncates a text silently: the error names the text."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["another"])  # a different vocabulary, so the model takes text
+    tokenizer.model_max_length = 10
     folder = tmp_path / "short"
     tiny.reward_model("gpt2").save_pretrained(folder)
-    own.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     task = build_task(
         TextGenConfig(
             reference=folders["gpt2"],
@@ -414,5 +412,5 @@ def test_text_longer_than_the_reward_model_is_refused(folders, tmp_path):
     )
     dynamics = TextDynamics(task, 1)
     dynamics.reset([0], [0])
-    with pytest.raises(ValueError, match="reads 10 tokens, and a text of prompt and response has"):
+    with pytest.raises(ValueError, match="takes 10 tokens, and a prompt with its response has"):
         dynamics.step(torch.tensor([tiny.END]))

@@ -1,4 +1,4 @@
-"""Stages 1 and 2 of RLHF learn known answers, read their data strictly, and do not mind pad == end."""
+"""Stages 1 and 2 of RLHF: known answers are learned, data is validated, and pad == end is handled."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 import textenv.training.reward_model
 from textenv.rewards.reward_model import last_token_scores
 from textenv.training.reward_model import (
-    Labelled,
+    Labeled,
     Pairs,
     RewardConfig,
     accuracy,
@@ -44,7 +44,7 @@ FAST = RewardConfig(learning_rate=1e-2, epochs=2, batch_size=16, max_length=16, 
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Six words, an end token that is also the pad token, and a space that is a token of nothing."""
+    """Six words and an end token that is also the pad token; spaces produce no token."""
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*WORDS, "<unk>", "</s>"])}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>", unk_token="<unk>")
@@ -86,12 +86,12 @@ def _text(rng: random.Random, word: str) -> str:
     return " ".join(filler)
 
 
-# ---------------------------------------------------------------- known answers
+# ---- known answers
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_pairs_are_learnt(tmp_path: Path, family: str) -> None:
-    """Good beats bad after a few steps, with pad == end; the saved folder is stock and centered near 0."""
+def test_learns_pairs(tmp_path: Path, family: str) -> None:
+    """After a few steps "good" scores above "bad", with pad == end; the saved folder is standard, the mean near 0."""
     rng = random.Random(1)
     rows = [
         {"prompt": _text(rng, "a"), "chosen": _text(rng, "good"), "rejected": _text(rng, "bad")} for _ in range(400)
@@ -112,7 +112,7 @@ def test_pairs_are_learnt(tmp_path: Path, family: str) -> None:
     assert good > bad
 
 
-def test_labels_are_learnt(tmp_path: Path) -> None:
+def test_learns_labels(tmp_path: Path) -> None:
     """Texts without prompts, labels 0 and 1: a positive score means label 1."""
     rng = random.Random(2)
     rows = [{"text": _text(rng, WORDS[1 - label]), "label": label} for label in (0, 1) for _ in range(300)]
@@ -123,8 +123,8 @@ def test_labels_are_learnt(tmp_path: Path) -> None:
     assert good > 0 > bad
 
 
-def test_training_repeats_with_its_seed(tmp_path: Path) -> None:
-    """Equal seeds give equal reward models; another seed gives another."""
+def test_training_is_reproducible(tmp_path: Path) -> None:
+    """Equal seeds give equal reward models; a different seed gives a different one."""
     rng = random.Random(3)
     rows = [{"chosen": _text(rng, "good"), "rejected": _text(rng, "bad")} for _ in range(60)]
     base, data = _base(tmp_path / "base"), _write(tmp_path / "d.jsonl", rows)
@@ -136,7 +136,7 @@ def test_training_repeats_with_its_seed(tmp_path: Path) -> None:
 
 
 def test_fine_tuning_learns_the_response(tmp_path: Path) -> None:
-    """After training on "a" -> "good", the model writes "good" and then the end token after "a"."""
+    """After training on "a" -> "good", the model continues "a" with "good" and then the end token."""
     torch.manual_seed(0)
     tokenizer = _tokenizer()
     model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=32, n_layer=1, n_head=2, n_positions=32, eos_token_id=7))
@@ -148,22 +148,22 @@ def test_fine_tuning_learns_the_response(tmp_path: Path) -> None:
     assert (log_probs[:, 1, 7] > math.log(0.9)).all()
 
 
-# ---------------------------------------------------------------- sequences and scores
+# ---- sequences and scores
 
 
 def test_sequences() -> None:
-    """Prompt tokens, text tokens, end token; the last `max_length` of them; no prompt, no space."""
+    """Prompt tokens, text tokens, end token, at most the last `max_length`; without a prompt, no leading space."""
     tokenizer = _tokenizer()
     assert encode_prompt(tokenizer, "a b") == [2, 3]
     assert encode_response(tokenizer, "good") == [0, 7]
     pairs = encode_rows(tokenizer, [{"prompt": "a b", "chosen": "good", "rejected": "bad c d"}], max_length=5)
     assert isinstance(pairs, Pairs) and pairs.rows == [([2, 3, 0, 7], [3, 1, 4, 5, 7])]
     labeled = encode_rows(tokenizer, [{"text": "good a", "label": 1}], max_length=8)
-    assert isinstance(labeled, Labelled) and labeled.rows == [([0, 2, 7], 1)]
+    assert isinstance(labeled, Labeled) and labeled.rows == [([0, 2, 7], 1)]
 
 
 def test_padding_changes_no_score(tmp_path: Path) -> None:
-    """Left padding, right padding and none give one score, though pad and end are one token."""
+    """Left, right and no padding give the same score, even if pad and end are one token."""
     model, _ = load_base(_base(tmp_path), seed=0)
     model.eval()
     end = 7
@@ -172,12 +172,12 @@ def test_padding_changes_no_score(tmp_path: Path) -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
     both = last_token_scores(model, ids, mask)
     torch.testing.assert_close(both, alone.expand(2, 1), atol=1e-5, rtol=1e-5)  # float32 rounding
-    other = last_token_scores(model, ids, torch.tensor([[0, 0, 1, 1, 0], [1, 1, 0, 0, 0]]))
-    assert (other - both).abs().min() > 1e-4  # the end token does count where the mask says so
+    without_end = last_token_scores(model, ids, torch.tensor([[0, 0, 1, 1, 0], [1, 1, 0, 0, 0]]))
+    assert (without_end - both).abs().min() > 1e-4  # the end token counts if the mask includes it
 
 
 def test_dropout_is_off(tmp_path: Path) -> None:
-    """Reward models train and run without dropout, whatever their base had."""
+    """Reward models train and run without dropout, even if their base has dropout."""
     model, _ = load_base(_base(tmp_path, "gpt2"), seed=0)
     config = model.config
     assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == 0.0
@@ -191,7 +191,7 @@ def test_dropout_is_off(tmp_path: Path) -> None:
 
 
 def test_accuracy_by_hand(tmp_path: Path) -> None:
-    """A model that always says 0 is right on half of a pair, and on no text with label 1."""
+    """A model that always scores 0 gets half credit for a pair."""
     model, _ = load_base(_base(tmp_path), seed=0)
     torch.nn.init.zeros_(model.score.weight)  # type: ignore[union-attr]
     assert accuracy(model, Pairs([([0, 7], [1, 7])])) == 0.5
@@ -199,7 +199,7 @@ def test_accuracy_by_hand(tmp_path: Path) -> None:
 
 
 def test_held_out_prompts_stay_together() -> None:
-    """No prompt is on both sides of the split, and the split repeats with its seed."""
+    """No prompt is on both sides of the split, and equal seeds give equal splits."""
     rows = [{"prompt": f"p{i % 20}", "chosen": str(i), "rejected": "x"} for i in range(100)]
     train, held_out = split_rows(rows, 0.25, seed=1)
     assert (len(train), len(held_out)) == (75, 25)
@@ -208,7 +208,7 @@ def test_held_out_prompts_stay_together() -> None:
     assert split_rows(rows, 0.25, seed=2) != (train, held_out)
 
 
-# ---------------------------------------------------------------- strictness
+# ---- validation
 
 
 @pytest.mark.parametrize(
@@ -225,21 +225,21 @@ def test_held_out_prompts_stay_together() -> None:
         (['{"chosen": "a", "rejected": null}'], "line 1: rejected must be a string, got None"),
         (
             ['{"chosen": "a", "rejected": "b"}', "", '{"text": "a", "label": 1}'],
-            "line 3: rows of pairs and rows with",
+            "line 3: the file mixes rows of pairs and rows with",
         ),
-        ([""], "holds no rows"),
+        ([""], "has no rows"),
     ],
 )
 def test_malformed_rows(tmp_path: Path, lines: list[str], message: str) -> None:
-    """A wrong line is named by file and number, with what to do about it."""
+    """A malformed line raises an error with file, line number and remedy."""
     path = _write(tmp_path / "rows.jsonl", lines)
     with pytest.raises(ValueError, match=message) as error:
         read_rows(path)
     assert "rows.jsonl" in str(error.value)
 
 
-def test_a_base_without_a_backbone(tmp_path: Path) -> None:
-    """A base whose layers were never saved would be random: refused, while a head of another width is drawn anew."""
+def test_a_base_with_missing_weights(tmp_path: Path) -> None:
+    """A base with missing layers would be random, so it is refused; a head of a different width is reinitialized."""
     folder = _base(tmp_path / "base")
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.0.mlp.up_proj.weight"]
@@ -251,8 +251,8 @@ def test_a_base_without_a_backbone(tmp_path: Path) -> None:
     assert load_base(tmp_path / "wide", seed=0)[0].score.weight.shape == (1, 16)  # type: ignore[union-attr]
 
 
-def test_a_new_head_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The head is new by intent, so Transformers' table of missing weights is not shown; later warnings are."""
+def test_a_new_head_is_not_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The head is new on purpose, so Transformers' table of missing weights is hidden; later warnings are shown."""
     folder, logger = _base(tmp_path), transformers_logging.get_logger("transformers")
     logger.addHandler(caplog.handler)
     try:
@@ -269,31 +269,31 @@ def _pairs() -> list[dict]:
     return [{"chosen": _text(rng, "good"), "rejected": _text(rng, "bad")} for _ in range(8)]
 
 
-def test_data_and_output_come_before_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would end the training is found before a model is read, and leaves nothing behind."""
-    monkeypatch.setattr(textenv.training.reward_model, "load_base", lambda *given: pytest.fail("work was done"))
+def test_data_and_output_are_checked_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad data and bad outputs raise errors before a model is loaded, and no file is created."""
+    monkeypatch.setattr(textenv.training.reward_model, "load_base", lambda *args: pytest.fail("the model was loaded"))
     rows, full, file = _write(tmp_path / "d.jsonl", _pairs()), tmp_path / "full", tmp_path / "file"
     full.mkdir()
     file.write_text("")
     (full / "model.safetensors").write_text("precious")
     for data, output, says in [
-        (tmp_path / "none.jsonl", tmp_path / "rm", "no training data at .*none.jsonl'; give a .jsonl"),
+        (tmp_path / "none.jsonl", tmp_path / "rm", "no training data at .*none.jsonl'; give a .jsonl file"),
         (tmp_path, tmp_path / "rm", "no training data at "),
-        (_write(tmp_path / "one.jsonl", _pairs()[:1]), tmp_path / "rm", "1 rows of 1 prompts leave none to train on"),
+        (_write(tmp_path / "one.jsonl", _pairs()[:1]), tmp_path / "rm", "1 rows of 1 prompts leave no training rows"),
         (rows, full, "full' exists already and is not empty; choose another output"),
-        (rows, file, "file' cannot be written: .*file' is no folder; choose another output"),
-        (rows, file / "rm", "rm' cannot be written: .*file' is no folder"),
+        (rows, file, "file' cannot be written: .*file' is not a folder; choose another output"),
+        (rows, file / "rm", "rm' cannot be written: .*file' is not a folder"),
     ]:
         with pytest.raises(ValueError, match=says):
             train_reward_model("base", data, output, FAST)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
-    with pytest.raises(ValueError, match=f"cannot be written: {str(tmp_path)!r} is closed to you"):
+    with pytest.raises(ValueError, match=f"cannot be written: {str(tmp_path)!r} is not writable"):
         train_reward_model("base", rows, tmp_path / "deep" / "rm", FAST)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "file", "full", "one.jsonl"]
 
 
-def test_an_unknown_base_gets_a_sentence(tmp_path: Path) -> None:
-    """A base that is not there is named with the remedy; the output is not begun."""
+def test_an_unknown_base(tmp_path: Path) -> None:
+    """A base that does not exist raises an error with the remedy; the output folder is not created."""
     rows = _write(tmp_path / "d.jsonl", _pairs())
     for base in ("nobody/such-model", "/no/such/folder", tmp_path / "none"):
         with pytest.raises(ValueError, match=f"no model configuration in '{base}': .* Give a folder"):
@@ -302,22 +302,22 @@ def test_an_unknown_base_gets_a_sentence(tmp_path: Path) -> None:
 
 
 def test_an_empty_output_folder_is_used(tmp_path: Path) -> None:
-    """A folder that somebody made for the result is taken."""
+    """An existing empty output folder is accepted."""
     (tmp_path / "rm").mkdir()
     train_reward_model(_base(tmp_path / "base"), _write(tmp_path / "d.jsonl", _pairs()), tmp_path / "rm", FAST)
     assert (tmp_path / "rm" / "model.safetensors").exists()
 
 
-def test_data_that_are_not_utf_8(tmp_path: Path) -> None:
-    """Bytes of another encoding are named by their line."""
+def test_data_that_is_not_utf_8(tmp_path: Path) -> None:
+    """A line in another encoding raises an error with its line number."""
     path = tmp_path / "d.jsonl"
     path.write_bytes('{"text": "a", "label": 1}\n{"text": "naïve", "label": 0}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"d.jsonl, line 2: not UTF-8 .*byte 0xef.*save the file as UTF-8"):
         read_rows(path)
 
 
-def test_configs_refuse_nonsense() -> None:
-    """Values that cannot work are refused where they are written."""
+def test_invalid_configs() -> None:
+    """Invalid settings raise an error that names the setting."""
     for wrong in ({"epochs": 0}, {"held_out": 1.0}, {"centering": -1.0}, {"batch_size": -3}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             RewardConfig(**wrong)  # type: ignore[arg-type]
