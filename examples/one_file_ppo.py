@@ -12,7 +12,7 @@ predicts what is still to come while a response is being written, and is trained
 Letters in shape comments: B responses, P prompt tokens, R response tokens, L = P + R, V tokens in the vocabulary.
 The action a_t is response token t; the state s_t is the prompt and all response tokens before it.
 
-`python examples/one_file_ppo.py` takes a few minutes on two CPU cores; the score rises from about +0.1 to +1.6.
+`python examples/one_file_ppo.py` takes a few minutes on two CPU cores; the score rises from about 0 to +1.6.
 `python -m agents train` runs the same algorithm with checkpoints, plots and an evaluation on held-out prompts.
 """
 
