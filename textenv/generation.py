@@ -132,9 +132,7 @@ def score_responses(
     # All rows at once: what a score is measured by must not depend on how many are read at a time.
     scores = normalize(task.normalizer, concatenate([one.scores for one in read]))
     reference_log_prob = torch.cat([one.reference_log_prob for one in read])
-    mask = state.response_mask  # [B, R]
-    last = mask & (mask.long().cumsum(1) == state.length[:, None])  # [B, R], true at t = T
-    reward = environment_reward(scores.final[:, None], last, reference_log_prob, task.config.kl_coef)
+    reward = environment_reward(scores.final[:, None], state.last_generated, reference_log_prob, task.config.kl_coef)
     return ScoredResponses(
         reward=reward if scores.tokens is None else reward + scores.tokens,
         reference_log_prob=reference_log_prob,
@@ -206,8 +204,8 @@ def _read(
     """Some rows read by all frozen models; rows: which of all they are."""
     stops = torch.tensor(task.stop_token_ids, device=task.device)
     mask = state.response_mask  # [B, R]
-    last_tokens = state.response_ids.gather(1, (state.length[:, None] - 1).clamp_min(0))[:, 0]
-    code = finish(last_tokens, state.length, stops, task.config.max_new_tokens).where(state.length > 0, RUNNING)
+    last_tokens = state.response_ids.where(state.last_generated, 0).sum(1)  # [B]
+    code = finish(last_tokens, state.length, stops, task.config.max_new_tokens).where(mask.any(1), RUNNING)
     if bool((code == RUNNING).any()):
         raise ValueError(
             f"score_responses reads finished responses, and row {rows[int((code == RUNNING).nonzero()[0])]} has "

@@ -7,7 +7,7 @@ the model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -169,7 +169,7 @@ class CachedDecoder:
             # Shorter texts read their last token again, which changes nothing; empty ones are put right below.
             length = state.length.clamp(1, step)
             seen = state.attention_mask & (columns < state.prompt_width + length[:, None])
-            self.advance(TextState(state.input_ids, seen, length, state.prompt_width))
+            self.advance(replace(state, attention_mask=seen, length=length))
         self.logits = torch.where(state.length[:, None] > 0, self.logits, at_prompt)
 
 

@@ -34,8 +34,8 @@ NUMBER = re.compile(
 
 @per_batch
 def length(episodes: ResponseBatch) -> Tensor:
-    """Tokens of the response, the stop token included. [B]."""
-    return episodes.state.length
+    """Generated tokens of the response, the stop token included. [B]."""
+    return episodes.state.generated_length
 
 
 @per_batch

@@ -69,11 +69,11 @@ class TokenFunctionReward:
             raise ValueError(
                 f"reward {self.name!r} must return a list of {len(episodes)} lists, one a response, got {got}."
             )
-        mask = episodes.state.response_mask
+        mask = episodes.state.response_mask.cpu()
         paid = torch.zeros(mask.shape)
         for index, (numbers, ids) in enumerate(zip(returned, episodes.response_ids, strict=True)):
-            paid[index, : len(ids)] = self._row(numbers, len(ids), index, episodes)
-        return paid.to(mask.device)
+            paid[index, mask[index]] = self._row(numbers, len(ids), index, episodes)
+        return paid.to(episodes.state.length.device)
 
     def _row(self, numbers: Any, expected: int, index: int, episodes: ResponseBatch) -> Tensor:
         try:

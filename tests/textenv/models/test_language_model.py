@@ -103,9 +103,9 @@ def test_models_are_sensitive_to_what_is_tested(model):
 def test_ids_of_empty_columns_mean_nothing(model, extra):
     """Whatever ids stand where the mask is false, every logit of a real column is the same bit for bit."""
     state = random_response(prompt_state(extra))
-    cut = dataclasses.replace(state, attention_mask=state.attention_mask.clone(), length=torch.tensor([8, 3, 1, 5]))
-    for row, length in enumerate(cut.length.tolist()):
-        cut.attention_mask[row, cut.prompt_width + length :] = False
+    kept = torch.arange(R) < torch.tensor([[8], [3], [1], [5]])  # [B, R]
+    mask = state.attention_mask & torch.cat([state.attention_mask[:, : state.prompt_width], kept], 1)  # [B, L]
+    cut = TextState.from_masks(state.input_ids, mask, kept)
     answers = []
     for one in (cut, scrambled(cut, 1), scrambled(cut, 2)):
         cache = new_cache(model, len(TEXTS), one.input_ids.shape[1])
