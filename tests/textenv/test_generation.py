@@ -141,6 +141,22 @@ def test_rewards_of_tokens_skip_a_gap(settings):
     assert scored.score.tolist() == [15, 6]
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "reward", [None, places, {"tests.textenv.test_generation:places": 0.7, "textenv.rewards.library:length": -0.3}]
+)
+def test_the_score_per_token(settings, reward, kl_coef):
+    """A row of token_score sums to the score, and the reward is it plus β log π_ref, to the bit."""
+    reward = settings["reward"] if reward is None else reward
+    task = build_task(TextGenConfig(**{**settings, "reward": reward, "kl_coef": kl_coef}))
+    prompts = task.prompts.select([0, 1])
+    state = write(prompts)
+    scored = score_responses(task, state, prompts.texts)
+    torch.testing.assert_close(scored.token_score.sum(1), scored.score, rtol=1e-6, atol=1e-6)  # float32, 12 terms
+    assert torch.equal(scored.reward, scored.token_score + kl_coef * scored.reference_log_prob)
+    assert not scored.token_score[~state.response_mask].any() and scored.token_score[state.last_generated].all()
+
+
 def test_the_kl_leaves_a_gap_out(task, prompts, kind):
     """Every estimate is 0 where the policy wrote nothing, and the exact KL is positive everywhere else."""
     state, model = write(prompts), tiny.language_model(kind, seed=5)
