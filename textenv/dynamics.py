@@ -157,7 +157,7 @@ class TextDynamics:
         self._tell_samplers(ended, scores.total)
         if self.reference is not None and bool(running.any()):
             self.reference.advance(state)
-        reward = environment_reward(scores.final, ended, reference_log_prob, self.task.config.kl_coef) + token_reward
+        reward = environment_reward(scores.final + token_reward, reference_log_prob, self.task.config.kl_coef)
         return Transition(state, reward, ended, code, reference_log_prob, scores.total, scores.parts, responses)
 
     def _check(self, tokens: Tensor, active: Tensor) -> None:

@@ -41,8 +41,9 @@ class ScoredResponses:
     """What the environment says of finished responses."""
 
     reward: Tensor  # float32 [B, R], what the environment pays at each token
-    reference_log_prob: Tensor  # float32 [B, R], zero outside the response and where kl_coef is 0
-    score: Tensor  # float32 [B], all that the reward pays for the response
+    token_score: Tensor  # float32 [B, R], the part of `reward` that is score; `reward` adds β · reference_log_prob
+    reference_log_prob: Tensor  # float32 [B, R], zero at tokens not generated, and where kl_coef is 0
+    score: Tensor  # float32 [B], the response's score: the sum of token_score over its tokens
     score_parts: dict[str, Tensor]  # float32 [B] each, what every reward gave under its name
     finish_code: Tensor  # int64 [B], STOP or LENGTH
     responses: list[str]
@@ -132,11 +133,12 @@ def score_responses(
     # All rows at once: what a score is measured by must not depend on how many are read at a time.
     scores = normalize(task.normalizer, concatenate([one.scores for one in read]))
     reference_log_prob = torch.cat([one.reference_log_prob for one in read])
-    mask = state.response_mask  # [B, R]
-    last = mask & (mask.long().cumsum(1) == state.length[:, None])  # [B, R], true at t = T
-    reward = environment_reward(scores.final[:, None], last, reference_log_prob, task.config.kl_coef)
+    token_score = scores.final[:, None].where(state.last_generated, 0.0)  # [B, R]
+    if scores.tokens is not None:
+        token_score = token_score + scores.tokens
     return ScoredResponses(
-        reward=reward if scores.tokens is None else reward + scores.tokens,
+        reward=environment_reward(token_score, reference_log_prob, task.config.kl_coef),
+        token_score=token_score,
         reference_log_prob=reference_log_prob,
         score=scores.total,
         score_parts=scores.parts,
@@ -206,8 +208,8 @@ def _read(
     """Some rows read by all frozen models; rows: which of all they are."""
     stops = torch.tensor(task.stop_token_ids, device=task.device)
     mask = state.response_mask  # [B, R]
-    last_tokens = state.response_ids.gather(1, (state.length[:, None] - 1).clamp_min(0))[:, 0]
-    code = finish(last_tokens, state.length, stops, task.config.max_new_tokens).where(state.length > 0, RUNNING)
+    last_tokens = state.response_ids.where(state.last_generated, 0).sum(1)  # [B]
+    code = finish(last_tokens, state.length, stops, task.config.max_new_tokens).where(mask.any(1), RUNNING)
     if bool((code == RUNNING).any()):
         raise ValueError(
             f"score_responses reads finished responses, and row {rows[int((code == RUNNING).nonzero()[0])]} has "

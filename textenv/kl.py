@@ -31,12 +31,22 @@ import torch
 from torch import Tensor
 
 
-def environment_reward(score: Tensor, ended: Tensor, reference_log_prob: Tensor, kl_coef: float) -> Tensor:
-    """What the environment pays: `1[t = T] · score + β · log π_ref(a_t | s_t)`.
+def environment_reward(score: Tensor, reference_log_prob: Tensor, kl_coef: float) -> Tensor:
+    """The reward of `step`: `score_t + β · log π_ref(a_t | s_t)`.
 
-    score, reference_log_prob: float [...]; ended: bool [...], true at t = T. The score is read only there.
+    score: float [...], what the score pays at each token, which is zero before the last one unless a reward pays
+    every token; reference_log_prob: float [...]; kl_coef: β.
     """
-    return score.where(ended, 0.0) + kl_coef * reference_log_prob
+    return score + kl_coef * reference_log_prob
+
+
+def penalized_reward(score: Tensor, kl: Tensor, kl_coef: float | Tensor) -> Tensor:
+    """The reward that a learner optimizes: `score_t − β · KL_t`. Summed over a response it is score − β · KL.
+
+    score: float [B, R], what the score pays at each token; kl: float [B, R], an estimate of the KL at each token, in
+    nats; kl_coef: β, a number or [B, 1]. With k1 it is `environment_reward(...) − β · log π(a_t | s_t)`.
+    """
+    return score - kl_coef * kl
 
 
 def shaped_reward(reward: Tensor, reference_log_prob: Tensor, kl_coef: float, penalty: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
-"""The state of a batch of texts being written: tokens, masks, lengths, and when a response ends.
+"""The state of a batch of texts: tokens, masks, lengths, and the rule that ends a response.
 
-A state is a value: every operation returns a new one, so whoever kept an old one still has it.
-Letters in shape comments, here and everywhere: B rows, P prompt width, R response width,
-L = P + R, V vocabulary.
+A state is a value: every operation returns a new state and leaves the old one as it was.
+Letters in shape comments, here and everywhere: B rows, P prompt width, R response width, L = P + R, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,71 +18,120 @@ FINISH_REASONS = ("", "stop", "length")
 
 @dataclass(frozen=True)
 class TextState:
-    """Contexts `x, y_<t` of a batch: prompts left-padded to P, responses from column P on."""
+    """Contexts `x, y_<t` of a batch: prompts left-padded to P, responses from column P on.
+
+    Two masks. `attention_mask` marks the tokens of the text: models read them, and positions count them.
+    `generated` marks those of them that the policy chose: actions, log-probabilities, rewards and losses exist only
+    there. A response may hold tokens that the policy did not write.
+    """
 
     input_ids: Tensor  # int64 [B, L]
-    attention_mask: Tensor  # bool [B, L], true = a real token
-    length: Tensor  # int64 [B], response tokens so far
+    attention_mask: Tensor  # bool [B, L], true = a token, false = padding
+    generated: Tensor  # bool [B, L], true = written by the policy
+    length: Tensor  # int64 [B], tokens in the response, generated or not; the next token goes to column P + length
     prompt_width: int  # P
+
+    @classmethod
+    def from_masks(cls, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> TextState:
+        """The state of stored texts.
+
+        input_ids: int64 [B, L]; attention_mask: bool [B, L]; response_mask: bool [B, R], true = generated.
+        """
+        width = input_ids.shape[1] - response_mask.shape[1]
+        generated = torch.nn.functional.pad(response_mask, (width, 0))  # [B, L]
+        return cls(input_ids, attention_mask, generated, attention_mask[:, width:].sum(1), width)
 
     @property
     def response_ids(self) -> Tensor:
-        """int64 [B, R]."""
+        """All response columns, int64 [B, R]."""
         return self.input_ids[:, self.prompt_width :]
 
     @property
     def response_mask(self) -> Tensor:
         """Bool [B, R], true = generated."""
-        return self.attention_mask[:, self.prompt_width :]
+        return self.generated[:, self.prompt_width :]
+
+    @property
+    def generated_length(self) -> Tensor:
+        """Tokens that the policy wrote, int64 [B]: the number of steps so far."""
+        return self.generated.sum(1)
+
+    @property
+    def last_generated(self) -> Tensor:
+        """Bool [B, R], true at the last generated token of each row: where the final score is paid."""
+        mask = self.response_mask
+        return mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
 
     def select(self, rows: Tensor) -> TextState:
-        """The given rows (indices or a boolean mask) alone."""
-        return TextState(self.input_ids[rows], self.attention_mask[rows], self.length[rows], self.prompt_width)
+        """The state of some rows (indices or a boolean mask)."""
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            attention_mask=self.attention_mask[rows],
+            generated=self.generated[rows],
+            length=self.length[rows],
+        )
 
-    def append(self, tokens: Tensor, active: Tensor) -> TextState:
-        """One token more in every active row.
+    def append(self, tokens: Tensor, active: Tensor, generated: bool = True) -> TextState:
+        """The state with one more token in every active row.
 
-        tokens: int64 [B]; active: bool [B].
+        tokens: int64 [B]; active: bool [B]; generated: whether the policy wrote the tokens.
         """
         rows = active.nonzero()[:, 0]
         columns = self.prompt_width + self.length[rows]
-        input_ids, attention_mask = self.input_ids.clone(), self.attention_mask.clone()
-        input_ids[rows, columns] = tokens[rows]
-        attention_mask[rows, columns] = True
-        return TextState(input_ids, attention_mask, self.length + active.long(), self.prompt_width)
+        state = replace(
+            self,
+            input_ids=self.input_ids.clone(),
+            attention_mask=self.attention_mask.clone(),
+            generated=self.generated.clone(),
+            length=self.length + active.long(),
+        )
+        state.input_ids[rows, columns] = tokens[rows]
+        state.attention_mask[rows, columns] = True
+        state.generated[rows, columns] = generated
+        return state
 
     def restart(self, rows: Tensor, fresh: TextState) -> TextState:
-        """The rows of indices `rows` [b] replaced by those of `fresh`, which has b rows."""
-        input_ids, attention_mask = self.input_ids.clone(), self.attention_mask.clone()
-        length = self.length.clone()
-        input_ids[rows], attention_mask[rows], length[rows] = fresh.input_ids, fresh.attention_mask, fresh.length
-        return TextState(input_ids, attention_mask, length, self.prompt_width)
+        """The state with the rows of indices `rows` [b] replaced by `fresh`, which has b rows."""
+        state = replace(
+            self,
+            input_ids=self.input_ids.clone(),
+            attention_mask=self.attention_mask.clone(),
+            generated=self.generated.clone(),
+            length=self.length.clone(),
+        )
+        state.input_ids[rows], state.attention_mask[rows] = fresh.input_ids, fresh.attention_mask
+        state.generated[rows], state.length[rows] = fresh.generated, fresh.length
+        return state
 
 
 def start(prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int, pad_token_id: int) -> TextState:
     """States before the first token, for left-padded prompts [B, P]."""
     rows, width = prompt_ids.shape
-    room = prompt_ids.new_full((rows, max_new_tokens), pad_token_id)
+    empty = prompt_ids.new_full((rows, max_new_tokens), pad_token_id)  # [B, R]
+    input_ids = torch.cat([prompt_ids, empty], 1)  # [B, L]
     return TextState(
-        input_ids=torch.cat([prompt_ids, room], 1),  # [B, L]
-        attention_mask=torch.cat([prompt_mask.bool(), torch.zeros_like(room, dtype=torch.bool)], 1),
+        input_ids=input_ids,
+        attention_mask=torch.cat([prompt_mask.bool(), torch.zeros_like(empty, dtype=torch.bool)], 1),  # [B, L]
+        generated=torch.zeros_like(input_ids, dtype=torch.bool),  # [B, L]
         length=prompt_ids.new_zeros(rows),
         prompt_width=width,
     )
 
 
 def finish(tokens: Tensor, length: Tensor, stop_token_ids: Tensor, max_new_tokens: int) -> Tensor:
-    """How each response ends with the token just written: the one place that decides it.
+    """How each response ends after its newest generated token. No other code decides this.
 
-    tokens: int64 [B]; length: int64 [B], the token included. Returns int64 [B] of RUNNING, STOP, LENGTH.
+    tokens: int64 [B], the newest generated tokens; length: int64 [B], `TextState.length` with them. Returns int64 [B]
+    of RUNNING, STOP and LENGTH.
     """
     code = torch.where(length >= max_new_tokens, LENGTH, RUNNING)
     return torch.where(torch.isin(tokens, stop_token_ids), STOP, code)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count real tokens only, so that padding anywhere changes nothing.
+    """Positions that count the tokens of the text, so that padding on either side changes nothing.
 
-    attention_mask: [B, L], true or one = real. Returns int64 [B, L].
+    attention_mask: [B, L], true or 1 = a token. Returns int64 [B, L].
     """
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)

@@ -95,7 +95,7 @@ class TextGenVectorEnv(VectorEnv):
             self.viewer.record(transition, active)
         rewards = transition.reward.double().cpu().numpy()
         terminations = transition.terminated.cpu().numpy().copy()
-        truncations = ~resting & (transition.state.length.cpu().numpy() >= self.max_episode_steps)
+        truncations = ~resting & (transition.state.generated_length.cpu().numpy() >= self.max_episode_steps)
         ended = terminations | truncations
         infos = self._infos(transition, ~resting, ended)
         starting = ended if self.autoreset_mode is AutoresetMode.SAME_STEP else resting

@@ -32,7 +32,7 @@ def shaded_responses(
     trainer.algorithm.prepare(rollout.data)
     data = rollout.data
     values = paid.coef * data["kl"] if by == "penalty" else _advantages(data.get("raw_advantage", None))
-    state = TextState(data["input_ids"], data["attention_mask"], data["mask"].sum(1), task.config.max_prompt_tokens)
+    state = TextState.from_masks(data["input_ids"], data["attention_mask"], data["mask"])
     scale = float(values.where(data["mask"], 0.0).abs().max())
     scores = score_responses(task.without_normalization(), state, prompts.texts, fields=prompts.fields).score.tolist()
     texts = [ansi(state, row, task.tokenizer, values[row], scale or 1.0) for row in range(len(prompts))]

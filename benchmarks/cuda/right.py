@@ -59,8 +59,7 @@ def first_update(scale: Scale) -> Iterator[Row]:
         trainer.algorithm.prepare(rollout.data)
         data = rollout.data
         model = language_model_of(trainer.algorithm.networks.policy)
-        width = data["input_ids"].shape[1] - data["mask"].shape[1]
-        state = TextState(data["input_ids"], data["attention_mask"], data["mask"].sum(1), width)
+        state = TextState.from_masks(data["input_ids"], data["attention_mask"], data["mask"])
         change = (response_log_probs(model, state, 0.7) - data["action_log_prob"]).where(data["mask"], 0.0)
         metrics = trainer._step(trainer.collector.training_rows(data))
         yield {

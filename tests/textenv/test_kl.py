@@ -7,7 +7,38 @@ import math
 import pytest
 import torch
 
-from textenv.kl import ESTIMATORS, AdaptiveKL, FixedKL, adapted, exact_kl, k1, k2, k3
+from textenv.kl import (
+    ESTIMATORS,
+    AdaptiveKL,
+    FixedKL,
+    adapted,
+    environment_reward,
+    exact_kl,
+    k1,
+    k2,
+    k3,
+    penalized_reward,
+)
+
+# ---- rewards
+
+
+def test_rewards_by_hand():
+    """Score 2 at the last of three tokens; β = ½. The environment pays β log π_ref, the learner loses β KL."""
+    score = torch.tensor([[0.0, 0.0, 2.0]])
+    log_prob, reference = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[-1.5, -1.0, -3.0]])
+    paid = environment_reward(score, reference, 0.5)
+    assert paid.tolist() == [[-0.75, -0.5, 0.5]]
+    penalized = penalized_reward(score, k1(log_prob, reference), 0.5)
+    assert penalized.tolist() == [[-0.25, 0.5, 2.0]]
+    assert torch.equal(penalized, paid - 0.5 * log_prob)
+
+
+def test_each_row_may_have_its_own_coefficient():
+    """β as [B, 1] counts for all tokens of its row."""
+    kl = torch.tensor([[1.0, 2.0], [1.0, 2.0]])
+    assert penalized_reward(torch.ones(2, 2), kl, torch.tensor([[0.0], [2.0]])).tolist() == [[1, 1], [-1, -3]]
+
 
 # ---- estimators
 

@@ -6,7 +6,7 @@ each row writes its own column of the cache. Never samples, never mutates the mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -172,7 +172,7 @@ class CachedDecoder:
             # Shorter rows decode their last token again, which changes nothing; empty rows are corrected below.
             length = state.length.clamp(1, step)
             mask = state.attention_mask & (columns < state.prompt_width + length[:, None])
-            self.advance(TextState(state.input_ids, mask, length, state.prompt_width))
+            self.advance(replace(state, attention_mask=mask, length=length))
         self.logits = torch.where(state.length[:, None] > 0, self.logits, after_prompt)
 
 

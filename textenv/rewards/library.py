@@ -34,8 +34,8 @@ NUMBER = re.compile(
 
 @per_batch
 def length(batch: ResponseBatch) -> Tensor:
-    """The number of tokens in the response, including the stop token. Returns [B]."""
-    return batch.state.length
+    """The number of generated tokens in the response, including the stop token. Returns [B]."""
+    return batch.state.generated_length
 
 
 @per_batch

@@ -76,11 +76,11 @@ class TokenFunctionReward:
             raise ValueError(
                 f"reward {self.name!r} must return a list of {len(batch)} lists, one per response, got {got}."
             )
-        mask = batch.state.response_mask
+        mask = batch.state.response_mask.cpu()
         paid = torch.zeros(mask.shape)
         for index, (numbers, ids) in enumerate(zip(returned, batch.response_ids, strict=True)):
-            paid[index, : len(ids)] = self._as_row(numbers, len(ids), index, batch)
-        return paid.to(mask.device)
+            paid[index, mask[index]] = self._as_row(numbers, len(ids), index, batch)
+        return paid.to(batch.state.length.device)
 
     def _as_row(self, numbers: Any, expected: int, index: int, batch: ResponseBatch) -> Tensor:
         try:

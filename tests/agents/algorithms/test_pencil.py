@@ -126,7 +126,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 def test_penalized_reward():
     """Every token pays β (log π − log π_ref), and the last one earns the score."""
-    paid = environment_reward(SCORE[:, None], LAST, REFERENCE_LOG_PROB, 0.2)
+    paid = environment_reward(SCORE[:, None].where(LAST, 0.0), REFERENCE_LOG_PROB, 0.2)
     found = shaped_reward(paid, REFERENCE_LOG_PROB, 0.2, 0.2 * k1(OLD_LOG_PROB, REFERENCE_LOG_PROB))
     close(found[MASK], PENALIZED_REWARD[MASK])
 

@@ -278,8 +278,7 @@ def test_response_log_probs_is_zero_outside(settings):
     from textenv.state import TextState
 
     data = make_rollout(trainer).data
-    width = data["input_ids"].shape[1] - data["mask"].shape[1]
-    state = TextState(data["input_ids"], data["attention_mask"], data["mask"].sum(1), width)
+    state = TextState.from_masks(data["input_ids"], data["attention_mask"], data["mask"])
     found = response_log_probs(trainer.collector.task.reference.model, state, 0.7, rows_per_pass=3)
     torch.testing.assert_close(found, data["reference_log_prob"], atol=1e-5, rtol=1e-5)
     assert not found[~data["mask"]].any()

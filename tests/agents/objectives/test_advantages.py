@@ -146,7 +146,10 @@ def test_the_whole_reward_is_score_minus_penalty():
     score = torch.tensor([2.0, -1.0, 0.5, 3.0])
     last = mask & (torch.arange(5)[None] == torch.tensor(LENGTHS)[:, None] - 1)
     paid = shaped_reward(
-        environment_reward(score[:, None], last, reference, BETA), reference, BETA, BETA * k1(log_prob, reference)
+        environment_reward(score[:, None].where(last, 0.0), reference, BETA),
+        reference,
+        BETA,
+        BETA * k1(log_prob, reference),
     )
     for row, length in enumerate(LENGTHS):
         for t in range(5):
@@ -227,7 +230,10 @@ def test_rewards_and_targets_equal_torchtune():
     expected, _, _ = oracle.get_rewards_ppo(score, log_prob, reference, BETA, valid_score_idxs=last)
     ended = torch.nn.functional.one_hot(last, 5).bool()
     paid = shaped_reward(
-        environment_reward(score[:, None], ended, reference, BETA), reference, BETA, BETA * k1(log_prob, reference)
+        environment_reward(score[:, None].where(ended, 0.0), reference, BETA),
+        reference,
+        BETA,
+        BETA * k1(log_prob, reference),
     )
     torch.testing.assert_close(paid, expected)
     clean_value = value[:, :-1].where(mask, 0.0)

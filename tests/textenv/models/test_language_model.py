@@ -103,9 +103,9 @@ def test_tolerance_detects_a_wrong_mask_or_position(model):
 def test_ids_of_empty_columns_are_ignored(model, extra):
     """Any ids may stand where the mask is false: the logits of real columns are equal to the bit."""
     state = random_response(prompt_state(extra))
-    cut = dataclasses.replace(state, attention_mask=state.attention_mask.clone(), length=torch.tensor([8, 3, 1, 5]))
-    for row, length in enumerate(cut.length.tolist()):
-        cut.attention_mask[row, cut.prompt_width + length :] = False
+    kept = torch.arange(R) < torch.tensor([[8], [3], [1], [5]])  # [B, R]
+    mask = state.attention_mask & torch.cat([state.attention_mask[:, : state.prompt_width], kept], 1)  # [B, L]
+    cut = TextState.from_masks(state.input_ids, mask, kept)
     results = []
     for state in (cut, scrambled(cut, 1), scrambled(cut, 2)):
         cache = new_cache(model, len(TEXTS), state.input_ids.shape[1])
