@@ -390,12 +390,12 @@ def test_continuous_actions_need_a_gaussian(name):
 @pytest.mark.parametrize("env", sorted(PRESETS))
 def test_presets_open(env):
     """Every preset names real settings, and its environment can be opened with it."""
+    if env.startswith("LunarLander"):
+        pytest.importorskip("Box2D")
     for algorithm in PRESETS[env]:
         config, settings, algorithm_config = defaults(env, algorithm)
         assert config.env == env and config.algorithm == algorithm
         if env != "TextGen-v0":
-            if env.startswith("LunarLander"):
-                pytest.importorskip("Box2D")
             run.build(config, settings, algorithm_config)
 
 
