@@ -22,7 +22,7 @@ EXAMPLES = (
     "sb3_ppo",
     "sb3_maskable_ppo",
     "sb3_dqn",
-    "single_file_ppo",
+    "vector_env_ppo",
     "tianshou_ppo",
     "torchrl_ppo",
     "torchrl_gym_wrapper",

@@ -1,4 +1,4 @@
-"""Which environments are text, and which text environments the learners refuse."""
+"""Which environments count as text, and which text environments the learners refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from textenv.env import TextGenEnv
 
 
 class Renamed(TextGenEnv):
-    """A subclass that changes only what it is called and how it is shown."""
+    """A subclass that changes only rendering."""
 
     def render(self):
         return "rendered"
@@ -36,23 +36,23 @@ class StartsTwice(TextGenEnv):
 
 
 class MaskMixin:
-    """A mask that the environment's settings know nothing of."""
+    """A mask that is not among the environment's settings."""
 
     def action_masks(self):
         return np.ones(3, bool)
 
 
 class MasksOtherwise(MaskMixin, TextGenEnv):
-    """Overrides through a base class."""
+    """An override that comes from another base class."""
 
 
 def make_text(**arguments):
-    """A function as entry point: what it makes is known only once it has been called."""
+    """An entry point that is a function and makes text."""
     return TextGenEnv(**arguments)
 
 
 def make_cartpole(**arguments):
-    """A function as entry point that makes another environment."""
+    """An entry point that is a function and makes another environment."""
     return gym.make("CartPole-v1", **arguments).unwrapped
 
 
@@ -73,13 +73,13 @@ for name, entry_point in ENTRY_POINTS.items():
 
 @pytest.mark.parametrize("env", ["TextGen-v0", "textenv:TextGen-v0", "RenamedClass-v0", "RenamedString-v0"])
 def test_classes_of_text_are_text(env):
-    """TextGenEnv and what derives from it is text, under any id, by class or by name."""
+    """TextGenEnv and its subclasses are text under any id, registered as a class or as a string."""
     assert domain_of(env) is TEXT
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "CartPoleFunction-v0"])
 def test_all_else_is_control(env):
-    """Any other class, and a function, is learned on as vectors."""
+    """Any other class, and any function, is control."""
     assert domain_of(env) is CONTROL
 
 
@@ -87,25 +87,25 @@ def test_all_else_is_control(env):
     ("env", "method"), [("PaysTwice-v0", "step"), ("StartsTwice-v0", "reset"), ("MasksOtherwise-v0", "action_masks")]
 )
 def test_overridden_methods_are_refused(env, method):
-    """The learners never call these methods, so what they change would be lost in silence."""
+    """The learners never call these methods, so an override would be ignored silently."""
     with pytest.raises(ValueError, match=rf"{env}.* overrides {method}\b.*write whole responses.*reward.*Gymnasium"):
         domain_of(env)
 
 
 def test_functions_that_make_text_are_refused():
-    """A function whose result is a TextGenEnv would be trained on flattened token ids; the remedy is its class."""
+    """A function that makes a TextGenEnv would be trained on flattened token ids; the remedy is to register the class."""
     with pytest.raises(ValueError, match=r"TextFunction-v0.*function that makes a TextGenEnv.*register the class"):
         run.build(*defaults("TextFunction-v0", "ppo"))
 
 
 def test_functions_that_make_other_environments_are_learned_on():
-    """A function that makes any other environment is opened as its class would be."""
+    """A function that makes any other environment is accepted."""
     experiment, _ = run.build(*defaults("CartPoleFunction-v0", "ppo"))
     assert experiment.collector.unit == "frames"
 
 
-@pytest.mark.parametrize(("env", "says"), [("MissingClass-v0", "Missing"), ("MissingModule-v0", "no_such_module")])
-def test_broken_entry_points_are_named(env, says):
-    """An entry point that cannot be imported gets a sentence, before anything is made."""
-    with pytest.raises(ValueError, match=rf"gym.make cannot make '{env}'.*{says}"):
+@pytest.mark.parametrize(("env", "name"), [("MissingClass-v0", "Missing"), ("MissingModule-v0", "no_such_module")])
+def test_broken_entry_points_are_named(env, name):
+    """An entry point that cannot be imported is refused before any work."""
+    with pytest.raises(ValueError, match=rf"gym.make cannot make '{env}'.*{name}"):
         domain_of(env)
