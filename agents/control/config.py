@@ -23,8 +23,8 @@ class ControlConfig:
     activation: str = "tanh"  # activation of the hidden layers: tanh or relu
     distribution: str = "gaussian"  # continuous actions: gaussian (clipped to bounds) or tanh (squashed into bounds)
     initial_log_std: float = 0.0  # continuous actions: initial log std before tanh; learned, state-independent
-    normalize_observation: bool = False  # by the running mean and standard deviation of observations
-    normalize_reward: bool = False  # by the running standard deviation of discounted returns
+    normalize_observation: bool = False  # normalize observations by their running mean and standard deviation
+    normalize_reward: bool = False  # divide rewards by the running standard deviation of discounted returns
     reward_gamma: float = 0.99  # discount of the returns for normalize_reward
     evaluation_episodes: int = 20  # deterministic episodes before and after training
 

@@ -19,18 +19,17 @@ class TextConfig:
     rollout_size: int = 128  # responses per rollout
     micro_batch_size: int = 16  # responses per forward pass; affects speed and memory, not gradients
     mask_refresh: int = 20  # iterations between copies of the actor into a mask policy (NLPO); 0: never
-    critic: str = (
-        "auto"  # initial critic: auto (reward-model if its tokens match, else reference) or one of these, or scratch
-    )
+    # initial critic: reward-model, reference, scratch, or auto (reward-model if its tokens are the same, else reference)
+    critic: str = "auto"
     kl_estimator: str = "k1"  # penalty in the reward: k1, k2, k3 or exact; only k1 has the KL's gradient
     kl_controller: str = "fixed"  # fixed, or adaptive: β starts at kl_coef and moves to keep the KL at kl_target
     kl_target: float | None = None  # KL in nats per kl_unit that an adaptive β aims for
     kl_horizon: int = 1_280  # responses in which a KL 20% off target changes β by about 20%
     kl_unit: str = "response"  # unit of kl_target: nats per response or per token
     evaluation_prompts: int = 256  # held-out prompts evaluated before and after training
-    # Held-out prompts: .jsonl or module:function; default: the embedded task's, or a random part of the prompts.
+    # evaluation prompts: .jsonl or module:function; default: the embedded task's, or a random part of the prompts
     held_out: str | None = None
-    # module:function(prompts, responses) giving gold scores, reported but not optimized; default: the embedded task's.
+    # module:function(prompts, responses) giving gold scores, reported but not optimized; default: the embedded task's
     gold: str | None = None
 
     def __post_init__(self) -> None:
