@@ -19,7 +19,7 @@ class TextConfig:
     rollout_size: int = 128  # responses per rollout
     micro_batch_size: int = 16  # responses per forward pass; affects speed and memory, not gradients
     mask_refresh: int = 20  # iterations between copies of the actor into a mask policy (NLPO); 0: never
-    # initial critic: reward-model, reference, scratch, or auto (reward-model if its tokens are the same, else reference)
+    # initial critic: reward-model, reference, scratch, or auto (reward-model if its tokens match, else reference)
     critic: str = "auto"
     kl_estimator: str = "k1"  # penalty in the reward: k1, k2, k3 or exact; only k1 has the KL's gradient
     kl_controller: str = "fixed"  # fixed, or adaptive: β starts at kl_coef and moves to keep the KL at kl_target
