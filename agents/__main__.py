@@ -1,4 +1,4 @@
-"""`python -m agents train | evaluate | generate | reward-model`: the only place that turns words into objects."""
+"""`python -m agents train | evaluate | generate | reward-model`: the command line, where names become objects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from textenv.training.reward_model import DEFAULT, RewardConfig, train_reward_mo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the command line and does what it says."""
+    """Parse the command line and run the command. Our own ValueErrors end in a one-line message and exit code 1."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         commands = {
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             commands,
             args=arguments,
             prog="python -m agents",
-            description="Train a policy by reinforcement learning, measure it, and try it.",
+            description="Train a policy by reinforcement learning, evaluate it, and generate from it.",
         )
     except ValueError as error:
         if not _is_ours(error):
@@ -49,13 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(_with_notes(f"error: {error}", error)) from error
     except KeyboardInterrupt as stop:
         print(_with_notes("\nstopped.", stop), file=sys.stderr)
-        raise SystemExit(130) from None  # as shells count it
+        raise SystemExit(130) from None  # the shell convention: 128 + SIGINT
 
 
 def train_command(arguments: Sequence[str]) -> Callable[..., None]:
-    """The `train` command, with the flags of the environment and the algorithm that the command line names.
+    """The `train` command, with flags for the environment and the algorithm that the command line names.
 
-    Their defaults are the preset's, or those of the run that is resumed.
+    Defaults come from the preset, or from the run's configuration under --resume.
     """
     folder = _flag(arguments, "run")
     if "--resume" in arguments and folder is not None:
@@ -64,7 +64,7 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
         config, settings, algorithm_config = defaults(_flag(arguments, "env"), _flag(arguments, "algorithm"))
 
     def train(shared: TrainConfig = config, environment: Any = settings, algorithm: Any = algorithm_config) -> None:
-        """Train a policy; results go to the run's folder."""
+        """Train a policy and write the results to the run folder."""
         run.train(shared, environment, algorithm)
 
     train.__annotations__ = {
@@ -77,11 +77,11 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
 
 
 def evaluate_command(run_folder: Annotated[Path, tyro.conf.arg(name="run")], output: Path | None = None) -> None:
-    """Measure a trained policy again, as its run did.
+    """Evaluate a trained policy in the same way as its training run did.
 
     Args:
-        run_folder: The folder that training wrote.
-        output: A JSON file for the numbers, besides the terminal.
+        run_folder: Run folder written by `train`.
+        output: JSON file to write the numbers to, in addition to printing them.
     """
     experiment, trainer = run.load(run_folder)
     numbers = experiment.summarize(experiment.evaluate(trainer.algorithm.networks.policy))
@@ -94,21 +94,23 @@ def evaluate_command(run_folder: Annotated[Path, tyro.conf.arg(name="run")], out
 def generate_command(
     run_folder: Annotated[Path, tyro.conf.arg(name="run")], config: tyro.conf.OmitArgPrefixes[GenerateConfig]
 ) -> None:
-    """Let a trained policy answer a prompt of your own.
+    """Sample responses to your own prompt from a trained policy.
 
     Args:
-        run_folder: The folder that training wrote.
-        config: What to answer, and how.
+        run_folder: Run folder written by `train`.
+        config: The prompt, and how to sample.
     """
     experiment, trainer = run.load(run_folder)
     if not isinstance(experiment, TextExperiment):
-        raise ValueError(f"the run in {str(run_folder)!r} is no run on text, and has nothing to write.")
+        raise ValueError(
+            f"the run in {str(run_folder)!r} was not trained on text, so it cannot generate any; use evaluate."
+        )
     task, model = experiment.task, language_model_of(trainer.algorithm.networks.policy)
     prompts = task.read_prompts([config.prompt] * config.samples)
     generator = torch.Generator(task.device).manual_seed(config.seed)
     if config.color != "none":
         scale, texts = shaded_responses(trainer, prompts, generator, config.color)
-        print(f"[{config.color}: blue below zero, red above, strongest at {scale:.2g}]", *texts, sep="\n")
+        print(f"[{config.color}: blue below zero, red above, full color at {scale:.2g}]", *texts, sep="\n")
         return
     temperature = task.config.temperature if config.temperature is None else config.temperature
     sampling = Sampling(temperature=temperature, top_k=config.top_k, top_p=config.top_p)
@@ -124,10 +126,10 @@ def reward_model_command(
     """Train a reward model from preference pairs or labeled texts.
 
     Args:
-        base: Folder or hub name of a causal language model or a sequence-classification model.
-        data: JSONL of {prompt?, chosen, rejected} or of {prompt?, text, label}, label 0 or 1.
-        output: Folder for the reward model.
-        config: How to train.
+        base: Folder or Hugging Face Hub name of a causal language model or a sequence-classification model.
+        data: JSONL file of {prompt?, chosen, rejected} or of {prompt?, text, label}, where label is 0 or 1.
+        output: Folder to write the reward model to.
+        config: Training settings.
     """
     try:
         train_reward_model(base, data, output, config)
@@ -140,21 +142,21 @@ def _with_notes(sentence: str, error: BaseException) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether a sentence of this project, which says the remedy; anything else is worth its traceback."""
+    """Whether our own code raised it, with a message that names the remedy. Other errors keep their traceback."""
     ours = {Path(package.__file__).parent for package in (agents, textenv) if package.__file__}
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return any(folder in raised_in.parents for folder in ours)
 
 
 def _flag(arguments: Sequence[str], name: str) -> Any:
-    """A flag's last value, read ahead of the rest, where it decides which flags there are."""
-    found = getattr(TrainConfig, name)
+    """The last value of a flag, read before parsing because it decides which other flags exist."""
+    value = getattr(TrainConfig, name)
     for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
         if argument == f"--{name}" and following is not None:
-            found = following
+            value = following
         elif argument.startswith(f"--{name}="):
-            found = argument.partition("=")[2]
-    return found
+            value = argument.partition("=")[2]
+    return value
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which kind of environment an id belongs to, and so how it is learned on: text, or anything else."""
+"""Which kind of environment a Gymnasium id names, and so how it is learned on: text, or anything else."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.envs.registration import load_env_creator
 
 from agents.config import TrainConfig, id_of
 from agents.control.config import ControlConfig
@@ -17,25 +18,74 @@ from agents.text.config import TextConfig
 from agents.text.experiment import TextExperiment
 from textenv.env import TextGenEnv
 
+BYPASSED = ("reset", "step", "action_masks")  # methods of TextGenEnv that the learners never call
+
 
 @dataclass(frozen=True)
 class Domain:
-    """A kind of environment: the settings it takes, and how one is opened."""
+    """A kind of environment: its settings, and the function that opens an environment for learning."""
 
     settings: type
     open: Callable[[TrainConfig, Any], Experiment]
 
 
+def open_control(config: TrainConfig, settings: ControlConfig) -> ControlExperiment:
+    """Open an environment of vectors. Raises ValueError if the environment turns out to be text."""
+    check_not_text(config)
+    return ControlExperiment(config, settings)
+
+
 TEXT = Domain(TextConfig, TextExperiment)
-CONTROL = Domain(ControlConfig, ControlExperiment)
+CONTROL = Domain(ControlConfig, open_control)
 
 
 def domain_of(env: str) -> Domain:
-    """The domain of a Gymnasium id. Raises ValueError for an unknown one."""
+    """The domain of a Gymnasium id: TEXT if its class is TextGenEnv or derives from it, else CONTROL.
+
+    Raises ValueError for an unknown id, and for a text environment that the learners would not run as written.
+    """
+    entry_point = entry_point_of(env)
+    if not (isinstance(entry_point, type) and issubclass(entry_point, TextGenEnv)):
+        return CONTROL
+    check_overrides(env, entry_point)
+    return TEXT
+
+
+def entry_point_of(env: str) -> Any:
+    """The class or function that `gym.make` calls for an id; None where only a vector environment is registered."""
     try:
-        if id_of(env) != env:  # as gym.make does
+        if id_of(env) != env:  # `module:id` imports the module, as in gym.make
             importlib.import_module(env.rpartition(":")[0])
-        entry = gym.spec(id_of(env)).entry_point
-    except (gym.error.Error, ImportError) as error:
+        entry_point = gym.spec(id_of(env)).entry_point
+        return load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
+    except (gym.error.Error, ImportError, AttributeError) as error:
         raise ValueError(f"gym.make cannot make {env!r}: {error}") from error
-    return TEXT if entry in (TextGenEnv, f"{TextGenEnv.__module__}:{TextGenEnv.__qualname__}") else CONTROL
+
+
+def check_overrides(env: str, kind: type[TextGenEnv]) -> None:
+    """Refuse a subclass that overrides a method the learners bypass: its change would be ignored without a word."""
+    overridden = [name for name in BYPASSED if getattr(kind, name) is not getattr(TextGenEnv, name)]
+    if overridden:
+        raise ValueError(
+            f"the class of {env!r}, {kind.__name__}, overrides {', '.join(overridden)}, but the learners write whole "
+            f"responses in one pass and never call {', '.join(BYPASSED)}. Express the change through the arguments "
+            "reward, prompts or action_mask, or train with a library that steps Gymnasium environments."
+        )
+
+
+def check_not_text(config: TrainConfig) -> None:
+    """Refuse an entry point that is a function and makes a TextGenEnv: only calling it tells."""
+    entry_point = entry_point_of(config.env)
+    if entry_point is None or isinstance(entry_point, type):
+        return
+    try:
+        env = gym.make(config.env, **config.env_arguments())
+    except (gym.error.Error, TypeError, ImportError, LookupError) as error:
+        raise ValueError(f"gym.make cannot make {config.env!r}: {error}") from error
+    is_text = isinstance(env.unwrapped, TextGenEnv)
+    env.close()
+    if is_text:
+        raise ValueError(
+            f"the entry point of {config.env!r} is a function that makes a TextGenEnv, so the learners would treat its "
+            "token ids as a vector; register the class itself, and pass the function's arguments as `kwargs`."
+        )

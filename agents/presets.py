@@ -1,4 +1,4 @@
-"""Settings that work, by environment and algorithm: used when nothing else is said on the command line.
+"""Default settings by environment and algorithm, which the command line overrides.
 
 Those of classic control start from RL Baselines3 Zoo's tuned hyperparameters (Raffin 2020,
 https://github.com/DLR-RM/rl-baselines3-zoo); `benchmarks/classic_control.py` measures them with the learners here.
@@ -16,16 +16,16 @@ from agents.domains import TEXT, domain_of
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What differs from the defaults of the three parts of a configuration."""
+    """Differences from the defaults of the three parts of a configuration."""
 
     train: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     algorithm: dict[str, Any] = field(default_factory=dict)
 
 
-def _rates(rate: float, **more: Any) -> dict[str, Any]:
-    """One learning rate for all networks."""
-    return {"learning_rate": rate, "critic_learning_rate": rate, **more}
+def _rates(rate: float, **others: Any) -> dict[str, Any]:
+    """One learning rate for all networks, with further settings."""
+    return {"learning_rate": rate, "critic_learning_rate": rate, **others}
 
 
 NORMALIZED = {"normalize_observation": True, "normalize_reward": True}
@@ -117,7 +117,7 @@ _ANY = _rates(3e-4, iterations=250, minibatch_size=256, max_grad_norm=0.5, check
 _A2C = _ANY | {"iterations": 7812, "minibatch_size": 64, "checkpoint_every": 1000}
 _REPLAY = {"buffer_size": 50_000, "learning_starts": 1000, "gradient_steps": 128, "gamma": 0.99, "tau": 0.005}
 
-# Any other environment but text.
+# Control environments without a preset of their own.
 CONTROL: dict[str, Preset] = {
     "ppo": Preset(train=_ANY, settings=NORMALIZED, algorithm={"gamma": 0.99, "value_clip": 0.0}),
     "a2c": Preset(train=_A2C, settings={"steps": 8}, algorithm={"gamma": 0.99}),
@@ -128,9 +128,9 @@ CONTROL: dict[str, Preset] = {
 
 
 def defaults(env: str, algorithm: str) -> tuple[TrainConfig, Any, Any]:
-    """The shared settings, the domain's and the algorithm's, for an environment and an algorithm by name.
+    """Shared settings, the domain's and the algorithm's, for an environment and an algorithm by name.
 
-    Raises ValueError for names that nobody knows.
+    Raises ValueError for unknown names.
     """
     (algorithm_settings, _), domain = find_algorithm(algorithm), domain_of(env)
     fallback = Preset() if domain is TEXT else CONTROL.get(algorithm, Preset())

@@ -1,8 +1,8 @@
-"""A replay buffer: rows of past rollouts, the newest in the place of the oldest, drawn from with replacement.
+"""A replay buffer: rows of past rollouts in a ring, sampled with replacement.
 
-It is a TensorDict and a cursor. TorchRL's buffer takes rows of one shape only, while sets of allowed tokens
-(`textenv.masks.token_sets`) are as wide as the largest of a rollout; and its sample of a few numbers a row takes three
-times as long.
+It is one tensor per key and a cursor. TorchRL's buffer needs rows of one shape, but sets of allowed tokens
+(`textenv.masks.token_sets`) are as wide as the largest set of a rollout. Its sampling also takes three times as long
+for rows of a few numbers.
 """
 
 from __future__ import annotations
@@ -15,45 +15,45 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-FILLING = -1  # in a row that is narrower than others: what fills up sets of tokens
+FILLING = -1  # pads token sets of rows that are narrower than others
 GIB = 2**30
 
 
 class Replay:
-    """At most `size` rows on one device."""
+    """A ring buffer of at most `size` rows on one device."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.device = size, device
-        self.storage: dict[str, Tensor] = {}  # [size, ...] each, once the first rows have come
-        self.cursor = 0  # where the next row goes
-        self.filled = 0  # rows that are there
+        self.storage: dict[str, Tensor] = {}  # [size, ...] each, allocated with the first rows
+        self.cursor = 0  # position of the next row
+        self.filled = 0  # rows stored
 
     def __len__(self) -> int:
         return self.filled
 
     def extend(self, rows: TensorDict) -> None:
-        """Adds rows, forgetting the oldest where it is full. Raises ValueError where memory does not suffice."""
+        """Add rows, overwriting the oldest when full. Raises ValueError if memory does not suffice."""
         newest: dict[str, Any] = {name: value[-self.size :] for name, value in rows.items()}
         self._make_room(newest)
         count = min(len(rows), self.size)
         places = (self.cursor + torch.arange(count, device=self.device)) % self.size
-        for name, kept in self.storage.items():
-            kept[places] = _widened(newest[name].to(self.device), kept.shape[2:])
+        for name, stored in self.storage.items():
+            stored[places] = _widened(newest[name].to(self.device), stored.shape[2:])
         self.cursor = (self.cursor + count) % self.size
         self.filled = min(self.filled + count, self.size)
 
     def sample(self, count: int, generator: torch.Generator) -> TensorDict:
-        """Rows drawn uniformly; the generator is one of the CPU."""
+        """Sample `count` rows uniformly with replacement. generator: on the CPU."""
         index = torch.randint(self.filled, (count,), generator=generator).to(self.device)
-        rows: Any = {name: kept[index] for name, kept in self.storage.items()}
+        rows: Any = {name: stored[index] for name, stored in self.storage.items()}
         return TensorDict(rows, batch_size=[count], device=self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows that are there, and the cursor."""
-        return {"cursor": self.cursor, "rows": {name: kept[: self.filled] for name, kept in self.storage.items()}}
+        """The stored rows and the cursor."""
+        return {"cursor": self.cursor, "rows": {name: stored[: self.filled] for name, stored in self.storage.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         self.storage, self.cursor, self.filled = {}, 0, 0
         if state["rows"]:
             count = len(next(iter(state["rows"].values())))
@@ -61,33 +61,34 @@ class Replay:
         self.cursor = int(state["cursor"])
 
     def _make_room(self, rows: dict[str, Tensor]) -> None:
-        """Storage for rows as wide as these, allocated or widened."""
+        """Allocate storage, or widen it for rows as wide as these."""
         if not self.storage:
             check_memory(self.size, sum(value[0].nbytes for value in rows.values()), self.device)
         for name, value in rows.items():
-            kept = self.storage.get(name)
-            if kept is None:
+            stored = self.storage.get(name)
+            if stored is None:
                 self.storage[name] = torch.zeros(self.size, *value.shape[1:], dtype=value.dtype, device=self.device)
-            elif any(new > old for new, old in zip(value.shape[2:], kept.shape[2:], strict=True)):
+            elif any(new > old for new, old in zip(value.shape[2:], stored.shape[2:], strict=True)):
                 check_memory(self.size, value[0].nbytes, self.device)
-                self.storage[name] = _widened(kept, value.shape[2:])
+                self.storage[name] = _widened(stored, value.shape[2:])
 
 
-def check_memory(size: int, row: int, device: torch.device) -> None:
-    """Refuses a buffer of `size` rows of `row` bytes that the memory of a device cannot hold."""
+def check_memory(size: int, row_bytes: int, device: torch.device) -> None:
+    """Raise ValueError if `size` rows of `row_bytes` exceed the available memory of the device."""
     available = available_bytes(device)
-    if size * row > available:
+    if size * row_bytes > available:
         raise ValueError(
-            f"a replay buffer of {size} rows of {row} bytes takes {size * row / GIB:.1f} GiB, and {device.type} has "
-            f"{available / GIB:.1f} GiB available; lower buffer_size to at most {available // row} rows."
+            f"a replay buffer of {size} rows of {row_bytes} bytes takes {size * row_bytes / GIB:.1f} GiB, and "
+            f"{device.type} has {available / GIB:.1f} GiB available; lower buffer_size to at most "
+            f"{available // row_bytes} rows."
         )
 
 
 def available_bytes(device: torch.device) -> int:
-    """What can still be allocated on a device; where the system does not tell, all that the machine has."""
+    """Bytes that can still be allocated on a device; all physical memory where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    table = Path("/proc/meminfo")  # Linux; counts caches, which the system gives up, as available
+    table = Path("/proc/meminfo")  # Linux; counts reclaimable caches as available
     if table.exists():
         lines = dict(line.split(":") for line in table.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
@@ -95,8 +96,8 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _widened(value: Tensor, shape: torch.Size) -> Tensor:
-    """value: [B, R, ...], filled up where `shape`, the dimensions after R, is larger."""
+    """Pad value [B, R, ...] with `FILLING` up to `shape`, the dimensions after R, where that is larger."""
     extra = [max(new - old, 0) for new, old in zip(shape, value.shape[2:], strict=True)]
     if not any(extra):
         return value
-    return torch.nn.functional.pad(value, [part for one in reversed(extra) for part in (0, one)], value=FILLING)
+    return torch.nn.functional.pad(value, [part for width in reversed(extra) for part in (0, width)], value=FILLING)

@@ -1,4 +1,4 @@
-"""A run from beginning to end: build, measure, train, measure again, and leave the results in a folder."""
+"""A training run from start to finish: build, evaluate, train, evaluate again, and write the results to a folder."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from agents.trainer import Trainer
 
 
 def build(config: TrainConfig, settings: Any, algorithm_config: Any) -> tuple[Experiment, Trainer]:
-    """The environment opened for learning, and a trainer at its beginning."""
+    """The experiment for an environment, and a trainer at iteration 0."""
     experiment = domain_of(config.env).open(config, settings)
     _, algorithm = find_algorithm(config.algorithm)
     return experiment, Trainer(config, algorithm(algorithm_config, experiment.network_factory), experiment.collector)
 
 
 def load(folder: Path) -> tuple[Experiment, Trainer]:
-    """The same as it was at a run's last checkpoint."""
+    """Experiment and trainer as of the last checkpoint of the run in `folder`."""
     experiment, trainer = build(*checkpoint.load_config(folder))
     checkpoint.load_checkpoint(folder, trainer)
     return experiment, trainer
 
 
 def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str, Any]:
-    """Trains, and returns the summary that it also writes."""
+    """Train, write the results, and return the summary, which is also written to summary.json."""
     console = Console(markup=False, highlight=False, soft_wrap=True)
     folder = Path(config.run or default_folder(config))
     if config.resume:
@@ -48,7 +48,7 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
         checkpoint.load_checkpoint(folder, trainer)
     else:
         checkpoint.save_config(folder, config, settings, algorithm_config)
-        checkpoint.save_checkpoint(folder, trainer)  # from here on the run can be resumed, whatever happens
+        checkpoint.save_checkpoint(folder, trainer)  # the run can be resumed from here on
     title = f"{config.algorithm} on {config.env}"
     console.print(f"{title} {experiment.describe()}\nresults in {folder}/")
     with (
@@ -77,17 +77,17 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
 
 @contextmanager
 def _resumable(folder: Path, trainer: Trainer, resumed: bool) -> Iterator[None]:
-    """Says of what stops a run how to go on; a new one that fails in its first iteration leaves no folder behind."""
+    """Add to any error how to resume the run. A new run that fails in its first iteration leaves no folder behind."""
     try:
         yield
     except BaseException as error:
         if trainer.iteration == 0 and not resumed and isinstance(error, Exception):
             shutil.rmtree(folder)
         else:
-            error.add_note(f"The last checkpoint is good: go on from it with --run {folder} --resume.")
+            error.add_note(f"The last checkpoint is good: continue from it with --run {folder} --resume.")
         raise
 
 
 def default_folder(config: TrainConfig) -> str:
-    """A folder for a run without a name."""
+    """The folder of a run without --run."""
     return f"runs/{config.env}-{config.algorithm}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

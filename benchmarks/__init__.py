@@ -1,1 +1,1 @@
-"""What is measured and not tested: learning over seeds, speed and memory. Each writes JSON rows."""
+"""Measurements that are not tests: learning over seeds, speed and memory. Each module writes JSON rows."""

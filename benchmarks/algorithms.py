@@ -1,7 +1,7 @@
 """All algorithms on TextGen-v0 at equal tokens: score, gold score, KL, and the frontier of score against KL.
 
-`python -m benchmarks.algorithms`. And how far a reward model can be trusted: proxy and gold score of longer runs
-against √KL, for several weights of the penalty (Gao et al. 2023). One thread a run, workers side by side.
+`python -m benchmarks.algorithms`. Longer runs also show over-optimization: proxy and gold score against √KL for several
+penalty weights (Gao et al. 2023). Each run has one thread; `workers` runs are in parallel.
 """
 
 from __future__ import annotations
@@ -26,30 +26,32 @@ COLORS = ("#1f6fb4", "#e08a1e", "#2e8b57", "#c23b3b", "#7a4fb5", "#8c6d46", "#d2
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to run."""
+    """Selection and size of the runs."""
 
     algorithms: tuple[str, ...] = tuple(ALGORITHMS)
     seeds: tuple[int, ...] = (0, 1, 2)
-    tokens: int = 23_000  # the budget that the table compares at
-    iterations: int = 12  # enough for the budget
-    kl_coefs: tuple[float, ...] = (0.02, 0.1)  # of the longer runs; none leaves them out
+    tokens: int = 23_000  # token budget at which the table compares
+    iterations: int = 12  # enough for the token budget
+    kl_coefs: tuple[float, ...] = (0.02, 0.1)  # of the longer runs; empty skips them
     long_iterations: int = 60
-    workers: int = 2  # runs side by side
+    workers: int = 2  # parallel runs
 
 
 def at(row: dict[str, Any], tokens: int) -> dict[str, float]:
-    """Every number of a run where it had seen so many tokens, between the two nearest measurements."""
-    places = [point["tokens"] for point in row["curve"]]
-    if places[-1] < tokens:
-        raise ValueError(f"{row['name']} seed {row['seed']} saw {places[-1]} tokens, not {tokens}; more iterations.")
+    """Every number of a run's curve at a token count, interpolated linearly."""
+    token_counts = [point["tokens"] for point in row["curve"]]
+    if token_counts[-1] < tokens:
+        raise ValueError(
+            f"{row['name']} seed {row['seed']} saw {token_counts[-1]} tokens, fewer than {tokens}; raise iterations."
+        )
     names = row["curve"][0].keys() - {"tokens"}
-    return {name: float(np.interp(tokens, places, [point[name] for point in row["curve"]])) for name in names}
+    return {name: float(np.interp(tokens, token_counts, [point[name] for point in row["curve"]])) for name in names}
 
 
-def table(found: list[dict[str, Any]], tokens: int) -> str:
-    """Interquartile means over seeds at equal tokens, with 95% intervals of the scores."""
+def table(results: list[dict[str, Any]], tokens: int) -> str:
+    """Markdown table of interquartile means over seeds at equal tokens, with 95% intervals of the scores."""
     lines = [f"| at {tokens:,} tokens | score | gold score | KL, nats | seconds | seeds |", "|---|---|---|---|---|---|"]
-    for name, group in by_name(found).items():
+    for name, group in by_name(results).items():
         points = [at(row, tokens) for row in group]
         cells = []
         for key in ("score", "gold"):
@@ -57,34 +59,34 @@ def table(found: list[dict[str, Any]], tokens: int) -> str:
             low, high = interval([values])
             cells.append(f"{interquartile_mean(values):.2f} ({low:.2f} to {high:.2f})")
         kl = interquartile_mean([point["kl_per_response"] for point in points])
-        # A row with a note was stopped by hand for a while.
+        # A row with a note was paused by hand, so its time does not count.
         seconds = np.median([at(row, tokens)["seconds"] for row in group if "note" not in row])
         lines.append(f"| {name} | {cells[0]} | {cells[1]} | {kl:.1f} | {seconds:.0f} | {len(group)} |")
     return "\n".join(lines)
 
 
-def draw_frontier(found: list[dict[str, Any]]) -> None:
-    """Score and gold score of every run against the KL that they cost."""
+def draw_frontier(results: list[dict[str, Any]]) -> None:
+    """Plot score and gold score of every run against its KL."""
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for (name, group), color in zip(by_name(found).items(), COLORS, strict=False):
+    for (name, group), color in zip(by_name(results).items(), COLORS, strict=False):
         for index, row in enumerate(group):
             kl = [max(point["kl_per_response"], 0.0) for point in row["curve"]]
             for axis, key in zip(axes, ("score", "gold"), strict=True):
                 values = [point[key] for point in row["curve"]]
                 label = name if index == 0 else None
                 axis.plot(kl, values, color=color, linewidth=1.2, marker=".", alpha=0.8, label=label)
-    for axis, title in zip(axes, ("score: what is optimized", "gold score: what is true"), strict=True):
+    for axis, title in zip(axes, ("score: optimized", "gold score: true quality"), strict=True):
         axis.set_title(title, fontsize=11)
-        axis.set_xlabel("KL to the reference, nats a response")
+        axis.set_xlabel("KL to the reference, nats per response")
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False)
     figure.savefig(rows.RESULTS / "algorithms_frontier.png", dpi=110)
     pyplot.close(figure)
 
 
-def draw_over_optimization(found: list[dict[str, Any]]) -> None:
-    """Proxy and gold score against √KL, a panel a weight of the penalty."""
-    groups = by_name(found)
+def draw_over_optimization(results: list[dict[str, Any]]) -> None:
+    """Plot proxy and gold score against √KL, one panel per penalty weight."""
+    groups = by_name(results)
     figure, axes = pyplot.subplots(
         1, len(groups), figsize=(5.2 * len(groups), 4.4), squeeze=False, sharex=True, sharey=True
     )
@@ -96,7 +98,7 @@ def draw_over_optimization(found: list[dict[str, Any]]) -> None:
                 values = [point[key] - start for point in row["curve"]]
                 axis.plot(root, values, color=color, marker=".", alpha=0.8, label=label if index == 0 else None)
         axis.set_title(name, fontsize=11)
-        axis.set_xlabel("√KL, √nats a response")
+        axis.set_xlabel("√KL, √nats per response")
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("gain over the reference")
     axes[0][0].legend(frameon=False)
@@ -106,7 +108,7 @@ def draw_over_optimization(found: list[dict[str, Any]]) -> None:
 
 
 def main(settings: Settings) -> None:
-    """Runs all, adds them to what was measured before, prints the table and draws both pictures."""
+    """Run everything, add the rows to the results file, print the table and draw both figures."""
     jobs = [
         {
             "name": name,
@@ -119,8 +121,8 @@ def main(settings: Settings) -> None:
         for seed in settings.seeds
     ]
     run_all("algorithms", jobs, settings.workers)
-    draw_frontier(rows.measured("algorithms"))
-    print(table(rows.measured("algorithms"), settings.tokens))
+    draw_frontier(rows.read_rows("algorithms"))
+    print(table(rows.read_rows("algorithms"), settings.tokens))
     long = [
         {
             "name": f"kl_coef {coef:g}",
@@ -134,7 +136,7 @@ def main(settings: Settings) -> None:
     ]
     if long:
         run_all("over_optimization", long, settings.workers)
-        draw_over_optimization(rows.measured("over_optimization"))
+        draw_over_optimization(rows.read_rows("over_optimization"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Classic control by the learners here and by Stable-Baselines3: same environments, settings and number of steps.
+"""Classic control with our learners and Stable-Baselines3: same environments, settings and number of steps.
 
-`python -m benchmarks.classic_control`, or some: `--envs CartPole-v1 --algorithms ppo --seeds 0 1`. Both sides take
-the settings of `agents/presets.py`. Every run is a process of one thread, measured by 20 episodes without chance.
+`python -m benchmarks.classic_control`, or a part: `--envs CartPole-v1 --algorithms ppo --seeds 0 1`. Both use
+the settings of `agents/presets.py`. Every run is a process with one thread, evaluated on 20 deterministic episodes.
 LunarLander-v3 needs `pip install "textenv[box2d]"`.
 """
 
@@ -28,8 +28,8 @@ from benchmarks.statistics import interquartile_mean, interval
 
 ENVIRONMENTS = tuple(env for env in PRESETS if env != "TextGen-v0")
 LEARNERS = ("ours", "sb3")
-KEYS = ("env", "algorithm", "learner", "seed")  # of a run
-# Mean return, its deviation, frames: what others published of PPO.
+KEYS = ("env", "algorithm", "learner", "seed")  # identify a run
+# Published results of PPO: name, mean return, standard deviation, frames.
 PUBLISHED = {
     "CartPole-v1": (("CleanRL", 490.04, 6.12, "500k"), ("RL Zoo, tuned", 500.0, 0.0, "100k")),
     "Acrobot-v1": (("CleanRL", -86.36, 1.32, "500k"), ("RL Zoo, tuned", -73.506, 18.201, "1M")),
@@ -42,17 +42,17 @@ SOURCES = "CleanRL: docs/benchmark/ppo.md and rpo.md, 3 and 10 seeds. RL Zoo: be
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to run."""
+    """Selection and size of the runs."""
 
     envs: tuple[str, ...] = ENVIRONMENTS
     algorithms: tuple[str, ...] = ("ppo",)
     learners: tuple[str, ...] = LEARNERS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    workers: int = 2  # processes side by side; speed is measured by benchmarks.control_speed, not here
+    workers: int = 2  # parallel processes; benchmarks.control_speed measures speed
 
 
 def jobs(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Every run there is to do, where the algorithm has a preset for the environment."""
+    """All runs for which the algorithm has a preset for the environment."""
     for env in settings.envs:
         for algorithm in settings.algorithms:
             if algorithm in PRESETS[env]:
@@ -62,7 +62,7 @@ def jobs(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """One run in a process of its own."""
+    """Run a job in a process of its own; returns its row."""
     command = [sys.executable, "-m", "benchmarks.control_run", json.dumps(job)]
     started = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=rows.HERE.parent)
@@ -74,15 +74,15 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def groups() -> dict[tuple[str, str, str], list[float]]:
-    """Returns of all seeds, by environment, algorithm and learner."""
-    found: dict[tuple[str, str, str], list[float]] = {}
-    for row in rows.measured("classic_control"):
-        found.setdefault((row["env"], row["algorithm"], row["learner"]), []).append(row["return"])
-    return found
+    """Returns of all seeds by (environment, algorithm, learner)."""
+    returns: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows.read_rows("classic_control"):
+        returns.setdefault((row["env"], row["algorithm"], row["learner"]), []).append(row["return"])
+    return returns
 
 
 def table() -> str:
-    """Interquartile means with 95% intervals, in Markdown."""
+    """Markdown table of interquartile means with 95% intervals."""
     lines = ["| environment | algorithm | learner | IQM of returns | 95% interval | worst seed | seeds |"]
     lines.append("|---|---|---|---|---|---|---|")
     for (env, algorithm, learner), returns in groups().items():
@@ -95,18 +95,20 @@ def table() -> str:
 
 
 def draw() -> None:
-    """A panel an environment: every seed, the interquartile mean with its interval, and what others published."""
-    found = groups()
-    shown = [env for env in ENVIRONMENTS if any(env == key[0] for key in found)]
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(3.4 * len(shown), 4.6), squeeze=False, layout="constrained")
-    for axis, env in zip(axes[0], shown, strict=True):
-        keys = [key for key in found if key[0] == env]
-        for place, key in enumerate(keys):
-            returns, color = found[key], "#1f6fb4" if key[2] == "ours" else "#e08a1e"
+    """One panel per environment: every seed, the interquartile mean with its interval, and published results."""
+    all_returns = groups()
+    environments = [env for env in ENVIRONMENTS if any(env == key[0] for key in all_returns)]
+    figure, axes = pyplot.subplots(
+        1, len(environments), figsize=(3.4 * len(environments), 4.6), squeeze=False, layout="constrained"
+    )
+    for axis, env in zip(axes[0], environments, strict=True):
+        keys = [key for key in all_returns if key[0] == env]
+        for position, key in enumerate(keys):
+            returns, color = all_returns[key], "#1f6fb4" if key[2] == "ours" else "#e08a1e"
             low, high = interval([returns])
-            axis.plot([place] * 2, [low, high], color=color, linewidth=6, alpha=0.35, solid_capstyle="butt")
-            axis.plot(place, interquartile_mean(returns), "_", color=color, markersize=22, markeredgewidth=2.5)
-            axis.plot([place] * len(returns), returns, ".", color="black", markersize=5, alpha=0.6)
+            axis.plot([position] * 2, [low, high], color=color, linewidth=6, alpha=0.35, solid_capstyle="butt")
+            axis.plot(position, interquartile_mean(returns), "_", color=color, markersize=22, markeredgewidth=2.5)
+            axis.plot([position] * len(returns), returns, ".", color="black", markersize=5, alpha=0.6)
         for index, (name, mean, _, frames) in enumerate(PUBLISHED[env]):
             axis.axhline(mean, color="#888888", linewidth=0.8, linestyle=(":", "--")[index], label=f"{name}, {frames}")
         axis.set_xticks(range(len(keys)), [f"{key[1]}\n{key[2]}" for key in keys], fontsize=8)
@@ -114,7 +116,7 @@ def draw() -> None:
         axis.set_title(env, fontsize=10)
         axis.legend(fontsize=6.5, frameon=False)
         axis.grid(axis="y", alpha=0.25)
-    axes[0][0].set_ylabel("return of 20 episodes without chance")
+    axes[0][0].set_ylabel("return of 20 deterministic episodes")
     figure.suptitle(
         "dots: seeds; bars: interquartile mean with 95% interval; lines: published PPO (Pendulum's upper: RPO)",
         fontsize=9,
@@ -124,7 +126,7 @@ def draw() -> None:
 
 
 def main(settings: Settings) -> None:
-    """Runs all, adds them to what was measured before, prints a table and draws a picture."""
+    """Run everything, add the rows to the results file, print the table and draw the figure."""
     with ThreadPoolExecutor(settings.workers) as pool:
         for row in pool.map(run, jobs(settings)):
             rows.add("classic_control", row, KEYS, {"published": PUBLISHED, "sources": SOURCES})

@@ -1,9 +1,8 @@
-"""One run of classic control, by the learners here or by Stable-Baselines3, under the same preset.
+"""One run of classic control with our learners or Stable-Baselines3, under the same preset.
 
-What a preset says is the same on both sides. What it does not is each library's own: Adam's epsilon (1e-8 here, 1e-5
-there), advantages whitened by the rollout or by the minibatch, gradients clipped by the network or all together, and
-frames, of which those here that only begin a new episode teach nothing. Stable-Baselines3's DQN has no double
-estimates; so neither has the one beside it.
+Everything in the preset is equal on both sides. The rest is each library's own: Adam's epsilon (ours 1e-8, theirs
+1e-5), advantages whitened per rollout (ours) or minibatch, gradients clipped per network (ours) or jointly, and reset
+steps, which our frames include but do not learn from. Stable-Baselines3 has no double DQN, so ours runs without it too.
 
 `python -m benchmarks.control_run '{"env": "CartPole-v1", "algorithm": "ppo", "learner": "sb3", "seed": 0}'` prints a
 row as JSON. Used by benchmarks.classic_control and benchmarks.control_speed.
@@ -31,7 +30,7 @@ EPISODES = 20
 
 
 def ours(config: TrainConfig, settings: ControlConfig, algorithm: Any) -> dict[str, Any]:
-    """Returns, frames and seconds of a run here, with checkpoints left out."""
+    """Run our learner without checkpoints; returns its row."""
     experiment, trainer = build(config, settings, algorithm)
     assert isinstance(experiment, ControlExperiment)
     curve = [iteration.metrics.get("return") for iteration in trainer.iterate()]
@@ -40,7 +39,7 @@ def ours(config: TrainConfig, settings: ControlConfig, algorithm: Any) -> dict[s
 
 
 def sb3(config: TrainConfig, settings: ControlConfig, algorithm: Any) -> dict[str, Any]:
-    """The same by Stable-Baselines3, on DummyVecEnv, its default."""
+    """Run Stable-Baselines3 on DummyVecEnv, its default; returns its row."""
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.vec_env import VecNormalize
@@ -59,17 +58,18 @@ def sb3(config: TrainConfig, settings: ControlConfig, algorithm: Any) -> dict[st
     started = time.perf_counter()
     model.learn(frames)
     seconds = time.perf_counter() - started
-    measured: Any = make_vec_env(config.env, 1, seed=1_000_000)
+    evaluation_env: Any = make_vec_env(config.env, 1, seed=1_000_000)
     if normalized:
-        measured = VecNormalize(measured, norm_obs=settings.normalize_observation, training=False, norm_reward=False)
+        norm_obs = settings.normalize_observation
+        evaluation_env = VecNormalize(evaluation_env, norm_obs=norm_obs, training=False, norm_reward=False)
         if settings.normalize_observation:
-            measured.obs_rms = env.obs_rms
-    returns, _ = evaluate_policy(model, measured, EPISODES, deterministic=True, return_episode_rewards=True)
-    return row([float(one) for one in np.ravel(returns)], model.num_timesteps, seconds)
+            evaluation_env.obs_rms = env.obs_rms
+    returns, _ = evaluate_policy(model, evaluation_env, EPISODES, deterministic=True, return_episode_rewards=True)
+    return row([float(value) for value in np.ravel(returns)], model.num_timesteps, seconds)
 
 
 def row(returns: list[float], frames: int, seconds: float) -> dict[str, Any]:
-    """What is kept of a run."""
+    """The numbers recorded for a run."""
     return {
         "return": float(np.mean(returns)),
         "return_std": float(np.std(returns)),
@@ -81,13 +81,15 @@ def row(returns: list[float], frames: int, seconds: float) -> dict[str, Any]:
 
 
 def thinned(curve: list[float | None], count: int = 50) -> list[float]:
-    """About `count` points of a curve, each the mean of its stretch."""
-    known = np.array([value for value in curve if value is not None])
-    return [round(float(part.mean()), 3) for part in np.array_split(known, max(1, min(count, len(known)))) if len(part)]
+    """Reduce a curve to about `count` points, each the mean of a segment."""
+    values = np.array([value for value in curve if value is not None])
+    return [
+        round(float(part.mean()), 3) for part in np.array_split(values, max(1, min(count, len(values)))) if len(part)
+    ]
 
 
 def _rate(config: TrainConfig) -> Callable[[float], float] | float:
-    """Stable-Baselines3's schedules are functions of the share of the run that remains."""
+    """Learning rate for Stable-Baselines3, whose schedules are functions of the remaining share of the run."""
     rate = config.learning_rate
     return (lambda remaining: remaining * rate) if config.schedule == "linear" else rate
 
@@ -159,13 +161,13 @@ def _dqn(env: Any, config: TrainConfig, settings: ControlConfig, algorithm: Any)
 
 
 MODELS: dict[str, Callable[..., Any]] = {"ppo": _ppo, "a2c": _a2c, "dqn": _dqn}
-# What Stable-Baselines3 cannot do is left out here too.
+# Our settings that Stable-Baselines3 does not have are switched off.
 COMMON: dict[str, dict[str, Any]] = {"dqn": {"double": False}}
 LEARNERS: dict[str, Callable[..., dict[str, Any]]] = {"ours": ours, "sb3": sb3}
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """The row of a job; `train`, `settings` and `algorithm_settings` in it change the preset."""
+    """Run a job and return its row. Keys `train`, `settings` and `algorithm_settings` override the preset."""
     torch.set_num_threads(1)
     parts = defaults(job["env"], job["algorithm"])
     chosen = COMMON.get(job["algorithm"], {}) | job.get("algorithm_settings", {})
@@ -173,9 +175,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     config, settings, algorithm = (
         dataclasses.replace(part, **change) for part, change in zip(parts, changes, strict=True)
     )
-    found = LEARNERS[job["learner"]](config, settings, algorithm)
-    used = {"train": config, "settings": settings, "algorithm_settings": algorithm}
-    return found | {name: dataclasses.asdict(part) for name, part in used.items()}
+    result = LEARNERS[job["learner"]](config, settings, algorithm)
+    parts_used = {"train": config, "settings": settings, "algorithm_settings": algorithm}
+    return result | {name: dataclasses.asdict(part) for name, part in parts_used.items()}
 
 
 if __name__ == "__main__":

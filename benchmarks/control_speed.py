@@ -1,7 +1,7 @@
-"""Frames a second of PPO on CartPole-v1, learning included: the learner here and Stable-Baselines3's, in turns.
+"""Frames per second of PPO on CartPole-v1, learning included: our learner and Stable-Baselines3, alternating.
 
-`python -m benchmarks.control_speed`. One thread; the same number of environments side by side, the same networks (two
-layers of 64), rollouts, minibatches and passes. Stable-Baselines3 plays on DummyVecEnv, its default.
+`python -m benchmarks.control_speed`. One thread. Both have the same number of environments, networks (two layers of
+64), rollouts, minibatches and epochs. Stable-Baselines3 runs on DummyVecEnv, its default.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from benchmarks import control_run, rows
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure."""
+    """Sizes and repeats."""
 
     num_envs: tuple[int, ...] = (8, 32)
-    minibatches: tuple[int, ...] = (256, 512)  # one for each number of environments
-    steps: int = 128  # of each environment in a rollout
+    minibatches: tuple[int, ...] = (256, 512)  # one per entry of num_envs
+    steps: int = 128  # per environment in a rollout
     epochs: int = 4
-    frames: int = 100_000  # of each run
-    repeats: int = 9  # of each side, in turns; the median counts
+    frames: int = 100_000  # per run
+    repeats: int = 9  # per learner, alternating; the median is reported
 
 
 def job(learner: str, num_envs: int, minibatch: int, settings: Settings, repeat: int) -> dict[str, Any]:
-    """One run of either side."""
+    """The job of one run of either learner."""
     return {
         "env": "CartPole-v1",
         "algorithm": "ppo",
@@ -41,8 +41,8 @@ def job(learner: str, num_envs: int, minibatch: int, settings: Settings, repeat:
 
 
 def main(settings: Settings) -> None:
-    """Measures both sides at every number of environments and prints a table."""
-    found = []
+    """Measure both learners at every number of environments and print a table."""
+    results = []
     for num_envs, minibatch in zip(settings.num_envs, settings.minibatches, strict=True):
         speeds: dict[str, list[float]] = {"ours": [], "sb3": []}
         for repeat in range(settings.repeats):
@@ -51,10 +51,10 @@ def main(settings: Settings) -> None:
                 values.append(row["frames_per_second"])
         ratio = median(speeds["ours"]) / median(speeds["sb3"])
         ratios = [ours / theirs for ours, theirs in zip(speeds["ours"], speeds["sb3"], strict=True)]
-        found.append({"num_envs": num_envs, "minibatch_size": minibatch, "ratio": ratio, "ratios": ratios, **speeds})
+        results.append({"num_envs": num_envs, "minibatch_size": minibatch, "ratio": ratio, "ratios": ratios, **speeds})
         numbers = "  ".join(f"{learner} {median(values):,.0f}" for learner, values in speeds.items())
-        print(f"{num_envs} environments: frames a second {numbers}  ratio {ratio:.2f}", flush=True)
-    print(f"written to {rows.write('control_speed', found, vars(settings))}")
+        print(f"{num_envs} environments: frames/s {numbers}  ratio {ratio:.2f}", flush=True)
+    print(f"written to {rows.write('control_speed', results, vars(settings))}")
 
 
 if __name__ == "__main__":

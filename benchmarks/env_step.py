@@ -1,14 +1,14 @@
-"""What a step of the environment costs: time beside single environments, time outside the models, memory.
+"""Cost of an environment step: time compared with single environments, time outside the models, and memory.
 
-`python -m benchmarks.env_step`. Random tokens, so that nothing but the environment is measured. Six questions: how
-soon it is ready; how much faster the native vector environment is than as many single ones; how much of that is left
-through Stable-Baselines3's interface; which share of a native step is no model forward; whether a step grows dearer as
-the text grows; and whether memory stays what caches and arrays need.
+`python -m benchmarks.env_step`. Actions are random tokens, so only the environment is measured. Six measurements: the
+time until the first observation; the speed-up of the native vector environment over single ones; the speed-up that is
+left through Stable-Baselines3's interface; the share of a native step outside the model forwards; the cost of a step as
+the text grows; and memory beyond caches and arrays.
 
-Memory is given twice: what is alive, after the C library was told to hand back what it keeps (`malloc_trim`, Linux
-with glibc), and as the process shows it, with the working memory of the forwards that the C library keeps for the
-next ones. For 64 rows of the embedded models a forward over all prompts works in 11 MiB at its peak, and the reward
-model's over 64 whole texts in 32 MiB (torch's profiler).
+Memory is reported twice: live memory, after `malloc_trim` has returned free memory to the system (Linux with glibc),
+and the resident memory before that, which includes what the allocator keeps for the next forwards. With 64 rows of the
+embedded models, a forward over all prompts needs 11 MiB at its peak, and the reward model's forward over 64 whole texts
+32 MiB (torch's profiler).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from textenv.vector_env import TextGenVectorEnv
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure."""
+    """Sizes and repeats."""
 
-    rows: int = 64  # episodes side by side
-    sb3_rows: tuple[int, ...] = (16, 64)  # the same, through Stable-Baselines3
-    steps: int = 48  # of each environment, each time
-    repeats: int = 5  # of each way, interleaved; the median counts
-    episodes: int = 20_000  # played for the memory's sake
+    rows: int = 64  # parallel episodes
+    sb3_rows: tuple[int, ...] = (16, 64)  # parallel episodes through Stable-Baselines3
+    steps: int = 48  # environment steps per repeat
+    repeats: int = 5  # per method, interleaved; the median is reported
+    episodes: int = 20_000  # episodes of the memory measurement
     seed: int = 0  # of prompts and tokens
 
 
@@ -65,36 +65,36 @@ def more_random_steps(env: VectorEnv, steps: int, seed: int) -> float:
     return time.perf_counter() - started
 
 
-def speeds(ways: dict[str, Callable[[int], float]], count: int, settings: Settings) -> list[dict[str, Any]]:
-    """Environment steps a second of each way, interleaved, and their ratio to the first way's.
+def speeds(methods: dict[str, Callable[[int], float]], count: int, settings: Settings) -> list[dict[str, Any]]:
+    """Environment steps per second of each method, interleaved, and their ratio to those of the first method.
 
-    A way takes a seed and returns the seconds of `settings.steps` steps of `count` rows.
+    A method takes a seed and returns the seconds of `settings.steps` steps of `count` rows.
     """
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    measured: dict[str, list[float]] = {name: [] for name in methods}
     for repeat in range(settings.repeats):
-        for name, way in ways.items():
-            found[name].append(settings.steps * count / way(settings.seed + repeat))
-    base = median(next(iter(found.values())))
+        for name, method in methods.items():
+            measured[name].append(settings.steps * count / method(settings.seed + repeat))
+    base = median(next(iter(measured.values())))
     return [
-        {"what": name, "steps_per_second": median(each), "ratio": median(each) / base, "all": each}
-        for name, each in found.items()
+        {"what": name, "steps_per_second": median(values), "ratio": median(values) / base, "all": values}
+        for name, values in measured.items()
     ]
 
 
 def against_single(settings: Settings) -> list[dict[str, Any]]:
-    """The native vector environment and SyncVectorEnv of as many single ones."""
+    """The native vector environment and a SyncVectorEnv of the same number of rows."""
     sync = SyncVectorEnv([lambda: gym.make("TextGen-v0")] * settings.rows, autoreset_mode=AutoresetMode.NEXT_STEP)
     native = gym.make_vec("TextGen-v0", num_envs=settings.rows)
-    ways: dict[str, Callable[[int], float]] = {
+    methods: dict[str, Callable[[int], float]] = {
         f"sync, {settings.rows} rows": lambda seed: random_steps(sync, settings.steps, seed),
         f"native, {settings.rows} rows": lambda seed: random_steps(native, settings.steps, seed),
     }
-    return speeds(ways, settings.rows, settings)
+    return speeds(methods, settings.rows, settings)
 
 
 def through_sb3(count: int, settings: Settings) -> list[dict[str, Any]]:
-    """The native vector environment through our `VecEnvAdapter`, and SB3's own DummyVecEnv of as many single ones."""
-    from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv  # a client's, not needed for the other rows
+    """The native vector environment through `VecEnvAdapter`, and SB3's DummyVecEnv of the same number of rows."""
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv  # optional: the other rows do not need it
 
     from textenv.adapters.stable_baselines import VecEnvAdapter
 
@@ -109,23 +109,23 @@ def through_sb3(count: int, settings: Settings) -> list[dict[str, Any]]:
 
     dummy = DummyVecEnv([lambda: gym.make("TextGen-v0")] * count)
     adapter = VecEnvAdapter(gym.make_vec("TextGen-v0", num_envs=count, autoreset_mode="SameStep"))
-    ways: dict[str, Callable[[int], float]] = {
+    methods: dict[str, Callable[[int], float]] = {
         f"SB3 DummyVecEnv, {count} rows": lambda seed: seconds(dummy, seed),
         f"SB3 VecEnvAdapter, {count} rows": lambda seed: seconds(adapter, seed),
     }
-    return speeds(ways, count, settings)
+    return speeds(methods, count, settings)
 
 
 @contextmanager
 def forward_seconds(*models: torch.nn.Module) -> Iterator[list[float]]:
-    """Adds up the seconds spent in the forwards of these models."""
-    total, begun = [0.0], [0.0]
+    """Yield a list whose only entry sums the seconds spent in the forwards of the models."""
+    total, started = [0.0], [0.0]
 
     def before(*_: Any) -> None:
-        begun[0] = time.perf_counter()
+        started[0] = time.perf_counter()
 
     def after(*_: Any) -> None:
-        total[0] += time.perf_counter() - begun[0]
+        total[0] += time.perf_counter() - started[0]
 
     hooks = [model.register_forward_pre_hook(before) for model in models]
     hooks += [model.register_forward_hook(after) for model in models]
@@ -135,13 +135,13 @@ def forward_seconds(*models: torch.nn.Module) -> Iterator[list[float]]:
 
 
 def outside_models(settings: Settings) -> dict[str, Any]:
-    """The share of a native step that is no model forward."""
+    """Share of a native step spent outside the model forwards."""
     env: Any = gym.make_vec("TextGen-v0", num_envs=settings.rows)
     assert isinstance(env, TextGenVectorEnv)
     task: Any = env.task
     shares = []
     for repeat in range(settings.repeats):
-        env.reset(seed=settings.seed + repeat)  # its forward is no part of a step
+        env.reset(seed=settings.seed + repeat)  # the reset's forward is not part of a step
         with forward_seconds(task.reference.model, task.reward.model.base_model) as total:
             seconds = more_random_steps(env, settings.steps, settings.seed + repeat)
         shares.append(1 - total[0] / seconds)
@@ -149,11 +149,10 @@ def outside_models(settings: Settings) -> dict[str, Any]:
 
 
 def growing_text(count: int, settings: Settings) -> dict[str, Any]:
-    """Seconds of a step at context 200 over those at context 20, with a model of the embedded size and 256 places.
+    """Time of a step at context 200 over one at context 20, for a model of the embedded size with 256 positions.
 
-    One row shows whether anything is computed again. Many rows also read many cached keys and values for one set of
-    weights: `ratio_of_reading_alone` is what the ratio would be if, as the text grows, nothing but reading the cache
-    once took longer.
+    With one row, the ratio shows whether anything is recomputed. With many rows, reading cached keys and values takes a
+    share of the time: `ratio_of_reading_alone` is the ratio if only reading the cache once grew with the text.
     """
     tokenizer = AutoTokenizer.from_pretrained(SUPERVISED)
     config = GPT2Config.from_pretrained(SUPERVISED, n_positions=256)
@@ -169,26 +168,26 @@ def growing_text(count: int, settings: Settings) -> dict[str, Any]:
             max_prompt_tokens=16,
             max_new_tokens=220,
         )
-        found = []
+        measured = []
         for repeat in range(settings.repeats):
             early, late = growing_steps(env, repeat)
             reading = reading_seconds(env, 200) - reading_seconds(env, 24)
-            found.append((early, late, late / early, 1 + reading / early))
-    early, late, ratio, floor = (median(column) for column in zip(*found, strict=True))
+            measured.append((early, late, late / early, 1 + reading / early))
+    early, late, ratio, floor = (median(values) for values in zip(*measured, strict=True))
     return {
         "what": f"step at context 200 over context 20, {count} rows",
         "ratio": ratio,
         "ratio_of_reading_alone": floor,
         "milliseconds_at_20": early * 1e3,
         "milliseconds_at_200": late * 1e3,
-        "all": [each[2] for each in found],
+        "all": [repeat[2] for repeat in measured],
     }
 
 
 def growing_steps(env: Any, seed: int) -> tuple[float, float]:
-    """Median seconds of the steps about context 24 and about context 200, as all rows grow together."""
+    """Median seconds of a step around context 24 and around context 200, while all rows grow together."""
     env.reset(seed=seed)
-    tokens, seconds = np.full(env.num_envs, 5), []  # no stop token
+    tokens, seconds = np.full(env.num_envs, 5), []  # not a stop token
     for _ in range(200):
         started = time.perf_counter()
         env.step(tokens)
@@ -198,7 +197,7 @@ def growing_steps(env: Any, seed: int) -> tuple[float, float]:
 
 
 def reading_seconds(env: Any, context: int) -> float:
-    """Seconds in which this machine reads the cached keys and values of that many tokens, layer after layer."""
+    """Median seconds to read the cached keys and values of `context` tokens in all layers."""
     layers, seconds = env.dynamics.reference.cache.layers, []
     for _ in range(9):
         started = time.perf_counter()
@@ -210,51 +209,51 @@ def reading_seconds(env: Any, context: int) -> float:
 
 
 def nothing(prompts: list[str], responses: list[str]) -> list[float]:
-    """A reward that costs nothing."""
+    """A reward of 0 that takes no time."""
     return [0.0] * len(prompts)
 
 
 def ready(settings: Settings) -> dict[str, Any]:
-    """Seconds from `gym.make("TextGen-v0")` to the first observation, in this process's first use of it."""
+    """Seconds from `gym.make("TextGen-v0")` to the first observation, on first use in this process."""
     started = time.perf_counter()
     gym.make("TextGen-v0").reset(seed=settings.seed)
     return {"what": "seconds until the first observation", "seconds": time.perf_counter() - started}
 
 
 def resident() -> tuple[float, float]:
-    """MiB of this process: what is alive, and before that what it shows."""
+    """Memory of this process in MiB: live memory after trimming, and resident memory before it."""
     gc.collect()
-    shown = psutil.Process().memory_info().rss
+    untrimmed = psutil.Process().memory_info().rss
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return psutil.Process().memory_info().rss / 2**20, shown / 2**20
+    return psutil.Process().memory_info().rss / 2**20, untrimmed / 2**20
 
 
 def array_bytes(env: Any) -> int:
-    """The reference's caches and logits, the state, and the bounds of the observation space."""
-    reader, state, box = env.dynamics.reference, env.dynamics.state, env.observation_space["input_ids"]
-    arrays = [reader.logits, state.input_ids, state.attention_mask, state.length]
+    """Bytes of the reference's cache and logits, the state, and the bounds of the observation space."""
+    decoder, state, box = env.dynamics.reference, env.dynamics.state, env.observation_space["input_ids"]
+    arrays = [decoder.logits, state.input_ids, state.attention_mask, state.length]
     arrays += [box.low, box.high, box.bounded_below, box.bounded_above]
-    arrays += [array for layer in reader.cache.layers for array in (layer.keys, layer.values)]
+    arrays += [array for layer in decoder.cache.layers for array in (layer.keys, layer.values)]
     return sum(array.nbytes for array in arrays)
 
 
 def memory(settings: Settings) -> list[dict[str, Any]]:
-    """Memory that 64 rows take beyond what one takes, beside their caches and arrays; its growth over many episodes."""
-    models = gym.make("TextGen-v0")  # keeps them in memory all the while
-    found = []
-    for count in (settings.rows, 1, settings.rows):  # the first time for what the libraries allocate once
+    """Memory of all rows beyond that of one row, with the part of caches and arrays; and growth over many episodes."""
+    models = gym.make("TextGen-v0")  # keeps the models in memory throughout
+    measured = []
+    for count in (settings.rows, 1, settings.rows):  # the first pass only warms up the libraries
         env: Any = gym.make_vec("TextGen-v0", num_envs=count)
         random_steps(env, 2 * settings.steps, settings.seed)
-        found.append((*resident(), array_bytes(env) / 2**20))
+        measured.append((*resident(), array_bytes(env) / 2**20))
         del env
-    _, (alive_of_one, _, arrays_of_one), (alive, shown, arrays) = found
+    _, (alive_of_one, _, arrays_of_one), (alive, untrimmed, arrays) = measured
     short = gym.make_vec("TextGen-v0", num_envs=settings.rows, max_new_tokens=2)
-    played, sizes = 0, []
+    episodes, sizes = 0, []
     tokens = np.full(settings.rows, 5)
     short.reset(seed=settings.seed)
-    while played < settings.episodes:
-        played += int(short.step(tokens)[2].sum())
-        if played == 2_048 or played >= settings.episodes:
+    while episodes < settings.episodes:
+        episodes += int(short.step(tokens)[2].sum())
+        if episodes == 2_048 or episodes >= settings.episodes:
             sizes.append(resident())
     models.close()
     return [
@@ -262,11 +261,11 @@ def memory(settings: Settings) -> list[dict[str, Any]]:
             "what": f"memory of {settings.rows} rows beyond that of one, MiB",
             "alive": alive - alive_of_one,
             "caches_and_arrays": arrays - arrays_of_one,
-            "with_what_the_allocator_keeps": shown - alive_of_one,
+            "with_what_the_allocator_keeps": untrimmed - alive_of_one,
         },
         {
             "what": "growth from 2,048 episodes on, MiB",
-            "episodes": played,
+            "episodes": episodes,
             "alive": sizes[-1][0] - sizes[0][0],
             "with_what_the_allocator_keeps": sizes[-1][1] - sizes[0][1],
         },
@@ -274,7 +273,7 @@ def memory(settings: Settings) -> list[dict[str, Any]]:
 
 
 def main(settings: Settings) -> None:
-    """Measures all six and prints a table."""
+    """Run all measurements and print a table."""
     results = [
         ready(settings),
         *memory(settings),

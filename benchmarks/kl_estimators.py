@@ -1,7 +1,7 @@
-"""Bias and spread of k1, k2 and k3 about the exact KL, token by token: `python -m benchmarks.kl_estimators`
+"""Bias and standard deviation of k1, k2 and k3 against the exact KL per token: `python -m benchmarks.kl_estimators`
 
-The policy is the embedded task's reference with noise added to its weights, a little or a lot. Both models' whole
-distributions are known at every token, so each estimate can be held against the KL that it stands for.
+Policies are copies of the embedded task's reference with noise of several sizes added to the weights. Both models'
+distributions are known at every token, so each estimate can be compared with the exact KL.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from textenv.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure."""
+    """Sizes and repeats."""
 
     responses: int = 256  # sampled from each policy
-    noise: tuple[float, ...] = (0.02, 0.05, 0.1)  # added to every weight matrix, as a share of its own deviation
+    noise: tuple[float, ...] = (0.02, 0.05, 0.1)  # added to every weight matrix, as a share of its standard deviation
     seed: int = 0  # of noise and tokens
 
 
 def perturbed(model: PreTrainedModel, noise: float, generator: torch.Generator) -> PreTrainedModel:
-    """A copy with noise in its weight matrices."""
+    """A copy of the model with noise added to its weight matrices."""
     duplicate = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in duplicate.parameters():
             if parameter.dim() > 1:
-                drawn = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-                parameter.add_(noise * parameter.std() * drawn)
+                random = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                parameter.add_(noise * parameter.std() * random)
     return duplicate
 
 
 def measure(task: Task, policy: PreTrainedModel, settings: Settings) -> list[dict]:
-    """A row for each estimator: means, bias and deviation from the exact KL of the same token, nats."""
+    """One row per estimator: mean exact KL, and bias and standard deviation of the estimate's error, nats per token."""
     prompts = task.prompts.select(range(settings.responses))
     generator = torch.Generator(task.device).manual_seed(settings.seed)
     generation = generate(task, policy, prompts, Sampling(temperature=task.config.temperature), generator)
@@ -50,10 +50,10 @@ def measure(task: Task, policy: PreTrainedModel, settings: Settings) -> list[dic
     mask = state.response_mask
     reference = score_responses(task, state, prompts.texts).reference_log_prob[mask]
     exact = response_kl(policy, task.load_reference().model, generation, task.config.temperature)[mask]
-    found = []
+    results = []
     for name, estimate in ESTIMATORS.items():
         error = estimate(generation.log_prob[mask], reference) - exact
-        found.append(
+        results.append(
             {
                 "estimator": name,
                 "tokens": int(mask.sum()),
@@ -63,11 +63,11 @@ def measure(task: Task, policy: PreTrainedModel, settings: Settings) -> list[dic
                 "deviation": float(error.std()),
             }
         )
-    return found
+    return results
 
 
 def main(settings: Settings) -> None:
-    """Measures every policy and prints the table."""
+    """Measure every policy and print the table."""
     task = build_task(TextGenConfig())
     results = []
     for noise in settings.noise:
@@ -75,7 +75,7 @@ def main(settings: Settings) -> None:
         policy = perturbed(task.load_reference().model, noise, generator)
         results += [{"noise": noise} | row for row in measure(task, policy, settings)]
     path = rows.write("kl_estimators", results, vars(settings))
-    print("noise  estimator  exact KL      bias    (error)  deviation, nats a token")
+    print("noise  estimator  exact KL      bias    (error)  deviation, nats per token")
     for row in results:
         print(
             f"{row['noise']:5.2f}  {row['estimator']:9}  {row['exact_kl_per_token']:8.4f}  {row['bias']:+8.4f}  "

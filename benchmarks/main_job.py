@@ -1,6 +1,6 @@
-"""The main job over seeds: score, gold score, KL, time and memory. `python -m benchmarks.main_job`
+"""The main job over several seeds: score, gold score, KL, time and memory. `python -m benchmarks.main_job`
 
-Each seed is a process of its own, as a user would start it, so that time and peak memory are the job's own.
+Each seed runs the command line in a process of its own, so time and peak memory are those of a user's run.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to run."""
+    """Selection and size of the runs."""
 
     seeds: tuple[int, ...] = (0, 1, 2)  # one run each
 
 
 def run_seed(seed: int, folder: Path) -> dict:
-    """One whole run; its summary, wall time in seconds and peak memory in GB."""
+    """Run one seed; returns its summary, wall time in seconds and peak memory in GB."""
     command = [sys.executable, "-m", "agents", "train", "--seed", str(seed), "--run", str(folder)]
     started = time.perf_counter()
     process = subprocess.Popen(command)
-    watched, peak = psutil.Process(process.pid), 0
+    monitored, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
         try:
-            peak = max(peak, watched.memory_info().rss)
+            peak = max(peak, monitored.memory_info().rss)
         except psutil.NoSuchProcess:
             break
         time.sleep(0.2)
@@ -64,7 +64,7 @@ def run_seed(seed: int, folder: Path) -> dict:
 
 
 def main(settings: Settings) -> None:
-    """Runs every seed and prints the table."""
+    """Run every seed and print the table."""
     results = []
     with tempfile.TemporaryDirectory() as work:
         for seed in settings.seeds:

@@ -1,7 +1,7 @@
-"""What each detail of PPO is worth on TextGen-v0: one change at a time from the recipe, over seeds.
+"""Ablations of PPO on TextGen-v0: one change at a time from the defaults, over several seeds.
 
-`python -m benchmarks.ppo_details`. Read score and gold score together with the KL: a change that only moves further
-from the reference has bought nothing. One thread a run, workers side by side.
+`python -m benchmarks.ppo_details`. Read score and gold score together with the KL: a higher score at a proportionally
+higher KL is no improvement. Each run has one thread; `workers` runs are in parallel.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "λ = 1": {"algorithm_settings": {"lmbda": 1.0}},
     "λ = 0": {"algorithm_settings": {"lmbda": 0.0}},
 }
-PANELS = (("score", "score"), ("gold", "gold score"), ("kl_per_response", "KL, nats a response"))
+PANELS = (("score", "score"), ("gold", "gold score"), ("kl_per_response", "KL, nats per response"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to run."""
+    """Selection and size of the runs."""
 
     variants: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (0, 1, 2)
     iterations: int = 12
-    workers: int = 2  # runs side by side
+    workers: int = 2  # parallel runs
 
 
 def last(group: list[dict[str, Any]], key: str) -> list[float]:
-    """A number at the end of each run."""
+    """The final value of a metric in each run."""
     return [row["curve"][-1][key] for row in group]
 
 
 def table(groups: dict[str, list[dict[str, Any]]]) -> str:
-    """Interquartile means over seeds with 95% intervals, in Markdown."""
+    """Markdown table of interquartile means over seeds with 95% intervals."""
     lines = ["| PPO with | " + " | ".join(title for _, title in PANELS) + " | seeds |", "|---|---|---|---|---|"]
     for name, group in groups.items():
         cells = []
@@ -62,15 +62,17 @@ def table(groups: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def draw(groups: dict[str, list[dict[str, Any]]]) -> None:
-    """Every variant's seeds, interquartile mean and interval, in three panels."""
+    """Draw seeds, interquartile mean and interval of every variant, one panel per metric."""
     names = list(groups)[::-1]
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 0.42 * len(names) + 1.4), sharey=True, layout="constrained")
     for axis, (key, title) in zip(axes, PANELS, strict=True):
-        for place, name in enumerate(names):
+        for position, name in enumerate(names):
             values = last(groups[name], key)
-            axis.plot(interval([values]), [place] * 2, color="#1f6fb4", linewidth=6, alpha=0.35, solid_capstyle="butt")
-            axis.plot(interquartile_mean(values), place, "|", color="#1f6fb4", markersize=14, mew=2.5)
-            axis.plot(values, [place] * len(values), ".", color="black", markersize=5, alpha=0.6)
+            axis.plot(
+                interval([values]), [position] * 2, color="#1f6fb4", linewidth=6, alpha=0.35, solid_capstyle="butt"
+            )
+            axis.plot(interquartile_mean(values), position, "|", color="#1f6fb4", markersize=14, mew=2.5)
+            axis.plot(values, [position] * len(values), ".", color="black", markersize=5, alpha=0.6)
         axis.set_title(title, fontsize=11)
         axis.grid(axis="x", alpha=0.25)
     axes[0].set_yticks(range(len(names)), names)
@@ -79,7 +81,7 @@ def draw(groups: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def main(settings: Settings) -> None:
-    """Runs all, adds them to what was measured before, prints the table and draws the picture."""
+    """Run everything, add the rows to the results file, print the table and draw the figure."""
     jobs = [
         {
             "name": name,
@@ -93,8 +95,8 @@ def main(settings: Settings) -> None:
         for seed in settings.seeds
     ]
     run_all("ppo_details", jobs, settings.workers)
-    found = by_name(rows.measured("ppo_details"))
-    groups = {name: found[name] for name in VARIANTS if name in found}
+    by_variant = by_name(rows.read_rows("ppo_details"))
+    groups = {name: by_variant[name] for name in VARIANTS if name in by_variant}
     draw(groups)
     print(table(groups))
 

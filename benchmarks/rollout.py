@@ -1,8 +1,8 @@
-"""Tokens a second of a whole rollout, side by side in one run: single environments, the vector one, the fast path.
+"""Tokens per second of a rollout: single environments, the vector environment, and the fast path.
 
-`python -m benchmarks.rollout`. All three play the embedded task with the reference as the policy. The first two are
-driven as an ordinary client drives an environment: a forward pass over the observations, a token for each row, a
-step. The fast path samples with a cache of its own and judges the responses at their end.
+`python -m benchmarks.rollout`. All three run the embedded task with the reference as the policy. The first two are
+stepped as by an ordinary client: a forward pass over the observations, a token for each row, a step. The fast path
+generates with a key/value cache and scores whole responses at the end.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from textenv.state import position_ids
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure."""
+    """Sizes and repeats."""
 
-    rows: int = 64  # episodes side by side
-    steps: int = 24  # of the environments, each time
-    repeats: int = 3  # of each way, interleaved; the median counts
+    rows: int = 64  # parallel episodes
+    steps: int = 24  # environment steps per repeat
+    repeats: int = 3  # per method, interleaved; the median is reported
     seed: int = 0  # of prompts and tokens
 
 
 @torch.no_grad()
-def play(env: VectorEnv, model: PreTrainedModel, temperature: float, steps: int) -> int:
-    """Plays `steps` steps with a policy that reads observations; returns the number of tokens written."""
+def run_steps(env: VectorEnv, model: PreTrainedModel, temperature: float, steps: int) -> int:
+    """Run `steps` steps with a policy that reads observations; returns the number of tokens written."""
     observation, _ = env.reset(seed=0)
     ended, tokens = np.zeros(env.num_envs, dtype=bool), 0
     for _ in range(steps):
@@ -48,13 +48,13 @@ def play(env: VectorEnv, model: PreTrainedModel, temperature: float, steps: int)
         logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits
         chosen = logits[torch.arange(len(last)), last] / temperature  # [B, V]
         observation, _, terminated, _, _ = env.step(torch.distributions.Categorical(logits=chosen).sample().numpy())
-        tokens += int((~ended).sum())  # a row that ended before took no token: it started anew
+        tokens += int((~ended).sum())  # a row that ended in the step before only resets
         ended = terminated
     return tokens
 
 
 def main(settings: Settings) -> None:
-    """Measures the three ways and prints tokens a second and ratios."""
+    """Measure the three methods and print tokens per second and ratios."""
     vector = gym.make_vec("TextGen-v0", num_envs=settings.rows)
     sync = SyncVectorEnv([lambda: gym.make("TextGen-v0")] * settings.rows, autoreset_mode=AutoresetMode.NEXT_STEP)
     env = gym.make("TextGen-v0").unwrapped
@@ -70,21 +70,21 @@ def main(settings: Settings) -> None:
         score_responses(task, state, prompts.texts)
         return int(state.length.sum())
 
-    ways: dict[str, Callable[[], int]] = {
-        "sync": lambda: play(sync, model, temperature, settings.steps),
-        "vector": lambda: play(vector, model, temperature, settings.steps),
+    methods: dict[str, Callable[[], int]] = {
+        "sync": lambda: run_steps(sync, model, temperature, settings.steps),
+        "vector": lambda: run_steps(vector, model, temperature, settings.steps),
         "fast path": fast,
     }
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    speeds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(settings.repeats):
-        for name, way in ways.items():
+        for name, method in methods.items():
             started = time.perf_counter()
-            count = way()
+            count = method()
             speeds[name].append(count / (time.perf_counter() - started))
     base = median(speeds["sync"])
     results = [
-        {"way": name, "tokens_per_second": median(found), "ratio_to_sync": median(found) / base, "all": found}
-        for name, found in speeds.items()
+        {"way": name, "tokens_per_second": median(values), "ratio_to_sync": median(values) / base, "all": values}
+        for name, values in speeds.items()
     ]
     path = rows.write("rollout", results, vars(settings) | {"textenv": textenv.__version__})
     for row in results:

@@ -1,4 +1,4 @@
-"""Rows of results: where, when and on what they were measured."""
+"""Files of result rows, with the commit, the machine and the versions of each measurement."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from textenv import TextGenConfig
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 RESULTS.mkdir(exist_ok=True)
-PACKAGES = ("numpy", "scipy", "stable_baselines3")  # besides those that every run notes
+PACKAGES = ("numpy", "scipy", "stable_baselines3")  # in addition to those of `report.machine`
 
 
 def commit() -> str:
-    """The commit that was measured, with a plus sign where the work tree differed from it, results left out."""
+    """The current commit, with a plus sign if the work tree differs from it anywhere but in results/."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
@@ -30,30 +30,30 @@ def commit() -> str:
     )
 
 
-COMMIT = commit()  # at the start, before any result is written
+COMMIT = commit()  # read at import, before any result is written
 
 
 def write(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> Path:
-    """Writes results/NAME.json."""
+    """Write results/NAME.json; returns its path."""
     path = RESULTS / f"{name}.json"
-    where = machine(TextGenConfig().torch_device())
-    where["versions"] |= {name: version(name) for name in PACKAGES if find_spec(name)}
-    document = {"commit": COMMIT, "machine": where, "settings": settings, "rows": rows}
+    machine_info = machine(TextGenConfig().torch_device())
+    machine_info["versions"] |= {name: version(name) for name in PACKAGES if find_spec(name)}
+    document = {"commit": COMMIT, "machine": machine_info, "settings": settings, "rows": rows}
     path.write_text(json.dumps(document, indent=2) + "\n")
     return path
 
 
-def measured(name: str) -> list[dict[str, Any]]:
-    """The rows of results/NAME.json so far."""
+def read_rows(name: str) -> list[dict[str, Any]]:
+    """The rows of results/NAME.json; empty if there is no file."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
 def add(name: str, row: dict[str, Any], keys: tuple[str, ...], settings: dict[str, Any]) -> None:
-    """Adds a row to results/NAME.json, in the place of the one with the same values under `keys`; notes its commit."""
+    """Add a row and its commit to results/NAME.json, replacing the row with the same values of `keys`."""
 
-    def identity(one: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(one[key] for key in keys)
+    def identity(candidate: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(candidate[key] for key in keys)
 
-    others = [old for old in measured(name) if identity(old) != identity(row)]
+    others = [old for old in read_rows(name) if identity(old) != identity(row)]
     write(name, sorted([*others, row | {"commit": COMMIT}], key=identity), settings)

@@ -1,6 +1,6 @@
-"""Interquartile means with intervals over tasks and seeds.
+"""Interquartile means with bootstrap intervals over tasks and seeds.
 
-The definitions of Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice", on scipy's functions.
+The definitions are those of Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from scipy.stats import trim_mean
 
 
 def interquartile_mean(scores: Any) -> float:
-    """The mean of the middle half of all runs, which of fewer than four is the mean of all.
+    """The mean of the middle half of all runs; with fewer than four runs, the mean of all.
 
     scores: an array of any shape, or a sequence.
     """
@@ -25,11 +25,11 @@ def interval(
 ) -> tuple[float, float]:
     """A percentile interval of the interquartile mean by a stratified bootstrap.
 
-    groups: the runs of one task each. Runs are drawn anew with replacement within each task, so that no task's weight
-    changes from sample to sample. Of two or three runs it is about the least to the greatest.
+    groups: the runs of each task. Runs are resampled with replacement within each task, so every task keeps its weight.
+    With two or three runs the interval is about the minimum to the maximum.
     """
     generator = np.random.default_rng(seed)
-    drawn = [np.asarray(group, float)[generator.integers(0, len(group), (samples, len(group)))] for group in groups]
-    means = trim_mean(np.concatenate(drawn, axis=1), 0.25, axis=1)  # [samples]
+    resampled = [np.asarray(group, float)[generator.integers(0, len(group), (samples, len(group)))] for group in groups]
+    means = trim_mean(np.concatenate(resampled, axis=1), 0.25, axis=1)  # [samples]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

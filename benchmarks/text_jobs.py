@@ -1,4 +1,4 @@
-"""Many runs on TextGen-v0, each a process of its own, kept as JSON rows as they end."""
+"""Parallel runs on TextGen-v0, each in a process of its own, saved as JSON rows when they finish."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks import rows
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """One run; its row, with the job's `name` and `seed`."""
+    """Run a job in a process; returns its row, with the job's `name` and `seed`."""
     command = [sys.executable, "-m", "benchmarks.text_run", json.dumps(job)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=rows.HERE.parent)
     if result.returncode:
@@ -29,16 +29,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_all(file: str, jobs: Iterable[dict[str, Any]], workers: int) -> list[dict[str, Any]]:
-    """Runs all jobs and adds them to results/FILE.json, in the place of those of the same name and seed."""
+    """Run all jobs and add them to results/FILE.json, replacing rows of the same name and seed; returns all rows."""
     with ThreadPoolExecutor(workers) as pool:
         for row in pool.map(run, jobs):
             rows.add(file, row, ("name", "seed"), {})
-    return rows.measured(file)
+    return rows.read_rows(file)
 
 
-def by_name(found: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each name."""
+def by_name(results: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows grouped by name."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in found:
+    for row in results:
         groups.setdefault(row["name"], []).append(row)
     return groups

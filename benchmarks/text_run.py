@@ -1,8 +1,8 @@
-"""One training run on TextGen-v0, measured on held-out prompts as it goes.
+"""One training run on TextGen-v0 with evaluations on held-out prompts along the way.
 
 `python -m benchmarks.text_run '{"algorithm": "ppo", "seed": 0}'` prints a row as JSON. Keys `train`, `settings` and
-`algorithm_settings` change the preset; `env_arg` adds to its arguments of the environment; `measure_every` is counted
-in iterations. Used by benchmarks.algorithms and benchmarks.ppo_details.
+`algorithm_settings` override the preset; `env_arg` adds environment arguments; `measure_every` is in iterations. Used
+by benchmarks.algorithms and benchmarks.ppo_details.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from agents.presets import defaults
 from agents.run import build
 
-KEPT = ("score", "score_std", "gold", "kl_per_response", "length", "distinct_bigrams", "stopped")
+RECORDED = ("score", "score_std", "gold", "kl_per_response", "length", "distinct_bigrams", "stopped")
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """The row of a job: what was measured along the run, and the settings."""
+    """Run a job and return its row: the curve of evaluations, time and settings."""
     torch.set_num_threads(job.get("threads", 1))
     config, settings, algorithm = defaults("TextGen-v0", job["algorithm"])
     env_arg = (*config.env_arg, *job.get("env_arg", ()))
@@ -33,8 +33,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
     def measure() -> dict[str, float]:
         numbers = experiment.summarize(experiment.evaluate(trainer.algorithm.networks.policy))
-        place = {"iteration": trainer.iteration, "tokens": trainer.steps, "seconds": trainer.seconds}
-        return place | {name: numbers[name] for name in KEPT if name in numbers}
+        progress = {"iteration": trainer.iteration, "tokens": trainer.steps, "seconds": trainer.seconds}
+        return progress | {name: numbers[name] for name in RECORDED if name in numbers}
 
     started, curve = time.perf_counter(), [measure()]
     for iteration in trainer.iterate():
@@ -42,8 +42,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
             curve.append(measure())
     parts = {"train": config, "settings": settings, "algorithm_settings": algorithm}
     used = {name: dataclasses.asdict(part) for name, part in parts.items()}
-    measured = {"curve": curve, "wall_seconds": time.perf_counter() - started, "threads": torch.get_num_threads()}
-    return measured | used
+    results = {"curve": curve, "wall_seconds": time.perf_counter() - started, "threads": torch.get_num_threads()}
+    return results | used
 
 
 if __name__ == "__main__":

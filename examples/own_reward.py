@@ -12,7 +12,7 @@ from textenv import TextGenConfig, build_task
 
 
 def says_because(prompts: list[str], responses: list[str]) -> list[float]:
-    """1 for a response with the word in it."""
+    """1 for a response that contains the word, else 0."""
     return [float("because" in response) for response in responses]
 
 

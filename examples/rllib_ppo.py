@@ -1,12 +1,12 @@
 """RLlib's PPO on TextGen-v0, through the native vector environment.
 
-RLlib 2.60 pins `gymnasium==1.2.2`, so give it an environment of its own, from the project's folder:
+RLlib 2.60 pins `gymnasium==1.2.2`, so install it in a virtual environment of its own, from the project's folder:
 
     python -m venv rllib && rllib/bin/pip install -c constraints.txt torch && rllib/bin/pip install -e ".[rllib]" pytest
     rllib/bin/python examples/rllib_ppo.py && rllib/bin/python -m pytest tests/test_clients.py -k rllib
 
-(The constraints are for torch alone, because they name Gymnasium 1.4.) RLlib's default networks read no Dict, so the
-module is our own. Its reward cannot hold `log π`: the entropy bonus stands for the policy's half of the penalty.
+(The constraints apply to torch alone, because they name Gymnasium 1.4.) RLlib's networks do not read Dict observations,
+so the module is our own. Its reward cannot hold `log π`: the entropy bonus stands for the policy's half of the penalty.
 """
 
 import gymnasium as gym
@@ -22,7 +22,7 @@ from warm_start import SETTINGS, ActorCritic, Comparison, compare
 
 
 class TextModule(TorchRLModule, ValueFunctionAPI):
-    """Actor and critic as RLlib's new API stack wants them."""
+    """Actor and critic for RLlib's new API stack."""
 
     def setup(self):
         self.agent = ActorCritic()
@@ -35,7 +35,7 @@ class TextModule(TorchRLModule, ValueFunctionAPI):
 
 
 def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
-    """Learns from `steps` tokens, `rows` episodes side by side, in one process."""
+    """Train on `steps` tokens, with `rows` episodes in parallel, in one process."""
     ray.init(include_dashboard=False, num_cpus=1, log_to_driver=False)
     torch.manual_seed(seed)
     ppo = dict(gamma=1.0, lambda_=0.95, lr=1e-3, clip_param=0.2, use_kl_loss=False, entropy_coeff=0.003)
@@ -50,10 +50,10 @@ def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 1
     config = config.env_runners(num_env_runners=0, **vector).training(**ppo, **sizes)
     algorithm = config.rl_module(rl_module_spec=RLModuleSpec(module_class=TextModule)).build_algo()
     act = algorithm.get_module().agent.act
-    found = compare(act, lambda: [algorithm.train() for _ in range(max(steps // (rows * rollout), 1))], episodes)
+    comparison = compare(act, lambda: [algorithm.train() for _ in range(max(steps // (rows * rollout), 1))], episodes)
     algorithm.stop()
     ray.shutdown()
-    return found
+    return comparison
 
 
 if __name__ == "__main__":

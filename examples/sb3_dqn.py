@@ -1,9 +1,9 @@
-"""Stable-Baselines3's DQN on a short task with a reward in Python: name what the prompt asks for.
+"""Stable-Baselines3's DQN on a short task with a reward in Python: name the aspects that the prompt asks for.
 
 `pip install textenv[sb3]`, then `python examples/sb3_dqn.py`
 
-A Q-network starts from nothing, and DQN's random exploration of 1024 tokens would never write a sentence; so an action
-is one of 32 words, through Gymnasium's `TransformAction`, and a response has 4 tokens. No penalty: `kl_coef=0`.
+A Q-network starts from scratch, and random exploration over 1024 tokens would never write a sentence. So an action is
+one of 32 words, through Gymnasium's `TransformAction`, and a response has 4 tokens. There is no penalty: `kl_coef=0`.
 """
 
 import gymnasium as gym
@@ -21,14 +21,14 @@ from textenv.reviews.prompts import parse_prompt, train_prompts
 WORDS = sorted({aspect for prompt in train_prompts() for aspect in parse_prompt(prompt).aspects})
 
 
-def named(prompts, responses):
-    """The share of the aspects asked for that the response names."""
+def named_share(prompts, responses):
+    """Share of the requested aspects that the response names."""
     asked = [parse_prompt(prompt).aspects for prompt in prompts]
     return [np.mean([word in text.split() for word in words]) for words, text in zip(asked, responses, strict=True)]
 
 
 class Bags(BaseFeaturesExtractor):
-    """Two sums of token embeddings: of the prompt, and of the response so far."""
+    """Two bags of words: the summed token embeddings of the prompt, and of the response so far."""
 
     def __init__(self, space, start, width=64):
         super().__init__(space, features_dim=2 * width)
@@ -40,8 +40,8 @@ class Bags(BaseFeaturesExtractor):
 
 
 def main(steps: int = 40_000, rows: int = 16, episodes: int = 128, seed: int = 0) -> Comparison:
-    """Learns from `steps` tokens, `rows` episodes side by side."""
-    settings = dict(reward=named, kl_coef=0, max_new_tokens=4, device="cpu")
+    """Train on `steps` tokens, with `rows` episodes in parallel."""
+    settings = dict(reward=named_share, kl_coef=0, max_new_tokens=4, device="cpu")
     env = gym.make_vec("TextGen-v0", num_envs=rows, autoreset_mode="SameStep", **settings)
     ids = np.array([env.task.tokenizer(f" {word}").input_ids[0] for word in WORDS] + [*env.task.stop_token_ids])
     choices = gym.spaces.Discrete(len(ids))

@@ -1,4 +1,4 @@
-"""One episode of TextGen-v0, token by token, with the reference itself as the policy: what a client sees.
+"""One episode of TextGen-v0 as a client sees it, token by token, with the reference model as the policy.
 
 `python examples/step_by_step.py`
 """
@@ -17,7 +17,7 @@ observation, info = env.reset(seed=1)
 print(env.render(), "\n")
 total, terminated = 0.0, False
 while not terminated:
-    # The context is the columns whose mask is 1; any policy may choose the next token.
+    # Columns with mask 1 hold the context. Any policy may choose the next token.
     context = torch.from_numpy(observation["input_ids"][observation["attention_mask"] == 1])[None].to(task.device)
     logits = reference(input_ids=context).logits[0, -1] / task.config.temperature  # [V]
     action = int(torch.distributions.Categorical(logits=logits).sample())

@@ -1,7 +1,7 @@
 """Tianshou's PPO on TextGen-v0. `pip install textenv[tianshou]`, then `python examples/tianshou_ppo.py`
 
-Its stock `Net` reads no Dict, so actor and critic are our own. Its reward cannot hold `log π`: the entropy bonus stands
-for the policy's half of the penalty, at the present token only.
+Tianshou's stock `Net` does not read Dict observations, so actor and critic are our own. The reward cannot hold `log π`:
+the entropy bonus stands for the policy's half of the penalty, at the current token only.
 """
 
 import gymnasium as gym
@@ -18,7 +18,7 @@ from warm_start import SETTINGS, ActorCritic, Comparison, compare
 
 
 class WithoutInfo(gym.Wrapper):
-    """Tianshou takes what only the end of an episode says, its text, for missing values at all other steps."""
+    """Drops infos: Tianshou treats keys that only an episode's last step has as missing values at all other steps."""
 
     def step(self, action):
         return *self.env.step(action)[:4], {}
@@ -36,14 +36,14 @@ class Actor(ActionReprNet):
 
 
 class Critic(Actor):
-    """Values of the same agent."""
+    """Values from the same agent."""
 
     def forward(self, obs):
         return self.agent(obs)[1]
 
 
 def main(steps: int = 4096, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
-    """Learns from `steps` tokens, `rows` episodes side by side."""
+    """Train on `steps` tokens, with `rows` episodes in parallel."""
     torch.manual_seed(seed)
     env, agent = DummyVectorEnv([lambda: WithoutInfo(gym.make("TextGen-v0", **SETTINGS))] * rows), ActorCritic()
     env.seed(seed)

@@ -1,9 +1,9 @@
-"""TorchRL's collector, GAE and PPO loss on TextGen-v0's TorchRL face, one transition a token.
+"""TorchRL's collector, GAE and PPO loss on `TextGenTorchEnv`, one transition per token.
 
 `python examples/torchrl_ppo.py` (two minutes on one core)
 
 The log-probability travels in the TensorDict beside the action, so the whole `score − kl_coef · KL` is optimized. For
-long training `python -m agents` is many times faster: it reads each response once, and not each of its beginnings.
+long training, `python -m agents` is many times faster: it reads each response once instead of each of its prefixes.
 """
 
 import torch
@@ -22,8 +22,8 @@ from textenv.torchrl_env import TextGenTorchEnv
 
 
 def learn(env: EnvBase, agent: ActorCritic, steps: int, rollout: int) -> None:
-    """PPO on `steps` tokens, `rollout` of each row at a time."""
-    hidden = TensorDictModule(agent.reader, ["input_ids", "attention_mask"], ["hidden"])
+    """Run PPO on `steps` tokens, with `rollout` tokens of each row per batch."""
+    hidden = TensorDictModule(agent.backbone, ["input_ids", "attention_mask"], ["hidden"])
     logits = TensorDictModule(agent.actor, ["hidden"], ["logits"])
     actor = ProbabilisticActor(logits, ["logits"], distribution_class=Categorical, return_log_prob=True)
     value = TensorDictModule(agent.critic, ["hidden"], ["state_value"])
@@ -48,7 +48,7 @@ def learn(env: EnvBase, agent: ActorCritic, steps: int, rollout: int) -> None:
 
 
 def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
-    """Learns from `steps` tokens, `rows` episodes side by side."""
+    """Train on `steps` tokens, with `rows` episodes in parallel."""
     torch.manual_seed(seed)
     env, agent = TextGenTorchEnv(build_task(TextGenConfig(**SETTINGS)), rows, seed), ActorCritic()
     return compare(agent.act, lambda: learn(env, agent, steps, rollout), episodes)

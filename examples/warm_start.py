@@ -1,9 +1,8 @@
-"""What the examples of clients share: a policy that starts as the supervised model, and one way to keep score.
+"""Shared by the client examples: a policy that starts as the supervised model, and one way to measure it.
 
-A client's networks want vectors. Here a vector is what the language model makes of the context just before it
-chooses a token, its last hidden state; and the layer that turns it into logits starts as the model's own. So every
-client starts where RLHF starts, at the reference, and its gain can be given in standard deviations of the
-reference's scores.
+A client's networks read vectors. Here the vector is the language model's hidden state at the last token of the context,
+and the layer that maps it to logits starts as the model's own. So every client starts where RLHF starts, at the
+reference policy, and its gain is reported in standard deviations of the reference's scores.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from textenv.generation import generate, score_responses
 from textenv.models.sampling import Sampling
 from textenv.state import position_ids
 
-# The embedded reviews, a little shorter. The environment's half of the penalty is paid in the reward; what stands for
-# the policy's half is each client's to say. All is on the CPU: models so small gain nothing elsewhere, and clients
-# differ in where they put their networks.
+# The embedded reviews task with shorter responses. The environment pays its half of the penalty in the reward; each
+# client says what stands for the policy's half. Everything runs on the CPU: models this small gain nothing on a GPU,
+# and clients differ in where they put their networks.
 HELD_OUT = "textenv.reviews.prompts:held_out_prompts"
 SETTINGS: dict[str, Any] = {"max_new_tokens": 24, "kl_coef": 0.05, "device": "cpu"}
 
 
-class CachedDecoder(nn.Module):
-    """The reference's transformer: texts [..., L] to hidden states [..., H]; the last `trainable` layers learn."""
+class Backbone(nn.Module):
+    """The reference's transformer, texts [..., L] to hidden states [..., H]. Only the last `trainable` layers learn."""
 
     def __init__(self, trainable: int = 1) -> None:
         super().__init__()
@@ -43,53 +42,53 @@ class CachedDecoder(nn.Module):
         self.body = copy.deepcopy(reference.transformer).requires_grad_(False)
         self.body.h[len(self.body.h) - trainable :].requires_grad_(True)
         self.width = reference.config.n_embd  # H
-        self.output = reference.lm_head.weight / config.temperature  # [V, H], to start an output layer with
+        self.output = reference.lm_head.weight / config.temperature  # [V, H]: the initial output layer of a policy
 
     def forward(self, input_ids: Any, attention_mask: Any) -> Tensor:
-        """Hidden state of the last real token [..., H] of texts [..., L]; clients hand over arrays, ints or floats."""
+        """Hidden state [..., H] of the last real token of texts [..., L]: arrays or tensors, int or float."""
         shape, width = np.shape(input_ids)[:-1], np.shape(input_ids)[-1]
-        ids, mask = (torch.as_tensor(one).reshape(-1, width).long() for one in (input_ids, attention_mask))
-        used = mask.any(0)  # columns that are padding in every row cost work for nothing
+        ids, mask = (torch.as_tensor(array).reshape(-1, width).long() for array in (input_ids, attention_mask))
+        used = mask.any(0)  # columns that are padding in every row would only cost time
         ids, mask = ids[:, used], mask[:, used]
         positions = position_ids(mask)  # [B, l]
         hidden = self.body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         last = (mask * torch.arange(ids.shape[1])).argmax(1)
         return hidden.last_hidden_state[torch.arange(len(ids)), last].view(*shape, self.width)
 
-    def start(self, layer: nn.Linear) -> nn.Linear:
-        """Makes an output layer, H to V, give the reference's logits."""
+    def copy_output_layer(self, layer: nn.Linear) -> nn.Linear:
+        """Set the weights of a layer, H to V, so that it gives the reference's logits; returns the layer."""
         with torch.no_grad():
             layer.weight.copy_(self.output)
             layer.bias.zero_()
         return layer
 
     def output_layer(self) -> nn.Linear:
-        """A new one, H to V, that gives the reference's logits."""
-        return self.start(nn.Linear(self.width, len(self.output)))
+        """A new layer, H to V, that gives the reference's logits."""
+        return self.copy_output_layer(nn.Linear(self.width, len(self.output)))
 
 
 class ActorCritic(nn.Module):
-    """A policy and its critic on one reader, for clients that take any module."""
+    """A policy and a critic on one backbone, for clients that take any module."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reader = CachedDecoder()
-        self.actor, self.critic = self.reader.output_layer(), nn.Linear(self.reader.width, 1)
+        self.backbone = Backbone()
+        self.actor, self.critic = self.backbone.output_layer(), nn.Linear(self.backbone.width, 1)
 
     @torch.no_grad()
     def act(self, observation: Any, infos: Any = None) -> NDArray:
-        """One sampled token a row."""
+        """A sampled token for each row."""
         return self(observation)[0].sample().numpy()
 
     def forward(self, observation: Any) -> tuple[Categorical, Tensor]:
-        """The distribution of the next token and the value of the context, [n] each."""
-        hidden = self.reader(observation["input_ids"], observation["attention_mask"])
+        """Distribution of the next token and value of the context, for n rows."""
+        hidden = self.backbone(observation["input_ids"], observation["attention_mask"])
         return Categorical(logits=self.actor(hidden), validate_args=False), self.critic(hidden)[:, 0]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of some responses, and what they said."""
+    """Responses and their scores."""
 
     values: NDArray[np.float64]
     responses: list[str]
@@ -100,7 +99,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A policy before and after it learned, and the reference."""
+    """Scores of a policy before and after training, and of the reference."""
 
     before: Scores
     after: Scores
@@ -108,7 +107,7 @@ class Comparison:
 
     @property
     def gain(self) -> float:
-        """By how much the mean score rose, in standard deviations of the reference's scores."""
+        """Increase of the mean score, in standard deviations of the reference's scores."""
         return float((self.after.values.mean() - self.before.values.mean()) / self.reference.values.std())
 
 
@@ -116,20 +115,20 @@ Act = Callable[[dict[str, NDArray], dict[str, Any]], NDArray]  # observations an
 
 
 def compare(act: Act, learn: Callable[[], object], episodes: int, settings: Mapping[str, Any] = SETTINGS) -> Comparison:
-    """Measures a policy on held-out prompts, lets it learn, measures again, and prints what came of it."""
+    """Score a policy on held-out prompts, train it, score it again, and print the comparison."""
     reference, before = score_reference(episodes, settings), score(act, episodes, settings)
     started = time.perf_counter()
     learn()
     seconds = time.perf_counter() - started
-    found = Comparison(before, score(act, episodes, settings), reference)
-    print(f"reference  {reference}\nbefore     {before}\nafter      {found.after}")
-    print(f"gain: {found.gain:.2f} standard deviations of the reference's scores, in {seconds:.0f} seconds")
-    print("\n".join(f"    {text.strip()!r}" for text in found.after.responses[:4]))
-    return found
+    comparison = Comparison(before, score(act, episodes, settings), reference)
+    print(f"reference  {reference}\nbefore     {before}\nafter      {comparison.after}")
+    print(f"gain: {comparison.gain:.2f} standard deviations of the reference's scores, in {seconds:.0f} seconds")
+    print("\n".join(f"    {text.strip()!r}" for text in comparison.after.responses[:4]))
+    return comparison
 
 
 def score(act: Act, episodes: int, settings: Mapping[str, Any]) -> Scores:
-    """The first episode of each of `episodes` rows, on held-out prompts."""
+    """Scores of one episode in each of `episodes` rows, on held-out prompts."""
     env = gym.make_vec("TextGen-v0", num_envs=episodes, **{**settings, "prompts": HELD_OUT, "kl_coef": 0})
     observation, infos = env.reset(seed=0)
     values, responses = np.full(episodes, np.nan), [""] * episodes
@@ -141,7 +140,7 @@ def score(act: Act, episodes: int, settings: Mapping[str, Any]) -> Scores:
 
 
 def score_reference(episodes: int, settings: Mapping[str, Any]) -> Scores:
-    """The supervised model itself on held-out prompts."""
+    """Scores of the supervised model itself on held-out prompts."""
     task = textenv.build_task(textenv.TextGenConfig(**{**settings, "prompts": HELD_OUT}))
     prompts = task.prompts.select([row % len(task.prompts) for row in range(episodes)])
     sampling, generator = Sampling(temperature=task.config.temperature), torch.Generator().manual_seed(0)

@@ -78,7 +78,7 @@ def run_trainer() -> Run:
             rollout = {name: data[key].squeeze(-1).clone() for name, key in keys.items()}
             log_ratio = (data["action_log_prob"] - data["reference_log_prob"]).where(data["mask"], 0.0)
             run.rollouts.append(rollout | {"kl": log_ratio.sum(1)})
-    run.weights = {name: list(algorithm.trained[name].parameters()) for name in ("actor", "critic")}
+    run.weights = {name: list(algorithm.networks.trained[name].parameters()) for name in ("actor", "critic")}
     return run
 
 

@@ -1,4 +1,4 @@
-"""The statistics that benchmarks report: against definitions worked by hand."""
+"""The statistics that benchmarks report, against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from benchmarks.statistics import interquartile_mean, interval
 
 
 def test_interquartile_mean_by_hand():
-    """A quarter of the runs is left out on each side, whole runs only."""
+    """A quarter of the runs is dropped on each side, rounded down to whole runs."""
     assert interquartile_mean(np.array([0.0, 1.0, 2.0, 100.0])) == 1.5
-    assert interquartile_mean(np.array([5.0, 1.0, 3.0])) == 3.0  # a quarter of three is no whole run
+    assert interquartile_mean(np.array([5.0, 1.0, 3.0])) == 3.0  # a quarter of three runs rounds down to none
     assert interquartile_mean(np.array([-9.0, 1.0, 2.0, 6.0, 50.0])) == 3.0
 
 
-def test_interval_holds_what_resampling_gives():
-    """With two runs in each of two tasks all resamples can be listed; the quantiles are those of the list."""
+def test_interval_equals_all_resamples():
+    """With two runs in each of two tasks, all resamples can be listed; the interval has their quantiles."""
     groups = [[0.0, 1.0], [10.0, 30.0]]
     means = [
         interquartile_mean(np.array([*first, *second]))
@@ -31,6 +31,6 @@ def test_interval_holds_what_resampling_gives():
 
 
 def test_interval_of_equal_runs_is_a_point():
-    """Seeds that all agree leave nothing to doubt; the same seed gives the same interval."""
+    """Equal runs give an interval of width 0; the same seed gives the same interval."""
     assert interval([[500.0] * 5]) == (500.0, 500.0)
     assert interval([[1.0, 2.0, 4.0]], seed=3) == interval([[1.0, 2.0, 4.0]], seed=3)

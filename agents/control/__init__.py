@@ -1,1 +1,1 @@
-"""Learning on any other Gymnasium environment: small networks, stretches of steps as rollouts."""
+"""Learning on Gymnasium environments other than text: small MLPs and fixed-length rollouts."""

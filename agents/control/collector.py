@@ -1,8 +1,8 @@
-"""Plays environments side by side for a trainer, one stretch of steps after another.
+"""Collects fixed-length rollouts from parallel environments.
 
 Keys of a rollout, batch size [B] environments: `observation` and `next_observation` [B, R, D]; `action` [B, R] or
 [B, R, A]; `action_log_prob`, `reward` (also as `shaped_reward` and `task_reward`: there is no penalty), `mask`,
-`done` and `terminated` [B, R]. The mask leaves out steps that only begin a new episode.
+`done` and `terminated` [B, R]. The mask leaves out steps that only reset an environment.
 """
 
 from __future__ import annotations
@@ -25,51 +25,54 @@ OFF_POLICY = ("observation", "next_observation", "action", "reward", "done", "te
 
 @dataclass(frozen=True)
 class ControlRollout:
-    """A stretch of every environment's steps, and what it shows."""
+    """The next steps of every environment, and metrics of them."""
 
     data: TensorDict
     metrics: dict[str, float]
 
 
 class ControlCollector:
-    """One rollout after another: see `agents.interfaces.Collector`.
+    """See `agents.interfaces.Collector`.
 
-    Environments cannot be saved. So all episodes begin anew after every checkpoint, in a run that is never stopped
-    too, and a resumed run goes on exactly as that one did.
+    Environment states cannot be saved. So every run resets all environments after each checkpoint, whether or not it
+    stops there, and a resumed run continues exactly like an uninterrupted one.
     """
 
     unit = "frames"
     modules: Mapping[str, nn.Module] = {}
 
-    def __init__(self, environments: Environments, config: ControlConfig, seed: int, begin_every: int) -> None:
-        """begin_every: iterations after which all episodes begin anew, those between checkpoints."""
+    def __init__(self, environments: Environments, config: ControlConfig, seed: int, reset_every: int) -> None:
+        """reset_every: iterations between resets of all environments, equal to those between checkpoints."""
         self.environments, self.config = environments, config
-        self.seed, self.begin_every = seed, begin_every
-        self.begun = 0  # times that all episodes began anew
-        self.observation: np.ndarray | None = None  # [B, D]; None: to begin anew
+        self.seed, self.reset_every = seed, reset_every
+        self.resets = 0  # of all environments together; each has a seed of its own
+        self.observation: np.ndarray | None = None  # [B, D]; None: reset before the next step
         self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
     def collect(self, policy: Any) -> ControlRollout:
-        """Every environment's next steps."""
+        """Run `steps` steps in every environment."""
         env, shape = self.environments.env, (self.config.steps, self.config.num_envs)
         if self.observation is None:
-            self.begun += 1
-            seed = np.random.SeedSequence([self.seed, self.begun]).generate_state(1)[0]
+            self.resets += 1
+            seed = np.random.SeedSequence([self.seed, self.resets]).generate_state(1)[0]
             self.observation = self.environments.reset(int(seed))
             self.ended = np.zeros(shape[1], dtype=bool)
-        seen = np.empty((shape[0] + 1, *self.observation.shape), np.float32)  # [R + 1, B, D]
-        observations, actions = torch.from_numpy(seen), []  # one memory, that copies what an environment may reuse
+        observation_array = np.empty((shape[0] + 1, *self.observation.shape), np.float32)  # [R + 1, B, D]
+        observations, actions = (
+            torch.from_numpy(observation_array),
+            [],
+        )  # shared memory; a copy of the environment's buffers
         rewards, ended = np.empty(shape, np.float32), np.empty((shape[0] + 1, shape[1]), bool)
         terminated = np.empty(shape, bool)
-        act = policy.player(*shape, self.generator)
+        sample_action = policy.action_sampler(*shape, self.generator)
         for step, state in enumerate(observations[:-1].unbind()):
-            seen[step], ended[step] = self.observation, self.ended
-            actions.append(act(state))
-            action = playable(actions[-1].numpy(), env.single_action_space)
+            observation_array[step], ended[step] = self.observation, self.ended
+            actions.append(sample_action(state))
+            action = clip_action(actions[-1].numpy(), env.single_action_space)
             self.observation, rewards[step], terminated[step], truncated, _ = env.step(action)
             self.ended = terminated[step] | truncated
-        seen[-1], ended[-1] = self.observation, self.ended
+        observation_array[-1], ended[-1] = self.observation, self.ended
         observation, action = observations[:-1].transpose(0, 1), torch.stack(actions, 1)  # [B, R, ...] both
         reward = torch.from_numpy(rewards).T  # [B, R]
         mask = ~torch.from_numpy(ended[:-1]).T
@@ -91,32 +94,32 @@ class ControlCollector:
         return ControlRollout(data, self._metrics(data))
 
     def training_rows(self, data: TensorDict) -> TensorDict:
-        """Single steps, [N] rows of [1]."""
-        known, mask = set(data.keys()), data["mask"]
-        keys = ON_POLICY if "advantage" in known else OFF_POLICY
-        rows = {key: data[key][mask][:, None] for key in keys if key in known}
+        """Valid steps as N rows of one step, [N, 1, ...]."""
+        present, mask = set(data.keys()), data["mask"]
+        keys = ON_POLICY if "advantage" in present else OFF_POLICY
+        rows = {key: data[key][mask][:, None] for key in keys if key in present}
         return TensorDict(rows, batch_size=[len(rows["mask"])])
 
     def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
-        """All at once: these networks are small."""
+        """The whole minibatch: these networks are small."""
         yield minibatch
 
     def after_update(self, policy: nn.Module, iteration: int) -> None:
-        """Begins anew where a checkpoint is."""
-        if iteration % self.begin_every == 0:
+        """Reset all environments after iterations with a checkpoint."""
+        if iteration % self.reset_every == 0:
             self.observation = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Generators and running statistics."""
+        """Count of resets, generator and running statistics."""
         return {
-            "begun": self.begun,
+            "resets": self.resets,
             "generator": self.generator.get_state(),
             "statistics": self.environments.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
-        self.begun, self.observation = int(state["begun"]), None
+        """Restore the state returned by `state_dict`."""
+        self.resets, self.observation = int(state["resets"]), None
         self.generator.set_state(state["generator"].cpu())
         self.environments.load_state_dict(state["statistics"])
 
@@ -129,6 +132,6 @@ class ControlCollector:
         return metrics
 
 
-def playable(action: np.ndarray, space: Any) -> np.ndarray:
-    """Continuous actions clipped to their bounds; others as they are."""
+def clip_action(action: np.ndarray, space: Any) -> np.ndarray:
+    """Clip continuous actions [B, A] to the bounds of the space; return discrete actions [B] unchanged."""
     return np.clip(action, space.low, space.high) if action.ndim > 1 else action

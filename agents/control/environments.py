@@ -1,4 +1,4 @@
-"""Gymnasium environments side by side, as the collector plays them: flat observations, returns noted, normalized."""
+"""Parallel Gymnasium environments with flat observations, recorded returns and optional normalization."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from agents.config import TrainConfig, id_of
 from agents.control.config import ControlConfig
 
-CLIP = 10.0  # normalized observations and rewards are cut off here, as by Stable-Baselines3
+CLIP = 10.0  # bound of normalized observations and rewards, as in Stable-Baselines3
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One that has finished."""
+    """A finished episode."""
 
-    row: int  # of the environment it was played in
-    total: float  # its return, undiscounted
+    row: int  # its environment
+    total: float  # undiscounted return
     length: int
 
 
 class Returns(VectorWrapper):
-    """Keeps the returns and lengths of finished episodes, as the environment pays them."""
+    """Records returns and lengths of finished episodes, before any normalization."""
 
     def __init__(self, env: VectorEnv) -> None:
         super().__init__(env)
-        self.begin()
+        self.clear()
 
-    def begin(self) -> None:
-        """Forgets all steps so far."""
-        self.steps: list[tuple[Any, Any]] = []  # rewards and ends, [B] each, since they were last taken
+    def clear(self) -> None:
+        """Discard all steps so far. Called with every reset of all environments."""
+        self.steps: list[tuple[Any, Any]] = []  # (reward, ended), [B] each, since the last `take`
         self.total = np.zeros(self.num_envs)  # of unfinished episodes
         self.length = np.zeros(self.num_envs, dtype=np.int64)
-        self.resetting = np.zeros(self.num_envs, dtype=bool)  # rows whose next step only resets (NEXT_STEP)
+        self.resetting = np.zeros(self.num_envs, dtype=bool)  # rows whose next step only resets them (NEXT_STEP)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """One step of every environment; what it means for episodes is worked out when they are taken."""
-        found = self.env.step(actions)
-        self.steps.append((found[1].copy(), found[2] | found[3]))
-        return found
+        """One step of every environment. Episodes are worked out later, in `take`."""
+        result = self.env.step(actions)
+        self.steps.append((result[1].copy(), result[2] | result[3]))
+        return result
 
     def take(self) -> list[Episode]:
-        """The episodes that finished since the last call, in the order of their ends."""
+        """Episodes that finished since the last call, ordered by their last step."""
         if not self.steps:
             return []
         reward, ended = (np.stack(part) for part in zip(*self.steps, strict=True))  # [T, B] both
@@ -63,21 +63,21 @@ class Returns(VectorWrapper):
 
 
 class NormalizeReward(VectorWrapper):
-    """Rewards over the running standard deviation of discounted returns, cut off at `CLIP`.
+    """Divides rewards by the running standard deviation of discounted returns and clips them to ±`CLIP`.
 
-    Gymnasium 1.4's of the same name lets a return run on past time limits into the next episode, and forgets it one
-    step before an end, so that its scale drifts (MountainCar's by half within 20 episodes).
+    Gymnasium 1.4's wrapper of the same name carries a return past time limits into the next episode and drops it one
+    step before an episode ends, so its scale drifts (on MountainCar by half within 20 episodes).
     """
 
     def __init__(self, env: VectorEnv, gamma: float) -> None:
         super().__init__(env)
         self.gamma, self.return_rms = gamma, RunningMeanStd()
-        self.begin()
+        self.clear()
 
-    def begin(self) -> None:
-        """Forgets unfinished episodes."""
-        self.discounted = np.zeros(self.num_envs)  # return so far, the newest reward in full
-        self.resetting = np.zeros(self.num_envs, dtype=bool)  # rows whose next step only resets (NEXT_STEP)
+    def clear(self) -> None:
+        """Discard unfinished episodes; keep the statistics. Called with every reset of all environments."""
+        self.discounted = np.zeros(self.num_envs)  # return so far; the latest reward is not discounted
+        self.resetting = np.zeros(self.num_envs, dtype=bool)  # rows whose next step only resets them (NEXT_STEP)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """One step of every environment."""
@@ -92,7 +92,7 @@ class NormalizeReward(VectorWrapper):
 
 
 class Environments:
-    """A vector environment and its normalizers, whose statistics go into checkpoints."""
+    """A vector environment and its normalizers. Their running statistics are part of checkpoints."""
 
     def __init__(self, config: TrainConfig, settings: ControlConfig, num_envs: int) -> None:
         self.limit = episode_limit(config)
@@ -101,59 +101,62 @@ class Environments:
         self.observations = self.rewards = None
         if settings.normalize_observation:
             self.env = self.observations = wrappers.NormalizeObservation(self.env)
-            self.env = wrappers.TransformObservation(self.env, clipped)
+            self.env = wrappers.TransformObservation(self.env, clip_observation)
         if settings.normalize_reward:
             self.env = self.rewards = NormalizeReward(self.env, settings.reward_gamma)
 
     def reset(self, seed: int) -> np.ndarray:
-        """Begins every episode anew."""
-        self.returns.begin()
+        """Reset all environments; returns their observations [B, D]."""
+        self.returns.clear()
         if self.rewards is not None:
-            self.rewards.begin()
+            self.rewards.clear()
         return self.env.reset(seed=seed)[0]
 
-    def follow(self, other: Environments) -> None:
-        """Normalizes observations by another's statistics, and leaves them as they are."""
+    def share_statistics(self, other: Environments) -> None:
+        """Normalize observations by the statistics of `other` without updating them."""
         if self.observations is not None and other.observations is not None:
             self.observations.obs_rms = other.observations.obs_rms
             self.observations.update_running_mean = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Running statistics, as lists of numbers."""
-        return {name: {key: _listed(value) for key, value in vars(rms).items()} for name, rms in self._statistics()}
+        """Running statistics as lists of numbers."""
+        return {name: {key: _to_list(value) for key, value in vars(rms).items()} for name, rms in self._statistics()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         for name, rms in self._statistics():
             for key, value in state[name].items():
                 old = getattr(rms, key)
                 setattr(rms, key, np.asarray(value, dtype=old.dtype) if isinstance(old, np.ndarray) else value)
 
     def _statistics(self) -> list[tuple[str, Any]]:
-        found = []
+        statistics = []
         if self.observations is not None:
-            found.append(("observation", self.observations.obs_rms))
+            statistics.append(("observation", self.observations.obs_rms))
         if self.rewards is not None:
-            found.append(("return", self.rewards.return_rms))
-        return found
+            statistics.append(("return", self.rewards.return_rms))
+        return statistics
 
 
 def episode_limit(config: TrainConfig) -> int | None:
-    """The steps after which an episode is cut off; None: never, as -1 says to gym.make."""
+    """Steps after which an episode is truncated; None: never, which gym.make spells -1."""
     limit = config.env_arguments().get("max_episode_steps", gym.spec(id_of(config.env)).max_episode_steps)
     return limit if limit is not None and limit > 0 else None
 
 
-def clipped(observation: np.ndarray) -> np.ndarray:
-    """Normalized observations within the bound: early statistics make giants of small differences."""
+def clip_observation(observation: np.ndarray) -> np.ndarray:
+    """Clip normalized observations: with early statistics, small differences become very large."""
     return np.clip(observation, -CLIP, CLIP)
 
 
 def make_vector(config: TrainConfig, settings: ControlConfig, num_envs: int) -> VectorEnv:
-    """Environments side by side with flat observations, each beginning anew in the step after its end (NEXT_STEP).
+    """Parallel environments with flat observations. Each resets in the step after an episode ends (NEXT_STEP).
 
-    So the observation that step t returns is always the true successor of the one before, and step t + 1 after an end
-    is none of an episode's: the mask leaves it out.
+    So the observation that a step returns is always the true successor of the previous one. The step after an episode's
+    last one belongs to no episode, and the rollout's mask leaves it out.
+
+    Raises ValueError for environments that cannot be made, reset in another way, or have observations that cannot be
+    flattened.
     """
     mode = None if settings.vectorization == "auto" else settings.vectorization
     try:
@@ -162,8 +165,8 @@ def make_vector(config: TrainConfig, settings: ControlConfig, num_envs: int) -> 
         raise ValueError(f"gym.make_vec cannot make {config.env!r}: {error}") from error
     if env.metadata.get("autoreset_mode") != AutoresetMode.NEXT_STEP:
         raise ValueError(
-            f"{config.env!r} has the vector environment {type(env.unwrapped).__name__}, which does not begin anew in "
-            "the step after an end (autoreset_mode NEXT_STEP); set vectorization to sync."
+            f"{config.env!r} has the vector environment {type(env.unwrapped).__name__}, which does not reset in the "
+            "step after an episode ends (autoreset_mode NEXT_STEP); set vectorization to sync."
         )
     space = env.single_observation_space
     if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
@@ -174,5 +177,5 @@ def make_vector(config: TrainConfig, settings: ControlConfig, num_envs: int) -> 
         raise ValueError(f"the observations of {config.env!r}, {space}, cannot be flattened: {error}") from error
 
 
-def _listed(value: Any) -> Any:
+def _to_list(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value

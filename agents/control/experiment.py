@@ -1,4 +1,4 @@
-"""Any Gymnasium environment but text opened for learning: what plays it, its networks, measurements and results."""
+"""Experiments on Gymnasium environments other than text: collector, networks, evaluation and results."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import numpy as np
 import torch
 
 from agents.config import TrainConfig
-from agents.control.collector import ControlCollector, playable
+from agents.control.collector import ControlCollector, clip_action
 from agents.control.config import ControlConfig
 from agents.control.environments import Environments
 from agents.control.networks import ControlNetworkFactory
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, RED, Panel
 from agents.trainer import Trainer
 
-EVALUATION_SEED = 1_000_000  # the same episodes begin whenever a policy is measured
-LONGEST = 10_000  # steps that a measured episode may last where the environment has no time limit
+EVALUATION_SEED = 1_000_000  # every evaluation starts from the same initial states
+LONGEST = 10_000  # maximum length of an evaluation episode in an environment without a time limit
 
 PANELS: tuple[Panel, ...] = (
-    ("What is optimized", "return of an episode", (("return", "return", BLUE),)),
-    ("Length", "steps an episode", (("length", "length", GRAY),)),
-    ("Entropy", "nats a step", (("entropy", "entropy", GREEN),)),
+    ("Return", "return per episode", (("return", "return", BLUE),)),
+    ("Length", "steps per episode", (("length", "length", GRAY),)),
+    ("Entropy", "nats per step", (("entropy", "entropy", GREEN),)),
     LOSSES,
     CRITIC,
-    ("Distance of an update", "nats a step", (("approx_kl", "KL of old and new policy", RED),)),
+    ("Size of an update", "nats per step", (("approx_kl", "KL of old and new policy", RED),)),
 )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """ResponseBatch of a policy that takes its best action always."""
+    """Returns and lengths of episodes of the deterministic policy."""
 
     returns: list[float]
     lengths: list[int]
@@ -52,7 +52,7 @@ class ControlExperiment:
         self.collector = ControlCollector(self.environments, settings, config.seed, config.checkpoint_every)
 
     def describe(self) -> str:
-        """The environment and the amount of work."""
+        """Spaces, iterations and frames in one line."""
         settings, action = self.settings, self.environments.env.single_action_space
         frames = self.config.iterations * settings.num_envs * settings.steps
         kind = f"{self.network_factory.outputs} actions" if self.network_factory.discrete else f"actions {action.shape}"
@@ -62,15 +62,15 @@ class ControlExperiment:
         )
 
     def evaluate(self, policy: Any) -> Evaluation:
-        """One episode in each of as many environments, with the seed that every measurement shares."""
+        """Run `evaluation_episodes` episodes, with the same seed at every evaluation."""
         environments = Environments(self.config, self.settings, self.settings.evaluation_episodes)
-        environments.follow(self.environments)
-        evaluation = play(environments, policy)
+        environments.share_statistics(self.environments)
+        evaluation = run_episodes(environments, policy)
         environments.env.close()
         return evaluation
 
     def summarize(self, evaluation: Evaluation) -> dict[str, float]:
-        """Means over the episodes."""
+        """Mean and standard deviation of the return, and mean length."""
         return {
             "return": float(np.mean(evaluation.returns)),
             "return_std": float(np.std(evaluation.returns)),
@@ -78,20 +78,20 @@ class ControlExperiment:
         }
 
     def report_metrics(self, rollout: Any) -> dict[str, float]:
-        """Nothing beyond the rollout's own metrics."""
+        """Nothing: a rollout has all its metrics."""
         return {}
 
     def progress_line(self, metrics: dict[str, float]) -> str:
-        """Return and speed."""
-        known = f"return {metrics['return']:+.1f}" if "return" in metrics else "no episode ended"
-        return f"{known}  {metrics['frames_per_second']:.0f} frames/s"
+        """Return and speed in a few words."""
+        returns = f"return {metrics['return']:+.1f}" if "return" in metrics else "no episode ended"
+        return f"{returns}  {metrics['frames_per_second']:.0f} frames/s"
 
     def panels(self) -> tuple[Panel, ...]:
-        """What the learning curves show."""
+        """Panels of the learning curves."""
         return PANELS
 
     def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
-        """Returns before and after; the policy is in the checkpoint."""
+        """Returns before and after training. Writes no files: the policy is in the checkpoint."""
         first, last = self.summarize(before), self.summarize(after)
         return {
             "return_before": first["return"],
@@ -101,42 +101,42 @@ class ControlExperiment:
         }
 
     def result_lines(self, summary: dict[str, Any], folder: Path) -> list[str]:
-        """Returns, speed and where to look."""
+        """Returns, speed and next steps, as lines for the terminal."""
         return [
             f"return {summary['return_before']:+.1f} → {summary['return_after']:+.1f} ± "
             f"{summary['return_std_after']:.1f} over {summary['evaluation_episodes']} deterministic episodes",
-            f"{summary['frames']:,} frames in {summary['seconds']:.0f} s, {summary['frames_per_second']:,.0f} a second",
-            f"look at {folder}/curves.png; measure again: python -m agents evaluate --run {folder}",
+            f"{summary['frames']:,} frames in {summary['seconds']:.0f} s, {summary['frames_per_second']:,.0f} frames/s",
+            f"see {folder}/curves.png; evaluate again: python -m agents evaluate --run {folder}",
         ]
 
 
 def check_checkpoints(config: TrainConfig, settings: ControlConfig, limit: int | None) -> None:
-    """Refuses checkpoints so near each other that the longest episodes never end between them."""
+    """Raise ValueError if checkpoints are so close together that the longest episodes never end between them."""
     between = settings.steps * config.checkpoint_every
     if limit is not None and between < limit and config.checkpoint_every < config.iterations:
         raise ValueError(
-            f"episodes of {config.env!r} last up to {limit} steps, and all begin anew at checkpoints, {between} steps "
-            f"apart; set checkpoint_every to at least {-(-limit // settings.steps)}."
+            f"episodes of {config.env!r} last up to {limit} steps, but checkpoints, which reset all environments, are "
+            f"{between} steps apart; set checkpoint_every to at least {-(-limit // settings.steps)}."
         )
 
 
 @torch.no_grad()
-def play(environments: Environments, policy: Any) -> Evaluation:
-    """The first episode of every environment, by a policy without chance."""
+def run_episodes(environments: Environments, policy: Any) -> Evaluation:
+    """Run the deterministic policy for one episode in every environment."""
     env, space = environments.env, environments.env.single_action_space
-    observation, first = environments.reset(EVALUATION_SEED), {}
+    observation, finished = environments.reset(EVALUATION_SEED), {}
     longest = environments.limit or LONGEST
     for _ in range(longest):
         action = policy.greedy(torch.as_tensor(observation, dtype=torch.float32)).numpy()
-        observation, *_ = env.step(playable(action, space))
+        observation, *_ = env.step(clip_action(action, space))
         for episode in environments.returns.take():
-            first.setdefault(episode.row, episode)
-        if len(first) == env.num_envs:
+            finished.setdefault(episode.row, episode)
+        if len(finished) == env.num_envs:
             break
     else:
         raise ValueError(
-            f"{env.num_envs - len(first)} of {env.num_envs} episodes had not ended after {longest:,} steps of a policy "
-            "without chance; give the environment a time limit, --env-arg max_episode_steps=1000."
+            f"{env.num_envs - len(finished)} of {env.num_envs} episodes had not ended after {longest:,} steps of the "
+            "deterministic policy; give the environment a time limit, --env-arg max_episode_steps=1000."
         )
-    episodes = [first[row] for row in sorted(first)]
+    episodes = [finished[row] for row in sorted(finished)]
     return Evaluation([episode.total for episode in episodes], [episode.length for episode in episodes])

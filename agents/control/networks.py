@@ -1,7 +1,7 @@
-"""Actors, critics and Q-networks of vector observations: small perceptrons, each with its own weights.
+"""Actors, critics and Q-networks on vector observations: small MLPs that share no weights.
 
-All read `observation` [B, R, D]. `all_states` also reads the last `next_observation`: rows are stretches of one
-environment's steps, so s_1..s_{R-1} are among the observations already.
+All read `observation` [B, R, D]. `all_states` also reads the last `next_observation`: a row holds consecutive steps
+of one environment, so s_1..s_{R-1} are among the observations already.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torchrl.modules import IndependentNormal, TanhNormal
 from agents.control.config import HIGHEST_LOG_STD, LOWEST_LOG_STD, ControlConfig
 from agents.objectives.distributions import Categorical
 
-# By activation: the module, and the function that writes into its input.
+# By activation: the module, and the in-place function.
 LAYERS: dict[str, tuple[Any, Any]] = {"tanh": (nn.Tanh, torch.tanh_), "relu": (nn.ReLU, torch.relu_)}
 
 
 class MLP(nn.Module):
-    """Layers with an activation between them, orthogonal to begin with (Andrychowicz et al. 2021)."""
+    """Multilayer perceptron with orthogonal initialization (Andrychowicz et al. 2021)."""
 
     def __init__(self, sizes: tuple[int, ...], activation: str, gain: float) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class MLP(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """[..., D] to [..., outputs]."""
-        # Flat once: a linear layer of more dimensions would flatten and restore its own, and its gradient too.
+        # Flatten once: each linear layer would flatten and restore its own input and gradient.
         rows = observation.reshape(-1, observation.shape[-1])
         return self.layers(rows).view(*observation.shape[:-1], self.outputs)
 
@@ -52,12 +52,13 @@ class MLP(nn.Module):
         """Outputs at s_0..s_R, [B, R + 1, outputs]."""
         return self(torch.cat([data["observation"], data["next_observation"][:, -1:]], 1))
 
-    def frozen(self) -> Callable[[Tensor], Tensor]:
-        """The function of [n, D] that this is now, for many calls on few rows.
+    def snapshot(self) -> Callable[[Tensor], Tensor]:
+        """A function of [n, D] with a copy of the current weights, fast for many calls on few rows.
 
-        On 8 rows a module's call costs as much as a layer of 64, and weights the wrong way round half as much.
+        On 8 rows, the overhead of a module call costs as much as a layer of 64, and untransposed weights half as much.
         """
-        tensors = [(one.bias.detach(), one.weight.detach()) for one in self.layers if isinstance(one, nn.Linear)]
+        linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        tensors = [(layer.bias.detach(), layer.weight.detach()) for layer in linears]
         weights = [(bias.clone(), weight.T.clone(memory_format=torch.contiguous_format)) for bias, weight in tensors]
         activation = self.activation
 
@@ -83,39 +84,39 @@ class ValueNetwork(MLP):
 
 
 class DiscreteActor(MLP):
-    """Logits of a list of actions."""
+    """Logits of discrete actions."""
 
     def distribution(self, batch: TensorDict) -> Categorical:
         """Distribution over actions at every step, batch shape [B, R]."""
         return Categorical(self(batch["observation"]))
 
     def log_policy(self, outputs: Tensor) -> Tensor:
-        """Log-probabilities of the actions by logits, but for a constant of each state. [..., A] both."""
+        """Log-probabilities up to a constant per state, from logits. [..., A] to [..., A]."""
         return outputs
 
-    def player(self, steps: int, rows: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-        """A function from observations [rows, D] to actions [rows] by the weights of now, to be called `steps` times.
+    def action_sampler(self, steps: int, rows: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+        """A function from observations [rows, D] to sampled actions [rows] by the current weights, for `steps` calls.
 
-        The best of log π + standard Gumbel noise is distributed by π (Gumbel 1954).
+        The argmax of log π plus standard Gumbel noise is a sample from π (Gumbel 1954).
         """
         noise = -torch.empty(steps, rows, self.outputs).exponential_(generator=generator).log()
-        function, chance = self.frozen(), iter(noise.unbind())
-        return lambda observation: (self.log_policy(function(observation)) + next(chance)).argmax(-1)
+        network, noises = self.snapshot(), iter(noise.unbind())
+        return lambda observation: (self.log_policy(network(observation)) + next(noises)).argmax(-1)
 
     def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Of the actions [...] taken in states [..., D]; returns [...]."""
+        """Log-probabilities [...] of actions [...] in states [..., D]."""
         return self.log_policy(self(observation)).log_softmax(-1).gather(-1, action[..., None])[..., 0]
 
     def greedy(self, observation: Tensor) -> Tensor:
-        """The likeliest action for each row, [n]."""
+        """The likeliest action of each row, [n]."""
         return self(observation).argmax(-1)
 
 
 class ContinuousActor(nn.Module):
-    """Mean and standard deviation of a Gaussian over actions, which may be squashed into bounds by tanh."""
+    """A Gaussian policy over continuous actions, optionally squashed into bounds by tanh."""
 
     def __init__(self, body: MLP, log_std: float, bounds: tuple[Tensor, Tensor] | None) -> None:
-        """bounds: low and high, [A] each, of squashed actions; None: a plain Gaussian."""
+        """bounds: low and high of squashed actions, [A] each; None for a plain Gaussian."""
         super().__init__()
         self.body = body
         outputs = body.outputs
@@ -134,22 +135,22 @@ class ContinuousActor(nn.Module):
         """Means at s_0..s_R, [B, R + 1, A]."""
         return self.body.all_states(data)
 
-    def player(self, steps: int, rows: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-        """A function from observations [rows, D] to actions [rows, A] by the weights of now, for `steps` calls."""
+    def action_sampler(self, steps: int, rows: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+        """Like `DiscreteActor.action_sampler`; actions are [rows, A]."""
         noise = self.scale().detach() * torch.randn(steps, rows, self.body.outputs, generator=generator)
-        function, chance = self.body.frozen(), iter(noise.unbind())
-        return lambda observation: self._bounded(function(observation) + next(chance))
+        network, noises = self.body.snapshot(), iter(noise.unbind())
+        return lambda observation: self._bounded(network(observation) + next(noises))
 
     def scale(self) -> Tensor:
         """Standard deviations before squashing, [A]."""
         return self.log_std.clamp(LOWEST_LOG_STD, HIGHEST_LOG_STD).exp()
 
     def log_prob(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Of the actions [..., A] taken in states [..., D]; returns [...]."""
+        """Log-probabilities [...] of actions [..., A] in states [..., D]."""
         return self._distribution(observation).log_prob(action)
 
     def greedy(self, observation: Tensor) -> Tensor:
-        """The middle of each row's actions, [n, A]."""
+        """The mean before squashing, mapped into the bounds, [n, A]."""
         return self._bounded(self.body(observation))
 
     def distribution(self, batch: TensorDict) -> Distribution:
@@ -166,15 +167,15 @@ class ContinuousActor(nn.Module):
         if not self.squashed:
             return raw
         low, high = self.get_buffer("low"), self.get_buffer("high")
-        # A little inside the bounds, where tanh still has an inverse in float32.
+        # Slightly inside the bounds, where tanh can be inverted in float32.
         return low + (high - low) * (raw.tanh().clamp(-1 + 1e-6, 1 - 1e-6) + 1) / 2
 
 
 class SquashedNormal(TanhNormal):
-    """A Gaussian through tanh; its entropy has no closed form, and TorchRL's estimate draws global random numbers."""
+    """A tanh-squashed Gaussian that refuses `entropy`: TorchRL's estimate would use the global random generator."""
 
     def entropy(self) -> Tensor:
-        """Refused."""
+        """Raises ValueError: there is no closed form."""
         raise ValueError(
             "a tanh-squashed Gaussian has no entropy in closed form; set entropy_coef to 0, or "
             "distribution to gaussian."
@@ -182,7 +183,7 @@ class SquashedNormal(TanhNormal):
 
 
 class QNetwork(DiscreteActor):
-    """The value of every action. The policy is softmax(Q / α), or at α = 0 epsilon-greedy."""
+    """Action values [..., A]. Its policy is softmax(Q / α), or ε-greedy at α = 0."""
 
     def __init__(self, sizes: tuple[int, ...], activation: str, alpha: float) -> None:
         super().__init__(sizes, activation, gain=1.0)
@@ -190,7 +191,7 @@ class QNetwork(DiscreteActor):
         self.register_buffer("epsilon", torch.zeros(()))
 
     def log_policy(self, outputs: Tensor) -> Tensor:
-        """Log-probabilities of the actions by their values, but for a constant of each state. [..., A] both."""
+        """Log-probabilities up to a constant per state, from action values. [..., A] to [..., A]."""
         if self.alpha > 0:
             return outputs / self.alpha
         epsilon = self.get_buffer("epsilon")
@@ -214,40 +215,43 @@ class ControlNetworkFactory:
         self.made, self.seed = 0, seed
 
     def actor(self) -> DiscreteActor | ContinuousActor:
-        """A policy that starts close to indifferent."""
+        """A policy that starts near uniform."""
         with self._own_randomness():
             return self._discrete_actor() if self.discrete else self._continuous_actor()
 
     def critic(self) -> ValueNetwork:
-        """Values of states."""
+        """A network of state values."""
         with self._own_randomness():
             return ValueNetwork(self._sizes(1), self.config.activation, 1.0)
 
     def q_network(self, alpha: float) -> QNetwork:
-        """Values of a list of actions."""
+        """A network of action values."""
         with self._own_randomness():
             return QNetwork(self._sizes(self.outputs), self.config.activation, alpha)
 
     @torch.no_grad()
     def all_states(self, network: Any, data: TensorDict) -> Tensor:
-        """A network's outputs at s_0..s_R, [B, R + 1, ...]."""
+        """Outputs of a network at s_0..s_R, [B, R + 1, ...]."""
         return network.all_states(data)
 
     def _discrete_actor(self) -> DiscreteActor:
         return DiscreteActor(self._sizes(self.outputs), self.config.activation, 0.01)
 
     def _continuous_actor(self) -> ContinuousActor:
-        body = MLP(self._sizes(self.outputs), self.config.activation, 0.01)
+        body = self._mlp(self.outputs, 0.01)
         squashed = self.config.distribution == "tanh"
         bounds = (torch.as_tensor(self.action.low), torch.as_tensor(self.action.high)) if squashed else None
         return ContinuousActor(body, self.config.initial_log_std, bounds)
+
+    def _mlp(self, outputs: int, gain: float) -> MLP:
+        return MLP(self._sizes(outputs), self.config.activation, gain)
 
     def _sizes(self, outputs: int) -> tuple[int, ...]:
         return (self.inputs, *self.config.hidden, outputs)
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """Weights come from the seed and from which network it is, and leave global randomness as it was."""
+        """Initial weights depend on the seed and on how many networks came before; global randomness is unchanged."""
         self.made += 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1_000_003 * self.seed + self.made)
@@ -255,16 +259,16 @@ class ControlNetworkFactory:
 
 
 def check_action_space(space: Any, config: ControlConfig) -> Any:
-    """Refuses action spaces that no network here can give actions for."""
+    """Raise ValueError for action spaces that these networks do not support; returns the space."""
     if isinstance(space, gym.spaces.Discrete) and space.start == 0:
         return space
     if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
         if config.distribution == "tanh" and not space.is_bounded():
             raise ValueError(
-                f"tanh squashes actions into bounds, and {space} has not all; set distribution to gaussian."
+                f"tanh squashes actions into bounds, but {space} is not bounded; set distribution to gaussian."
             )
         return space
     raise ValueError(
-        f"the learners take Discrete actions from 0 and flat Box actions, got {space}; wrap the environment so that it "
-        "has one of these (gymnasium.wrappers.TransformAction)."
+        f"the learners support Discrete actions that start at 0 and flat Box actions, got {space}; wrap the "
+        "environment, for instance in gymnasium.wrappers.TransformAction."
     )

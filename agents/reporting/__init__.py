@@ -1,1 +1,1 @@
-"""Scalars, a progress bar and pictures of a run."""
+"""Scalars, progress bar and figures of a run."""

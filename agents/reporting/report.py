@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: a progress bar, scalars, and what it ran on."""
+"""Output of a run: scalars, a progress bar, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ PACKAGES = ("torch", "torchrl", "tensordict", "gymnasium", "transformers")
 
 
 class Scalars:
-    """Numbers of every iteration, in metrics.jsonl and for TensorBoard."""
+    """Metrics of every iteration, written to metrics.jsonl and TensorBoard."""
 
     def __init__(self, folder: Path, resume_at: int) -> None:
         self.path = folder / "metrics.jsonl"
         self.rows = [row for row in self._read() if row["iteration"] <= resume_at]
-        fresh = self.path.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        fresh.replace(self.path)
+        rewritten = self.path.with_suffix(".new")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        rewritten.replace(self.path)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
 
     def write(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Adds one iteration's numbers."""
+        """Append the metrics of an iteration."""
         row = {"iteration": iteration} | metrics
         self.rows.append(row)
         with self.path.open("a") as file:
@@ -38,18 +38,18 @@ class Scalars:
             self.writer.add_scalar(name, value, iteration)
 
     def close(self) -> None:
-        """Flushes everything to disk."""
+        """Flush everything to disk."""
         self.writer.close()
 
     def _read(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        # A run that was killed may have left half a line, which no checkpoint reaches.
+        # A killed run may leave a partial last line; it is later than any checkpoint.
         return [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
 
 
 class Bar:
-    """A progress bar in a terminal; one line an iteration elsewhere."""
+    """A progress bar in a terminal; one line per iteration elsewhere."""
 
     def __init__(self, console: Console, total: int, done: int) -> None:
         self.console, self.total = console, total
@@ -71,14 +71,14 @@ class Bar:
         self.progress.stop()
 
     def show(self, iteration: int, numbers: str) -> None:
-        """One iteration more, in a few words."""
+        """Advance to an iteration. numbers: its metrics in a few words."""
         self.progress.update(self.task, completed=iteration, numbers=numbers)
         if not self.console.is_terminal:
             self.console.print(f"iteration {iteration}/{self.total}  {numbers}")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the run ran on."""
+    """Device, threads, Python and package versions of a run."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
@@ -88,12 +88,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The CPU's own name, where the system tells."""
+    """The CPU's model name, or its architecture where the system does not report one."""
     table = Path("/proc/cpuinfo")  # Linux
-    names = re.findall(r"model name\s*: (.+)", table.read_text()) if table.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    models = re.findall(r"model name\s*: (.+)", table.read_text()) if table.exists() else []
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON."""
+    """Write a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Measuring a policy on held-out prompts: score, gold score, KL to the reference, length, diversity, samples."""
+"""Evaluation of a policy on held-out prompts: score, gold score, KL to the reference, length, diversity, samples."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ Gold = Callable[[list[str], list[str]], Sequence[float]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One response to each prompt, and what was measured of it."""
+    """One response to each prompt, with its measurements."""
 
     prompts: list[str]
     responses: list[str]
     score: list[float]
-    gold: list[float] | None  # None where nothing true is known
+    gold: list[float] | None  # None without a gold rater
     kl: list[float]  # log π − log π_ref summed over each response, nats
     length: list[int]  # tokens
     stopped: list[bool]
 
     def summary(self) -> dict[str, float]:
-        """Means over the prompts."""
+        """Means over the prompts, and the standard deviation of the scores."""
         numbers = {
             "score": mean(self.score),
             "score_std": float(torch.tensor(self.score).std(correction=0)),
@@ -57,10 +57,10 @@ def evaluate(
     seed: int,
     batch: tuple[int, int] = (128, 32),
 ) -> Evaluation:
-    """Samples one response a prompt at the task's temperature and measures it. Same seed, same responses.
+    """Sample one response per prompt at the task's temperature and measure it. Same seed, same responses.
 
-    Scores are as the reward gives them, before normalization, so that measurements can be compared.
-    batch: responses written at a time (it decides which random numbers they get), and read at a time.
+    Scores are the reward's own, before normalization, so that evaluations can be compared.
+    batch: responses generated at a time (which determines their random numbers), and responses per forward pass.
     """
     task = task.without_normalization()
     generator = torch.Generator(task.device).manual_seed(seed)
@@ -77,14 +77,14 @@ def evaluate(
 
 
 def rate(gold: Gold, prompts: list[str], responses: list[str]) -> list[float]:
-    """Gold scores, one a response. Raises ValueError where the function gives something else."""
-    found = [float(one) for one in gold(prompts, responses)]
-    if len(found) != len(responses) or not all(math.isfinite(one) for one in found):
+    """Gold scores, one per response. Raises ValueError if the function returns anything else."""
+    scores = [float(score) for score in gold(prompts, responses)]
+    if len(scores) != len(responses) or not all(math.isfinite(score) for score in scores):
         raise ValueError(
-            f"gold must give a finite number for each of {len(responses)} responses, got {len(found)}: {found[:5]}... "
-            "Look at the function that --gold names."
+            f"gold must return a finite number for each of {len(responses)} responses, got {len(scores)}: "
+            f"{scores[:5]}... Check the function passed as --gold."
         )
-    return found
+    return scores
 
 
 def _evaluate(
@@ -94,7 +94,7 @@ def _evaluate(
     generator: torch.Generator,
     rows_per_pass: int,
 ) -> Evaluation:
-    """One batch, without gold scores; models: the policy and the reference."""
+    """Evaluate one batch, without gold scores. models: the policy and the reference."""
     temperature = task.config.temperature
     generation = generate(task, models[0], prompts, Sampling(temperature=temperature), generator)
     scored = score_responses(task, generation.state, prompts.texts, rows_per_pass, prompts.fields)
@@ -111,36 +111,38 @@ def _evaluate(
 
 
 def split_prompts(task: Task, config: TextConfig, seed: int = 0) -> tuple[Prompts, Prompts]:
-    """Prompts to train on and prompts to measure on, with none in common.
+    """Training prompts and evaluation prompts, with no text in common.
 
-    The measured ones come from `held_out`, else from the embedded task where its prompts are used, else they
-    are a random part (a fifth at most, drawn from the seed) of the environment's own prompts.
+    Evaluation prompts come from `held_out`; without it from the embedded task if its prompts are used, else they are a
+    random part of the environment's prompts, at most a fifth, drawn from the seed. Raises ValueError if one is empty.
     """
-    own = task.config.prompts is None
-    if config.held_out is not None or own:
+    if config.held_out is not None or task.config.prompts is None:
         source = held_out_prompts if config.held_out is None else config.held_out
         held_out = task.read_prompts(source)
         held_out = held_out.select(range(min(config.evaluation_prompts, len(held_out))))
-        seen = set(held_out.texts)
-        kept = [index for index, text in enumerate(task.prompts.texts) if text not in seen]
+        held_out_texts = set(held_out.texts)
+        kept = [index for index, text in enumerate(task.prompts.texts) if text not in held_out_texts]
         if not kept:
-            raise ValueError("every prompt of the environment is in held_out; give it some of its own.")
+            raise ValueError(
+                "every prompt of the environment is in held_out; none is left to train on. Add other prompts."
+            )
         return task.prompts.select(kept), held_out
-    unique = list(dict.fromkeys(task.prompts.texts))  # a text that comes twice must not be on both sides
+    unique = list(dict.fromkeys(task.prompts.texts))  # a repeated text must not be on both sides
     size = len(unique)
     if size < 2:
         raise ValueError(
-            f"the environment has {size} different prompts, too few to hold any out; give more, or --held-out a source."
+            f"the environment has {size} different prompts, too few to hold any out; give more, or set --held-out."
         )
     count = max(1, min(config.evaluation_prompts, size // 5))
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-    held = {unique[index] for index in order[:count]}
-    kept = [index for index, text in enumerate(task.prompts.texts) if text not in held]
-    return task.prompts.select(kept), task.prompts.select(sorted(task.prompts.texts.index(text) for text in held))
+    held_out_texts = {unique[index] for index in order[:count]}
+    kept = [index for index, text in enumerate(task.prompts.texts) if text not in held_out_texts]
+    first_indices = sorted(task.prompts.texts.index(text) for text in held_out_texts)
+    return task.prompts.select(kept), task.prompts.select(first_indices)
 
 
 def find_gold(task: Task, config: TextConfig) -> Gold | None:
-    """The true quality that is measured and never optimized, where there is one."""
+    """The gold rater, whose scores are reported and never optimized: --gold, the embedded task's, or None."""
     if config.gold is not None:
         return load_function(config.gold)
     embedded = task.config.prompts is None and task.config.reference is None
@@ -153,6 +155,6 @@ def mean(values: Sequence[float]) -> float:
 
 
 def distinct_bigrams(texts: Sequence[str]) -> float:
-    """Different pairs of neighboring words, as a share of all (distinct-2, Li et al. 2016)."""
+    """Share of distinct pairs among all pairs of neighboring words (distinct-2, Li et al. 2016)."""
     pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
     return len(set(pairs)) / max(len(pairs), 1)

@@ -1,4 +1,4 @@
-"""Tables and numbers of responses before and after training."""
+"""Sample responses and summary numbers, before and after training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from agents.text.evaluation import Evaluation, mean
 
 
 def write_samples(path: Path, before: Evaluation, after: Evaluation, count: int = 20) -> None:
-    """The same held-out prompts before and after, as a page to read."""
+    """Write a Markdown page of responses to the same held-out prompts, before and after training."""
     lines = ["# The same held-out prompts, before and after training", ""]
     for row, prompt in enumerate(before.prompts[:count]):
         lines += [f"## {_line(prompt)}", ""]
@@ -23,7 +23,7 @@ def write_samples(path: Path, before: Evaluation, after: Evaluation, count: int 
 
 
 def make_summary(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """What held-out prompts say of the run: scores, gold scores, KL, lengths, each before and after."""
+    """Summary of a run on held-out prompts: scores, gold scores, KL and lengths, before and after training."""
     first, last = before.summary(), after.summary()
     summary = {
         "score_before": first["score"],

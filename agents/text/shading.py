@@ -1,4 +1,4 @@
-"""Responses colored token by token, by what the learner makes of each: the penalty it costs, or its advantage."""
+"""Responses with every token colored by its KL penalty or its advantage."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from textenv.state import TextState
 def shaded_responses(
     trainer: Trainer, prompts: Prompts, generator: torch.Generator, by: str
 ) -> tuple[float, list[str]]:
-    """One response to each prompt by a trainer's policy, with its score, its tokens colored by a shade.
+    """Sample one response per prompt from a trainer's policy and color its tokens.
 
-    by: `penalty` or `advantage`. Returns the number from which colors are at their strongest, and the texts.
+    by: `penalty` or `advantage`. Returns the value of full color, and one text per prompt that starts with the score.
+    Raises ValueError if the run has no penalty, or its algorithm no advantage per token.
     """
     collector = trainer.collector
     assert isinstance(collector, TextCollector)
-    task, paid = collector.task, collector.penalty()
+    task, penalty = collector.task, collector.penalty()
     if by == "penalty" and task.reference is None:
-        raise ValueError("the run has kl_coef=0, so its tokens cost no penalty; color them by advantage.")
+        raise ValueError("the run has kl_coef=0, so tokens have no penalty; color them by advantage.")
     model = language_model_of(trainer.algorithm.networks.policy)
-    rollout = collect(task.with_frozen_statistics(), model, prompts, generator, len(prompts), paid)
+    rollout = collect(task.with_frozen_statistics(), model, prompts, generator, len(prompts), penalty)
     trainer.algorithm.prepare(rollout.data)
     data = rollout.data
-    values = paid.coef * data["kl"] if by == "penalty" else _advantages(data.get("raw_advantage", None))
+    values = penalty.coef * data["kl"] if by == "penalty" else _advantages(data.get("raw_advantage", None))
     state = TextState.from_masks(data["input_ids"], data["attention_mask"], data["mask"])
     scale = float(values.where(data["mask"], 0.0).abs().max())
     scores = score_responses(task.without_normalization(), state, prompts.texts, fields=prompts.fields).score.tolist()
@@ -41,5 +42,5 @@ def shaded_responses(
 
 def _advantages(raw: Tensor | None) -> Tensor:
     if raw is None:
-        raise ValueError("this run's algorithm gives tokens no advantage; color them by penalty.")
+        raise ValueError("this run's algorithm computes no advantage per token; color them by penalty.")
     return raw

@@ -1,1 +1,1 @@
-"""What the code does on a GPU: `python -m benchmarks.cuda`."""
+"""Correctness and speed on a GPU: `python -m benchmarks.cuda`."""

@@ -1,9 +1,9 @@
-"""What the code does on a GPU, in one command: right first, then fast, then a real model.
+"""Correctness on a GPU, then speed, then a real chat model, in one command.
 
     python -m benchmarks.cuda --output FOLDER
 
-At most eight minutes on one card; small sizes where there is none. Every section writes its rows as soon as it has
-them, and one that fails is a row that says why. The table comes last.
+Takes at most eight minutes on one GPU; without one, sizes are small. Every section writes its rows as soon as it has
+them; a section that fails ends in a row with the error. The table of all rows is printed last.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ SECTIONS: dict[str, Callable[[Scale], Iterator[Row]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure, and where to write it."""
+    """Sections, time limit and output folder."""
 
-    output: Path  # folder of cuda.json
-    sections: tuple[str, ...] = (*SECTIONS, "sums")  # in this order
-    model: Path | None = None  # a chat model's folder, for sums; without it they are left out
-    seconds: float = 460.0  # no section begins after this
+    output: Path  # folder for cuda.json
+    sections: tuple[str, ...] = (*SECTIONS, "sums")  # sections to run, in order
+    model: Path | None = None  # folder of a chat model for `sums`, which is skipped without it
+    seconds: float = 460.0  # no section starts after this
 
 
 def main(settings: Settings) -> None:
-    """Runs the sections and prints the table."""
+    """Run the sections and print the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sections = dict(SECTIONS)
     if settings.model is not None:
@@ -54,7 +54,7 @@ def main(settings: Settings) -> None:
     scale, rows, started = scale_of(device), list[Row](), time.perf_counter()
     for name in settings.sections:
         if name not in sections or time.perf_counter() - started > settings.seconds:
-            rows.append({"section": name, "case": "left out"})
+            rows.append({"section": name, "case": "skipped"})
             continue
         for row in _guarded(sections[name], scale):
             rows.append({"section": name, **row, "at": round(time.perf_counter() - started, 1)})
@@ -66,15 +66,15 @@ def main(settings: Settings) -> None:
 
 
 def _guarded(section: Callable[[Scale], Iterator[Row]], scale: Scale) -> Iterator[Row]:
-    """A section's rows; what stops it becomes the last."""
+    """The rows of a section; an error becomes its last row."""
     try:
         yield from section(scale)
-    except Exception as error:  # the sections after it are worth their minutes
+    except Exception as error:  # the later sections still run
         yield {"case": "stopped", "error": f"{type(error).__name__}: {error}"[:1000]}
 
 
 def describe(row: Row) -> str:
-    """A row in a line."""
+    """A row as one line of text."""
     numbers = [
         f"{key} {_short(value)}" for key, value in row.items() if key not in ("section", "case", "samples", "at")
     ]

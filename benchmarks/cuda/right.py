@@ -1,4 +1,4 @@
-"""Whether the numbers are right on the device: faces, gradients, ratios, the embedded job, resuming, a CPU's turn."""
+"""Correctness on the device: interfaces, gradients, ratios, the embedded job, resuming there and on a CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SEEDS = (0, 1, 2)
 
 
 def conformance(scale: Scale) -> Iterator[Row]:
-    """The smallest tolerance at which stepping and the fast path agree, by the dtype of the frozen models."""
+    """Smallest tolerance within which stepping and the fast path agree, per dtype of the frozen models."""
     for dtype in ("float32", "bfloat16"):
         task = build_task(TextGenConfig(dtype=dtype))
         for tolerance in TOLERANCES:
@@ -52,7 +52,7 @@ def conformance(scale: Scale) -> Iterator[Row]:
 
 
 def first_update(scale: Scale) -> Iterator[Row]:
-    """Before the first step: how far ratios are from 1, and whether gradients of ragged rows are finite."""
+    """The first step: distance of the ratios from 1 before it, and whether metrics and weights are finite after it."""
     for dtype in ("float32", "bfloat16"):
         trainer = _trainer("ppo", scale, f"dtype={dtype}")
         rollout = trainer.collector.collect(trainer.algorithm.networks.policy)
@@ -74,7 +74,7 @@ def _is_finite(value: float) -> bool:
 
 
 def algorithms(scale: Scale) -> Iterator[Row]:
-    """Two iterations of every learner; the weights afterwards are finite and have moved."""
+    """Two iterations of every algorithm: whether weights are finite, and their largest change."""
     for name in ALGORITHMS:
         try:
             trainer = _trainer(name, scale)
@@ -82,14 +82,14 @@ def algorithms(scale: Scale) -> Iterator[Row]:
             for _ in trainer.iterate():
                 pass
             after = _weights(trainer)
-            moved = max(float((after[key] - before[key]).abs().max()) for key in before)
-            yield {"case": name, "finite": finite(list(after.values())), "largest_change": moved}
-        except Exception as error:  # the others are worth knowing all the same
+            change = max(float((after[key] - before[key]).abs().max()) for key in before)
+            yield {"case": name, "finite": finite(list(after.values())), "largest_change": change}
+        except Exception as error:  # the other algorithms still run
             yield {"case": name, "error": f"{type(error).__name__}: {error}"[:400]}
 
 
 def main_job(scale: Scale) -> Iterator[Row]:
-    """The embedded job over three seeds at once, beside what it gave on a CPU."""
+    """The embedded job over three seeds in parallel, and its recorded results on a CPU."""
     with tempfile.TemporaryDirectory() as work:
         folders = [Path(work) / f"seed{seed}" for seed in SEEDS]
         started = [
@@ -104,12 +104,12 @@ def main_job(scale: Scale) -> Iterator[Row]:
             summary = json.loads((folder / "summary.json").read_text())
             keys = ("score_before", "score_after", "gold_before", "gold_after", "kl_per_response", "seconds")
             yield {"case": f"seed {seed}"} | {key: summary[key] for key in keys}
-    for row in result_rows.measured("main_job"):
+    for row in result_rows.read_rows("main_job"):
         yield {"case": f"seed {row['seed']} on a CPU"} | {key: row[key] for key in ("score_after", "gold_after")}
 
 
 def resume(scale: Scale) -> Iterator[Row]:
-    """Two iterations, a checkpoint, two more; and the same from the checkpoint, here and on a CPU."""
+    """Largest weight difference between a run and the same run resumed from a checkpoint; the checkpoint on a CPU."""
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "run"
         parts = _configuration("ppo", scale, iterations=4)
@@ -133,20 +133,23 @@ def _resumed(folder: Path, trainer: Trainer) -> Iterator[Row]:
         _, other = load(folder)
         for _ in other.iterate():
             pass
-        ours, theirs = _weights(trainer), _weights(other)
-        yield {"case": "resumed", "largest_change": max(float((ours[key] - theirs[key]).abs().max()) for key in ours)}
+        uninterrupted, resumed = _weights(trainer), _weights(other)
+        yield {
+            "case": "resumed",
+            "largest_change": max(float((uninterrupted[key] - resumed[key]).abs().max()) for key in uninterrupted),
+        }
     except Exception as error:
         yield {"case": "resumed", "error": f"{type(error).__name__}: {error}"[:400]}
 
 
 def host_syncs(scale: Scale) -> Iterator[Row]:
-    """How often a decoded token waits for the host, and where."""
+    """Host synchronizations per decoded token, and where in the code they are."""
     model = random_model(scale.models[0], scale.vocabularies[0], scale.device, torch.bfloat16)
     task = task_for(model, scale, scale.rows[0], (0,))
     generator = torch.Generator(scale.device).manual_seed(0)
     prompts = task.prompts.select(range(scale.rows[0]))
     if scale.device.type != "cuda":
-        yield {"case": "no CUDA here", "syncs_per_token": None}
+        yield {"case": "no CUDA device", "syncs_per_token": None}
         return
     generate(task, model, prompts, Sampling(), generator)
     with warnings.catch_warnings(record=True) as caught:
@@ -156,7 +159,7 @@ def host_syncs(scale: Scale) -> Iterator[Row]:
             generate(task, model, prompts, Sampling(), generator)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    places = Counter(f"{Path(one.filename).name}:{one.lineno}" for one in caught)
+    places = Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in caught)
     yield {
         "case": "generate",
         "syncs_per_token": sum(places.values()) / scale.response,
@@ -165,7 +168,7 @@ def host_syncs(scale: Scale) -> Iterator[Row]:
 
 
 def _configuration(algorithm: str, scale: Scale, *arguments: str, iterations: int = 2) -> tuple[Any, Any, Any]:
-    """A short run's settings: 32 responses an iteration."""
+    """Settings of a short run with 32 responses per iteration."""
     train, settings, algorithm_config = defaults("TextGen-v0", algorithm)
     fields = vars(train) | {
         "iterations": iterations,

@@ -1,4 +1,4 @@
-"""The sizes that are measured: full ones on a GPU, small ones where there is none."""
+"""Sizes of the measurements: full on a GPU, small without one."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from textenv.task import Task
 
 Row = dict[str, Any]
 
-# Vendor's figures, dense: bf16 operations a second, and bytes a second of the card's memory.
+# Vendor's figures: dense bf16 operations per second, and memory bandwidth in bytes per second.
 PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12)}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """Sizes of all measurements."""
 
     device: torch.device
-    models: tuple[str, ...]  # names of SHAPES
+    models: tuple[str, ...]  # keys of SHAPES
     vocabularies: tuple[int, ...]
-    rows: tuple[int, ...]  # responses written side by side
+    rows: tuple[int, ...]  # responses generated in parallel
     prompt: int  # P
     response: int  # R
     repeats: int
-    update_rows: int  # responses of a PPO iteration
-    job: tuple[str, ...]  # flags of the embedded task's runs
-    seconds: float  # for the real model's training
+    update_rows: int  # responses per PPO iteration
+    job: tuple[str, ...]  # command-line flags of the embedded job
+    seconds: float  # training time of `sums`
 
 
 def scale_of(device: torch.device) -> Scale:
-    """Full sizes on CUDA, small ones elsewhere."""
+    """Full sizes on CUDA, small sizes elsewhere."""
     if device.type == "cuda":
         return Scale(device, ("124M", "1B"), (50_257, 151_936), (64, 256), 32, 128, 1, 64, (), 60.0)
     job = ("--iterations", "1", "--rollout-size", "8", "--minibatch-size", "8", "--evaluation-prompts", "4")
@@ -54,7 +54,7 @@ def _gpt2(layers: int, width: int, vocabulary: int) -> GPT2Config:
 
 
 def _llama(vocabulary: int) -> LlamaConfig:
-    """The shape of Llama-3.2-1B, but for the vocabulary."""
+    """The shape of Llama-3.2-1B with another vocabulary size."""
     return LlamaConfig(
         hidden_size=2048,
         intermediate_size=8192,
@@ -76,7 +76,7 @@ SHAPES: dict[str, Callable[[int], Any]] = {
 
 
 def random_model(name: str, vocabulary: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen model of a shape with random weights, in eval mode."""
+    """A frozen model with random weights, in eval mode. name: a key of `SHAPES`."""
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(SHAPES[name](vocabulary), dtype=dtype)
@@ -84,12 +84,12 @@ def random_model(name: str, vocabulary: int, device: torch.device, dtype: torch.
 
 
 def reward_length(prompts: list[str], responses: list[str]) -> list[float]:
-    """A reward that costs nothing."""
+    """A reward that takes no time."""
     return [len(response) / 100 for response in responses]
 
 
 def task_for(model: PreTrainedModel, scale: Scale, rows: int, stops: tuple[int, ...]) -> Task:
-    """A task with a model as reference and random prompts that fill their columns."""
+    """A task with the model as reference and random prompts without padding."""
     tokenizer = load_tokenizer(str(SUPERVISED))
     config = TextGenConfig(
         reference=shared(LanguageModel(model, tokenizer, stops)),
@@ -105,18 +105,18 @@ def task_for(model: PreTrainedModel, scale: Scale, rows: int, stops: tuple[int, 
 
 
 def parameters_of(model: torch.nn.Module) -> int:
-    """How many numbers the model holds."""
+    """Number of parameters of the model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def peak_of(device: torch.device) -> tuple[float, float]:
-    """Operations and bytes a second of the card; zeros where it is not known."""
+    """Peak operations and memory bytes per second of the GPU; zeros if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for card, peak in PEAKS.items() if card in name), (0.0, 0.0))
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds of a call with all its kernels, and what it returned."""
+    """Seconds of a call, including all of its kernels, and its result."""
     synchronize(device)
     started = time.perf_counter()
     result = call()
@@ -125,14 +125,14 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> tuple[float, An
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fills in `peak_gib` on leaving; nothing where the device does not count."""
+    """Yield a dict that holds `peak_gib` after the block; it stays empty on a CPU."""
     measured: dict[str, float] = {}
     free(device)
     if device.type == "cuda":
@@ -143,12 +143,12 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 def free(device: torch.device) -> None:
-    """Gives unused memory back."""
+    """Free unused memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def finite(tensors: list[Tensor]) -> bool:
-    """Whether every number is."""
+    """Whether all values of all tensors are finite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

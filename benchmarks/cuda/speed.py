@@ -1,4 +1,4 @@
-"""Tokens a second of decoding beside Hugging Face's generate and the memory's bandwidth, and what an update costs."""
+"""Decoding speed compared with Hugging Face's generate and the memory bandwidth, and the cost of a PPO update."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ from textenv.task import Task
 
 
 def decode(scale: Scale) -> Iterator[Row]:
-    """Random weights in bfloat16; fixed lengths, and ragged ones that stop after a third on average."""
+    """Decode with random bfloat16 weights: fixed lengths, and ragged lengths that average a third of the budget."""
     for name in scale.models:
         model = random_model(name, scale.vocabularies[0], scale.device, torch.bfloat16)
-        many = 3 * scale.vocabularies[0] // scale.response  # stop ids: each token is one with probability 3 / R
+        many = (
+            3 * scale.vocabularies[0] // scale.response
+        )  # number of stop ids: each token stops with probability 3 / R
         for rows, stops in [*((rows, 1) for rows in scale.rows), (scale.rows[-1], many)]:
             task = task_for(model, scale, rows, tuple(range(stops)))
             kind = "fixed" if stops == 1 else "ragged"
@@ -66,16 +68,16 @@ def _decoders(case: str, task: Task, model: PreTrainedModel, rows: int, scale: S
 
     state = generate(task, model, prompts, Sampling(), generator).state
     bound = _roofline(model, rows, scale)
-    for way, call in {"ours": ours, "generate": theirs}.items():
+    for method, call in {"ours": ours, "generate": theirs}.items():
         speed = _speed(call, scale)
-        row: Row = {"case": f"{case}: {way}", "tokens_per_second": speed}
+        row: Row = {"case": f"{case}: {method}", "tokens_per_second": speed}
         yield row | ({"share_of_roofline": speed / bound} if fixed and bound else {})
     seconds, _ = seconds_of(lambda: score_responses(task, state, prompts.texts), scale.device)
     yield {"case": f"{case}: scoring", "tokens_per_second": int(state.length.sum()) / seconds}
 
 
 def _lengths(tokens: torch.Tensor, stops: int, fixed: bool) -> torch.Tensor:
-    """Tokens up to the first stop id, it included. tokens: [B, R]."""
+    """Tokens up to and including the first stop id, [B]. tokens: [B, R]; ids below `stops` stop."""
     if fixed:
         return torch.full((len(tokens),), tokens.shape[1])
     stopped = (tokens < stops).long()
@@ -83,7 +85,7 @@ def _lengths(tokens: torch.Tensor, stops: int, fixed: bool) -> torch.Tensor:
 
 
 def _speed(call: Callable[[], int], scale: Scale) -> float:
-    """The median of tokens a second, after a first call that is not counted."""
+    """Median tokens per second, after a warm-up call."""
     call()
     speeds = []
     for _ in range(scale.repeats):
@@ -93,7 +95,7 @@ def _speed(call: Callable[[], int], scale: Scale) -> float:
 
 
 def _roofline(model: PreTrainedModel, rows: int, scale: Scale) -> float:
-    """Tokens a second where a step takes as long as reading weights and cache once; 0 where the card is unknown."""
+    """Tokens per second if a step took only as long as reading weights and cache once; 0 for an unknown GPU."""
     bandwidth = peak_of(scale.device)[1]
     config: Any = model.config
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -103,7 +105,7 @@ def _roofline(model: PreTrainedModel, rows: int, scale: Scale) -> float:
 
 
 def update(scale: Scale) -> Iterator[Row]:
-    """One PPO iteration of one epoch: rollout and update, in the precisions that PyTorch offers without our help."""
+    """Rollout and update time of a PPO iteration of one epoch, in the precisions that PyTorch offers by itself."""
     for name in scale.models:
         for vocabulary in scale.vocabularies:
             first = vocabulary == scale.vocabularies[0]
@@ -130,11 +132,11 @@ def _iteration(name: str, vocabulary: int, precision: str, scale: Scale) -> Row:
     last = iterations[-1]
     seconds = last["seconds"] - last["rollout_seconds"]
     tokens = scale.update_rows * (scale.prompt + scale.response)
-    # Actor and critic forward and backward, 6 N a token each, and the critic's forward before, 2 N.
-    work = 14 * parameters_of(model) * tokens
+    # Per token: actor and critic forward and backward, 6 N each, and the critic's forward in `prepare`, 2 N.
+    operations = 14 * parameters_of(model) * tokens
     peak = peak_of(scale.device)[0]
     row: Row = {"update_seconds": seconds, "rollout_seconds": last["rollout_seconds"], **memory}
-    return row | ({"mfu": work / seconds / peak} if peak else {})
+    return row | ({"mfu": operations / seconds / peak} if peak else {})
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A real chat model learns small sums by PPO: accuracy on sums that it was not trained on, before and after."""
+"""PPO trains a real chat model on small sums: accuracy on held-out sums before and after."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from agents.trainer import Trainer
 from benchmarks.cuda.scale import Row, Scale
 from textenv import TextGenConfig, build_task
 
-ITERATIONS = 400  # more than the seconds allow
+ITERATIONS = 400  # more than fit into the time limit
 
 
 def make_sums() -> list[dict[str, Any]]:
-    """All sums of two numbers from 2 to 49."""
+    """Prompts and answers for all sums of two numbers from 2 to 49."""
     numbers = range(2, 50)
     return [
         {"prompt": f"What is {a} + {b}? Answer with the number only.", "answer": a + b}
@@ -31,7 +31,7 @@ def make_sums() -> list[dict[str, Any]]:
 
 
 def sums(scale: Scale, folder: Path) -> Iterator[Row]:
-    """PPO on sums with the model in `folder`, for as many iterations as the scale's seconds allow."""
+    """Run PPO on sums with the model in `folder` for `scale.seconds`."""
     small = scale.device.type != "cuda"
     config = TextGenConfig(
         reference=str(folder),
@@ -61,8 +61,8 @@ def sums(scale: Scale, folder: Path) -> Iterator[Row]:
     started = time.perf_counter()
     for iteration in trainer.iterate():
         if iteration.number % 5 == 1:
-            shown = ("score", "kl_per_response", "length", "explained_variance", "tokens_per_second", "seconds")
-            yield {"case": f"iteration {iteration.number}"} | {name: iteration.metrics[name] for name in shown}
+            names = ("score", "kl_per_response", "length", "explained_variance", "tokens_per_second", "seconds")
+            yield {"case": f"iteration {iteration.number}"} | {name: iteration.metrics[name] for name in names}
         if time.perf_counter() - started > scale.seconds:
             break
     torch.set_float32_matmul_precision("highest")

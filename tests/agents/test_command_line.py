@@ -1,4 +1,4 @@
-"""The command line as people use it: real subprocesses on the embedded task, shrunk."""
+"""The command line in real subprocesses, on a small run of the embedded task."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def agents(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    """Runs `python -m agents` in a folder of its own."""
+    """Run `python -m agents` in a folder."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "agents", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -59,7 +59,7 @@ def agents(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder in which the main job, shrunk, has left `runs/whole`."""
+    """A folder in which a small run of the main job has written `runs/whole`."""
     folder = tmp_path_factory.mktemp("work")
     result = agents("train", "--run", "runs/whole", *SHRUNK, folder=folder)
     assert result.returncode == 0, result.stderr
@@ -67,8 +67,8 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_main_job_leaves_its_results(trained):
-    """Training leaves an actor, scalars, pictures, samples and a summary, all of them readable."""
+def test_the_main_job_writes_its_results(trained):
+    """Training writes scalars, figures, samples and a summary, all of them readable."""
     run = trained / "runs/whole"
     summary = json.loads((run / "summary.json").read_text())
     expected = {"score_before", "score_after", "score_std_before", "gold_before", "gold_after"}
@@ -85,7 +85,7 @@ def test_the_main_job_leaves_its_results(trained):
 
 
 def test_the_actor_loads_with_transformers(trained):
-    """The actor's folder is a stock Transformers one, tokenizer beside it, and differs from the reference."""
+    """The actor's folder loads in Transformers, with its tokenizer, and its weights differ from the reference's."""
     from textenv.reviews.weights import SUPERVISED
 
     folder = trained / "runs/whole/actor"
@@ -98,8 +98,8 @@ def test_the_actor_loads_with_transformers(trained):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_evaluate_repeats_the_measurement(trained):
-    """`evaluate` finds the numbers that training wrote."""
+def test_evaluate_repeats_the_evaluation(trained):
+    """`evaluate` reproduces the numbers that training wrote."""
     result = agents("evaluate", "--run", "runs/whole", "--output", "again.json", folder=trained)
     assert result.returncode == 0, result.stderr
     again = json.loads((trained / "again.json").read_text())
@@ -110,7 +110,7 @@ def test_evaluate_repeats_the_measurement(trained):
 
 
 def test_generate_answers_a_prompt(trained):
-    """`generate` prints as many responses as asked for, each with its score after the prompt."""
+    """`generate` prints the requested number of responses, each with score and prompt."""
     prompt = "Review of the kettle"
     result = agents("generate", "--run", "runs/whole", "--prompt", prompt, "--samples", "2", folder=trained)
     assert result.returncode == 0, result.stderr
@@ -118,35 +118,35 @@ def test_generate_answers_a_prompt(trained):
 
 
 def test_generate_colors_tokens(trained, monkeypatch, capsys):
-    """`--color` shows the same responses, each token in the color of its penalty or advantage, with a legend."""
+    """`--color` prints the same responses with a legend, and tokens colored by penalty or advantage."""
     monkeypatch.chdir(trained)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    shown = {}
+    printed = {}
     for color in ("none", "penalty", "advantage"):
         main(["generate", "--run", "runs/whole", "--prompt", "Review of the kettle", "--color", color])
-        shown[color] = capsys.readouterr().out
+        printed[color] = capsys.readouterr().out
     for color in ("penalty", "advantage"):
-        first, _, rest = shown[color].partition("\n")
-        assert first.startswith(f"[{color}: blue below zero, red above, strongest at ")
-        assert re.sub(r"\x1b\[[0-9;]*m", "", rest) == shown["none"]
+        legend, _, rest = printed[color].partition("\n")
+        assert legend.startswith(f"[{color}: blue below zero, red above, full color at ")
+        assert re.sub(r"\x1b\[[0-9;]*m", "", rest) == printed["none"]
         assert any(
             f"38;5;{code}m" in rest for code in (NEGATIVE_COLORS[2], POSITIVE_COLORS[2])
-        )  # the greatest is at full strength
-    assert shown["penalty"] != shown["advantage"]
+        )  # the largest value has full color
+    assert printed["penalty"] != printed["advantage"]
     with pytest.raises(SystemExit):
         main(["generate", "--run", "runs/whole", "--prompt", "a", "--color", "penalty", "--top-k", "5"])
     assert "leave out --temperature" in capsys.readouterr().err
 
 
-def test_no_penalty_has_no_color(settings):
-    """Without a penalty there is none to show: refused, with the other shade."""
+def test_color_by_penalty_needs_a_penalty(settings):
+    """Coloring by penalty is refused with kl_coef=0; the remedy is to color by advantage."""
     trainer = make_trainer(settings | dict(kl_coef=0))
     with pytest.raises(ValueError, match=r"kl_coef=0.*color them by advantage"):
         shaded_responses(trainer, trainer.collector.prompts.select([0]), torch.Generator(), "penalty")
 
 
 def test_killed_and_resumed_equals_uninterrupted(trained):
-    """A run killed after its first checkpoint and resumed ends with the same actor, to the bit."""
+    """A run that is killed after its first checkpoint and resumed ends with the same actor, to the bit."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "agents", "train", "--run", "runs/killed", *SHRUNK]
     process = subprocess.Popen(command, cwd=trained, env=environment, stdout=subprocess.DEVNULL)
@@ -154,7 +154,9 @@ def test_killed_and_resumed_equals_uninterrupted(trained):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    result = agents("train", "--resume", "--run", "runs/killed", folder=trained)  # its settings are its own
+    result = agents(
+        "train", "--resume", "--run", "runs/killed", folder=trained
+    )  # no other flags: the settings come from the run
     assert result.returncode == 0, result.stderr
     whole, resumed = (load_file(trained / f"runs/{name}/actor/model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -163,21 +165,21 @@ def test_killed_and_resumed_equals_uninterrupted(trained):
 
 
 @pytest.mark.parametrize(
-    ("written", "value"),
+    ("text", "value"),
     [
         *((".05", 0.05), ("-.5", -0.5), ("5.", 5.0), ("+3", 3), ("True", True), ("False", False), ("None", None)),
         *(("0.05", 0.05), ("1e-3", 0.001), ("true", True), ("null", None), ('{"a:f": 1}', {"a:f": 1})),
         *(
-            (text, text)
-            for text in ("cpu", "", "runs/a", "2024_01", "007", "(1, 2)", "1+2j", "'x'", "a b", "[[", "1 if", "{[1]}")
+            (plain, plain)
+            for plain in ("cpu", "", "runs/a", "2024_01", "007", "(1, 2)", "1+2j", "'x'", "a b", "[[", "1 if", "{[1]}")
         ),
-        ('"True"', "True"),  # quoted, it is the text
+        ('"True"', "True"),  # quoted JSON is a string
     ],
 )
-def test_values_of_env_arg(written, value):
-    """--env-arg takes JSON, and numbers and words as Python writes them; all else is the text itself."""
-    found = TrainConfig(env_arg=(f"kl_coef={written}",)).env_arguments()["kl_coef"]
-    assert found == value and type(found) is type(value)
+def test_values_of_env_arg(text, value):
+    """--env-arg takes JSON, and Python's numbers and words; anything else stays text."""
+    parsed = TrainConfig(env_arg=(f"kl_coef={text}",)).env_arguments()["kl_coef"]
+    assert parsed == value and type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def test_values_of_env_arg(written, value):
     [
         (
             ["train", "--run", "runs/whole"],
-            "exists already; choose another --run, or go on with it by --resume",
+            "already exists; choose another --run, or continue it with --resume",
         ),
         (["train", "--resume", "--run", "runs/whole", "--seed", "6"], "another configuration"),
         (
@@ -211,8 +213,8 @@ def test_values_of_env_arg(written, value):
         (["generate", "--run", "runs/whole", "--prompt", " "], "prompt number 0 is empty"),
     ],
 )
-def test_mistakes_get_a_sentence(trained, monkeypatch, arguments, message):
-    """A mistake ends in one sentence that says the remedy, and without work lost."""
+def test_mistakes_get_a_message(trained, monkeypatch, arguments, message):
+    """A mistake ends in a one-line error message and changes no run folder."""
     before = sorted(trained.glob("runs/*"))
     (trained / "pairs.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": "c", "rejected": "d"}\n')
     monkeypatch.chdir(trained)
@@ -223,13 +225,13 @@ def test_mistakes_get_a_sentence(trained, monkeypatch, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("stop", "code", "says"),
+    ("stop", "code", "message"),
     [(ValueError("too far"), "error: too far", ""), (KeyboardInterrupt(), 130, "stopped.")],
     ids=["error", "interrupt"],
 )
-def test_a_stop_says_how_to_go_on(tmp_path, monkeypatch, capsys, stop, code, says):
-    """What stops a run that has learned something names the checkpoint to go on from, without a traceback."""
-    go_on = "The last checkpoint is good: go on from it with --run run --resume."
+def test_a_stopped_run_says_how_to_resume(tmp_path, monkeypatch, capsys, stop, code, message):
+    """An error or interrupt after the first iteration prints how to resume, without a traceback."""
+    resume = "The last checkpoint is good: continue from it with --run run --resume."
     iterate = Trainer._iterate
 
     def stopped(trainer):
@@ -242,14 +244,14 @@ def test_a_stop_says_how_to_go_on(tmp_path, monkeypatch, capsys, stop, code, say
     monkeypatch.setattr("agents.__main__._is_ours", lambda error: True)
     with pytest.raises(SystemExit) as end:
         main(["train", "--env", "CartPole-v1", "--run", "run", "--iterations", "2", "--evaluation-episodes", "1"])
-    said = f"{end.value.code} {capsys.readouterr().err}"
-    assert str(end.value.code).startswith(str(code)) and says in said and go_on in said
+    output = f"{end.value.code} {capsys.readouterr().err}"
+    assert str(end.value.code).startswith(str(code)) and message in output and resume in output
     assert (tmp_path / "run/checkpoint").exists()
 
 
-@pytest.mark.filterwarnings("error")  # of TensorBoard's thread, were its file not closed before it is removed
-def test_a_failed_run_is_cleared_away_and_a_resumed_one_never(tmp_path, monkeypatch):
-    """A new run that fails in its first iteration leaves no folder; one that is resumed there keeps all it had."""
+@pytest.mark.filterwarnings("error")  # from TensorBoard's thread, if its file is not closed before it is removed
+def test_only_new_runs_are_removed_when_they_fail(tmp_path, monkeypatch):
+    """A new run that fails in its first iteration leaves no folder; a resumed run keeps its folder."""
     arguments = ["train", "--env", "CartPole-v1", "--iterations", "1", "--evaluation-episodes", "1"]
 
     def stopped(trainer):
@@ -273,7 +275,7 @@ def test_a_failed_run_is_cleared_away_and_a_resumed_one_never(tmp_path, monkeypa
 
 @pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
 def test_every_flag_is_explained(capsys, algorithm):
-    """`--help` says more of every flag than its default."""
+    """`--help` explains every flag in words."""
     with pytest.raises(SystemExit):
         main(["train", "--algorithm", algorithm, "--help"])
     text = re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out)
@@ -285,7 +287,7 @@ def test_every_flag_is_explained(capsys, algorithm):
 
 
 def test_a_mistake_leaves_no_traceback(trained):
-    """In a shell a mistake gives an exit code and a line of its own, not a traceback."""
+    """In a shell, a mistake gives exit code 1 and a one-line message without a traceback."""
     result = agents("evaluate", "--run", "runs/none", folder=trained)
     assert result.returncode == 1
     assert result.stderr.startswith("error: no run in") and "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""The replay buffer: what it keeps, what it draws, and when it refuses."""
+"""The replay buffer: storage, sampling, saving and its memory check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rows(first, count, width=2):
 
 
 def test_the_newest_rows_are_kept():
-    """Rows go round, the oldest are forgotten, and more than fit at once leave the last of them."""
+    """New rows overwrite the oldest; of more rows than fit at once, the last remain."""
     replay = Replay(5, CPU)
     replay.extend(rows(0, 3))
     assert len(replay) == 3
@@ -28,47 +28,47 @@ def test_the_newest_rows_are_kept():
     assert sorted(replay.storage["number"].tolist()) == [12, 13, 14, 15, 16]
 
 
-def test_samples_are_uniform_and_the_generators_own():
-    """Every row that is there comes as often, none that is not, and global randomness has no part in it."""
+def test_samples_are_uniform_and_use_the_generator():
+    """Every stored row is sampled equally often, empty ones never; global randomness is not used."""
     replay = Replay(8, CPU)
     replay.extend(rows(0, 5))
     state = torch.random.get_rng_state()
-    drawn = replay.sample(5000, torch.Generator().manual_seed(0))
+    sample = replay.sample(5000, torch.Generator().manual_seed(0))
     assert torch.equal(state, torch.random.get_rng_state())
-    counts = drawn["number"].bincount(minlength=8)
+    counts = sample["number"].bincount(minlength=8)
     assert counts[5:].sum() == 0 and (counts[:5] - 1000).abs().max() < 120  # four standard deviations of 28
-    assert torch.equal(drawn["sets"][:, 0, 0], drawn["number"].int())  # rows stay whole
+    assert torch.equal(sample["sets"][:, 0, 0], sample["number"].int())  # keys of a row stay together
     again = replay.sample(5000, torch.Generator().manual_seed(0))
-    assert torch.equal(drawn["number"], again["number"])
+    assert torch.equal(sample["number"], again["number"])
 
 
-def test_wider_sets_of_tokens_make_it_wider():
-    """Rollouts whose sets of allowed tokens are larger or smaller share a buffer; -1 fills up."""
+def test_wider_token_sets_widen_the_storage():
+    """Token sets of different widths share a buffer, padded with -1."""
     replay = Replay(4, CPU)
     for first, width in ((0, 2), (1, 3), (2, 1)):
         replay.extend(rows(first, 1, width))
     assert replay.storage["sets"][:3, 0].tolist() == [[0, 0, FILLING], [1, 1, 1], [2, FILLING, FILLING]]
 
 
-def test_a_saved_buffer_goes_on_alike():
-    """What was saved and loaded, in part or wrapped around, keeps and draws the same from then on."""
+def test_a_restored_buffer_continues_alike():
+    """A restored buffer (empty, partly filled or wrapped around) stores and samples like the original."""
     for counts in ((3,), (3, 4), ()):
         replay, other = Replay(5, CPU), Replay(5, CPU)
         for count in counts:
             replay.extend(rows(count, count))
         other.load_state_dict(replay.state_dict())
-        for one in (replay, other):
-            one.extend(rows(50, 2))
-        drawn = [one.sample(20, torch.Generator().manual_seed(1)) for one in (replay, other)]
-        assert torch.equal(drawn[0]["number"], drawn[1]["number"]) and len(replay) == len(other)
+        for buffer in (replay, other):
+            buffer.extend(rows(50, 2))
+        samples = [buffer.sample(20, torch.Generator().manual_seed(1)) for buffer in (replay, other)]
+        assert torch.equal(samples[0]["number"], samples[1]["number"]) and len(replay) == len(other)
         assert replay.cursor == other.cursor
 
 
-def test_what_does_not_fit_is_refused():
-    """The size, what there is, and the number of rows that would fit."""
+def test_a_buffer_beyond_memory_is_refused():
+    """The error names the size, the available memory and the number of rows that would fit."""
     available = available_bytes(CPU)
     assert 2**20 < available < 2**50
-    row = 8 + 4 * 6  # a number of 8 bytes and six of 4
+    row = 8 + 4 * 6  # an int64 and six int32
     size = 2 * available // row
     with pytest.raises(
         ValueError, match=rf"{size} rows of 32 bytes takes .* GiB, and cpu has .* GiB .*lower buffer_size"

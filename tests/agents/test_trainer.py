@@ -1,4 +1,4 @@
-"""The loop: how many steps it takes, that it learns, and that it goes on exactly where it stopped."""
+"""The training loop: optimizer steps, learning, exact resuming, and refused configurations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from textenv import TextGenConfig, build_task
 
 @pytest.mark.parametrize(("minibatch", "micro_batch"), [(8, 8), (4, 4), (4, 3), (2, 1)])
 def test_optimizer_steps(settings, minibatch, micro_batch):
-    """Steps are epochs × minibatches for every micro-batch size."""
+    """An iteration takes epochs × minibatches optimizer steps, whatever the micro-batch size."""
     trainer = make_trainer(
         settings, algorithm=dict(epochs=3), iterations=1, minibatch_size=minibatch, micro_batch_size=micro_batch
     )
@@ -37,7 +37,7 @@ def test_optimizer_steps(settings, minibatch, micro_batch):
     ids=["fixed", "adaptive", "curriculum"],
 )
 def test_resumed_equals_uninterrupted(settings, tmp_path, task, changes):
-    """A run stopped after one iteration and resumed gives the same weights and β, to the bit, as one never stopped."""
+    """A run stopped after one iteration and resumed has the same weights and β as an uninterrupted one, to the bit."""
     settings = {**settings, **task}
     whole = make_trainer(settings, **changes)
     expected = [iteration.metrics["score"] for iteration in whole.iterate()]
@@ -56,7 +56,7 @@ def test_resumed_equals_uninterrupted(settings, tmp_path, task, changes):
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_order_of_prompts(settings):
-    """Shuffled rounds unless the environment's settings name another order; groups are neighbors in a rollout."""
+    """Prompts come in shuffled rounds unless the task names another order; a group's rows are adjacent."""
     first = next(make_trainer(settings).iterate()).rollout.prompts
     assert sorted(first) == sorted(settings["prompts"] * 2) and sorted(first[:4]) == sorted(first[4:])
     rows = [{"prompt": text, "weight": float(len(text) > 7)} for text in settings["prompts"]]  # the last two
@@ -72,8 +72,8 @@ def test_order_of_prompts(settings):
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-def test_curriculum_learns_from_the_scores(settings):
-    """The trainer tells its sampler what each prompt's responses scored in the rollout."""
+def test_the_curriculum_receives_scores(settings):
+    """The prompt sampler receives the mean score of each prompt in the rollout."""
     trainer = make_trainer({**settings, "prompt_sampling": "prioritized", "group_size": 2})
     rollout = next(trainer.iterate()).rollout
     means: dict[str, list[float]] = {}
@@ -86,18 +86,18 @@ def test_curriculum_learns_from_the_scores(settings):
 
 
 def test_same_seed_same_run_other_seed_another(settings):
-    """The seed decides the run, and nothing else does."""
-    found = []
+    """A run depends on its seed and not on global randomness."""
+    runs = []
     for seed in (1, 1, 2):
-        torch.manual_seed(len(found))  # global randomness must not matter
+        torch.manual_seed(len(runs))  # global randomness must not matter
         trainer = make_trainer(settings, seed=seed, iterations=1)
         list(trainer.iterate())
-        found.append(weights(trainer.algorithm.networks.policy.model))
-    assert same(found[0], found[1]) and not same(found[0], found[2])
+        runs.append(weights(trainer.algorithm.networks.policy.model))
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
 
-def test_it_learns_a_known_answer(folders):
-    """PPO finds the rewarded letter: the share of responses that say it rises from rare to usual."""
+def test_ppo_learns_a_known_answer(folders):
+    """The share of responses with the rewarded letter rises from below 0.2 to above 0.6."""
     settings = dict(
         reference=folders["gpt2"],
         reward=lambda prompts, responses: [float("e" in response) for response in responses],
@@ -118,7 +118,7 @@ def test_it_learns_a_known_answer(folders):
 
 
 def test_metrics_are_finite_and_mean_what_they_say(settings):
-    """Every metric is a finite number; KL starts at 0; lengths lie within the budget; entropy is not negative."""
+    """Metrics are finite; KL starts at 0; lengths are within the budget; entropy is not negative."""
     metrics = next(make_trainer(settings).iterate()).metrics
     assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
     assert abs(metrics["kl_per_response"]) < 1e-4
@@ -128,7 +128,7 @@ def test_metrics_are_finite_and_mean_what_they_say(settings):
 
 
 def test_gradients_are_clipped(settings):
-    """No optimizer step sees a gradient longer than max_grad_norm."""
+    """No optimizer step sees a gradient norm above max_grad_norm."""
     trainer = make_trainer(settings, iterations=1, max_grad_norm=1e-3)
     norms = []
     step = trainer.optimizer.step
@@ -145,9 +145,9 @@ def test_gradients_are_clipped(settings):
 
 @pytest.mark.parametrize("rates", [(1e-3, 3e-3), (2e-3, 2e-3)], ids=["two rates", "one rate"])
 def test_every_network_has_its_learning_rate(settings, rates):
-    """Adam's first step moves a weight by the learning rate at most, and the weights with a clear gradient by all of it.
+    """Adam's first step changes weights by at most the learning rate, and by all of it where the gradient is clear.
 
-    The second iteration of two goes at half the rate: the schedule is linear.
+    The second of two iterations uses half the rate: the schedule is linear.
     """
     sizes = dict(iterations=2, rollout_size=8, minibatch_size=8, learning_rate=rates[0], critic_learning_rate=rates[1])
     trainer = make_trainer(settings, algorithm=dict(epochs=1), **sizes)
@@ -158,14 +158,14 @@ def test_every_network_has_its_learning_rate(settings, rates):
     passes = trainer.iterate()
     next(passes)
     for network, old, moves in zip(networks, before, rates, strict=True):
-        moved = max(float((new - one).abs().max()) for new, one in zip(weights(network), old, strict=True))
+        moved = max(float((new - before).abs().max()) for new, before in zip(weights(network), old, strict=True))
         assert moved == pytest.approx(moves, rel=0.02)
     next(passes)
-    assert used == [set(rates), {one / 2 for one in rates}]
+    assert used == [set(rates), {rate / 2 for rate in rates}]
 
 
 def test_held_out_prompts_are_held_out(settings):
-    """No prompt is both trained on and measured on, whatever their source."""
+    """No prompt is used for both training and evaluation, and the split is reproducible."""
     many = [f"number {index}" for index in range(50)]
     task = build_task(TextGenConfig(**(settings | dict(prompts=many))))
     kept, held_out = split_prompts(task, TextConfig(evaluation_prompts=8))
@@ -175,16 +175,16 @@ def test_held_out_prompts_are_held_out(settings):
     assert again[1].texts == held_out.texts
 
 
-def test_a_prompt_that_comes_twice_is_not_on_both_sides(settings):
-    """Duplicate texts in a user's prompts are trained on or measured on, never both."""
+def test_repeated_prompts_are_not_on_both_sides(settings):
+    """A text that occurs several times is used for training or for evaluation, never both."""
     task = build_task(TextGenConfig(**(settings | dict(prompts=["a", "b", "c", "d", "e", "f"] * 5))))
     kept, held_out = split_prompts(task, TextConfig())
     assert len(held_out) == 1 and len(kept) == 25
     assert not set(kept.texts) & set(held_out.texts)
 
 
-def test_a_broken_gradient_changes_nothing(settings):
-    """A gradient that is not finite ends the run with a sentence, before any weight is touched."""
+def test_a_nan_gradient_changes_nothing(settings):
+    """A gradient that is not finite raises an error before any weight changes."""
     trainer = make_trainer(settings)
     data = make_rollout(trainer).data
     before = weights(trainer.algorithm.networks.actor), weights(trainer.algorithm.networks.critic)
@@ -197,7 +197,7 @@ def test_a_broken_gradient_changes_nothing(settings):
 
 
 def test_another_configuration_is_not_resumed(settings, tmp_path):
-    """A checkpoint of another configuration is refused, and the difference is named."""
+    """Resuming under another configuration is refused, and the differences are named."""
     trainer = make_trainer(settings)
     save_config(tmp_path / "run", trainer.config, trainer.collector.config, trainer.algorithm.config)
     check_same(tmp_path / "run", trainer.config, trainer.collector.config, trainer.algorithm.config)
@@ -207,13 +207,13 @@ def test_another_configuration_is_not_resumed(settings, tmp_path):
 
 
 def test_a_run_without_checkpoint_is_not_resumed(settings, tmp_path):
-    """Resuming what never reached a checkpoint says so."""
+    """Resuming a run without a checkpoint is refused."""
     with pytest.raises(ValueError, match="no checkpoint"):
         load_checkpoint(tmp_path, make_trainer(settings))
 
 
 def test_a_checkpoint_that_does_not_fit(settings, tmp_path):
-    """Half a configuration, one of another version, and a checkpoint with a part missing get a sentence."""
+    """A truncated configuration, one with other fields, and an incomplete checkpoint are refused with a remedy."""
     trainer = make_trainer(settings)
     config = trainer.config, trainer.collector.config, trainer.algorithm.config
     save_config(tmp_path / "run", *config)
@@ -221,29 +221,29 @@ def test_a_checkpoint_that_does_not_fit(settings, tmp_path):
     written = (tmp_path / "run/config.json").read_text()
     for broken in (written[:40], written.replace('"clip"', '"clipping"'), "{}"):
         (tmp_path / "run/config.json").write_text(broken)
-        with pytest.raises(ValueError, match=r"no configuration that this version reads.*start a new run"):
+        with pytest.raises(ValueError, match=r"not a configuration that this version can read.*start a new run"):
             check_same(tmp_path / "run", *config)
     next((tmp_path / "run/checkpoint").glob("*manifest*")).unlink()
-    with pytest.raises(ValueError, match=r"does not fit what the run would go on with.*start a new run"):
+    with pytest.raises(ValueError, match=r"does not fit this trainer.*start a new run"):
         load_checkpoint(tmp_path / "run", trainer)
 
 
-def test_arguments_of_the_environment_are_compared_by_meaning(settings, tmp_path):
-    """An argument given again, or in another order, is no other configuration; another value is."""
+def test_environment_arguments_are_compared_by_value(settings, tmp_path):
+    """Repeated or reordered environment arguments are the same configuration; a missing one is another."""
     trainer = make_trainer(settings)
     parts = trainer.collector.config, trainer.algorithm.config
-    given = TrainConfig(env_arg=("kl_coef=0.1", "device=cpu"))
-    save_config(tmp_path / "run", given, *parts)
+    original = TrainConfig(env_arg=("kl_coef=0.1", "device=cpu"))
+    save_config(tmp_path / "run", original, *parts)
     check_same(tmp_path / "run", TrainConfig(env_arg=("device=cpu", "kl_coef=0.10", "device=cpu")), *parts)
     with pytest.raises(ValueError, match="env_arg was"):
         check_same(tmp_path / "run", TrainConfig(env_arg=("device=cpu",)), *parts)
 
 
-@pytest.mark.parametrize("found", [[1.0], [1.0, float("nan")]], ids=["too few", "nan"])
-def test_gold_scores_are_checked(found):
-    """A gold function that does not rate every response is found out at once."""
-    with pytest.raises(ValueError, match="gold must give a finite number for each of 2 responses"):
-        rate(lambda prompts, responses: found, ["a", "b"], ["c", "d"])
+@pytest.mark.parametrize("scores", [[1.0], [1.0, float("nan")]], ids=["too few", "nan"])
+def test_gold_scores_are_checked(scores):
+    """A gold function must return a finite number for every response."""
+    with pytest.raises(ValueError, match="gold must return a finite number for each of 2 responses"):
+        rate(lambda prompts, responses: scores, ["a", "b"], ["c", "d"])
 
 
 @pytest.mark.parametrize(
@@ -258,27 +258,27 @@ def test_gold_scores_are_checked(found):
     ],
 )
 def test_bad_settings(changes, message):
-    """Bad settings are refused before any work, with the value and the remedy."""
+    """Bad settings are refused with the value or the remedy."""
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
 
 
 @pytest.mark.parametrize(
-    ("argument", "says"),
+    ("argument", "message"),
     [
         ("max_episode_steps=3", "max_episode_steps .* cuts an episode before it is scored.*use max_new_tokens"),
         ("kl_coeff=1", "cannot make 'TextGen-v0': TextGen-v0 has no argument 'kl_coeff'; did you mean 'kl_coef'"),
         ("prompt_sampling=best", r"prompt_sampling must be None or one of \['uniform', 'shuffle'"),
     ],
 )
-def test_environments_that_cannot_be_learned_on(argument, says):
-    """What --env-arg cannot mean is refused in a sentence."""
-    with pytest.raises(ValueError, match=says):
+def test_environments_that_cannot_be_learned_on(argument, message):
+    """Environment arguments that the learners cannot use are refused."""
+    with pytest.raises(ValueError, match=message):
         make_task(TrainConfig(env_arg=("kl_coef=0", "device=cpu", argument)))
 
 
 def test_environment_arguments():
-    """--env-arg takes JSON values and plain strings."""
+    """--env-arg accepts JSON values and plain strings."""
     config = TrainConfig(env_arg=("kl_coef=0.05", 'prompts=["a", "b"]', "reward=module:function", "x=true"))
     assert config.env_arguments() == {
         "kl_coef": 0.05,
@@ -289,7 +289,7 @@ def test_environment_arguments():
 
 
 def test_minibatches_divide_rollouts():
-    """A minibatch that leaves a smaller rest is refused, since its steps would not weigh the same."""
+    """A minibatch size that does not divide the rollout is refused: the last step would average fewer responses."""
     with pytest.raises(
         ValueError, match=r"minibatch_size must divide rollout_size.*rollout_size=8 and minibatch_size=3"
     ):

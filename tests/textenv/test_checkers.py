@@ -76,9 +76,21 @@ def test_torchrl(configuration):
     check_env_specs(TextGenTorchEnv(build_task(TextGenConfig(**configuration)), 2))
 
 
-@pytest.mark.parametrize("mode", ["vector_entry_point", "sync", "async"])
+# An async environment starts processes that import PyTorch, about 20 s of CPU time: the whole grid is for test-slow.
+@pytest.mark.parametrize("mode", ["vector_entry_point", "sync", pytest.param("async", marks=pytest.mark.slow)])
 def test_vector_environments(configuration, mode):
-    """Observations lie in the space, types are Gymnasium's, and rows are independent of their number."""
+    """In every vectorization, observations lie in the space and arrays have Gymnasium's types and shapes."""
+    check_vector_environment(configuration, mode)
+
+
+@pytest.mark.parametrize("vocabulary", [300], indirect=True)
+@pytest.mark.parametrize("configuration", [["special", "top_k:5"]], ids=["masked"], indirect=True)
+def test_async_vector_environment(configuration):
+    """One configuration of the async grid: a small vocabulary with action masks."""
+    check_vector_environment(configuration, "async")
+
+
+def check_vector_environment(configuration, mode):
     env: VectorEnv = gym.make_vec("TextGen-v0", num_envs=2, vectorization_mode=mode, **configuration)
     try:
         observation, infos = env.reset(seed=0)

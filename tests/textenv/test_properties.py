@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hypothesis import HealthCheck, given, settings
@@ -99,23 +100,33 @@ CONFIGS = st.fixed_dictionaries(
 SEEDS = st.integers(0, 2**31)
 
 
-def many(examples: int) -> settings:
-    """The same examples at every run; their number is part of the promise."""
-    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def examples(count: int) -> settings:
+    """The same examples at every run."""
+    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-@many(500)
-@given(config=CONFIGS, seed=SEEDS)
-def test_all_faces_tell_one_story(config, seed):
-    """Native, single and TorchRL environments show the tokens, masks, rewards and infos of the fast path."""
+# Their numbers are part of the promise: a first part in `make test`, all of them in `make test-slow`.
+few_or_many = pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.slow)])
+
+
+@few_or_many
+def test_all_faces_agree(count):
+    """Native, single and TorchRL environments return the tokens, masks, rewards and infos of the fast path."""
+    examples(count)(given(config=CONFIGS, seed=SEEDS)(check_all_faces))()
+
+
+def check_all_faces(config, seed):
     task = build_task(TextGenConfig(**config))
     check_faces(task, rows=2, seed=seed, torchrl_env=TextGenTorchEnv(task, 2))
 
 
-@many(500)
-@given(config=CONFIGS, seed=SEEDS, mode=st.sampled_from(list(AutoresetMode)))
-def test_native_is_sync(config, seed, mode):
-    """Native equals SyncVectorEnv step for step; no observation changes later; rewards are finite; seeds decide prompts."""
+@few_or_many
+def test_native_equals_sync(count):
+    """Native equals SyncVectorEnv at every step; observations never change later; rewards are finite; seeds decide prompts."""
+    examples(count)(given(config=CONFIGS, seed=SEEDS, mode=st.sampled_from(list(AutoresetMode)))(check_native))()
+
+
+def check_native(config, seed, mode):
     native = gym.make_vec("TextGen-v0", num_envs=2, autoreset_mode=mode.value, **config)
     sync = SyncVectorEnv([lambda: gym.make("TextGen-v0", disable_env_checker=True, **config)] * 2, autoreset_mode=mode)
     got = native.reset(seed=seed)
@@ -135,7 +146,7 @@ def test_native_is_sync(config, seed, mode):
     assert_same(native.reset(seed=seed)[0], first, "the same seed again")
 
 
-@many(100)
+@examples(100)
 @given(config=CONFIGS, seed=SEEDS)
 def test_masks_never_depend_on_ids(config, seed):
     """Attention masks count tokens; which tokens they are, the pad id included, changes nothing."""

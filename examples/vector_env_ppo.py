@@ -1,7 +1,7 @@
-"""PPO in one short file, on Gymnasium's vector interface and PyTorch alone: the shape of CleanRL's scripts.
+"""PPO in PyTorch that steps Gymnasium's vector interface, in the shape of CleanRL's scripts.
 
-It knows its log-probabilities, so it optimizes the whole `score − kl_coef · KL`. A row that ended starts anew in the
-following step (autoreset mode NEXT_STEP): that step takes no action of ours and is not learned from.
+It has its log-probabilities, so it optimizes the whole `score − kl_coef · KL`. After an episode ends, the row's next
+step only resets it (autoreset mode NEXT_STEP) and is not learned from. warm_start.py holds networks and evaluation.
 """
 
 import gymnasium as gym
@@ -11,8 +11,8 @@ from warm_start import SETTINGS, ActorCritic, Comparison, compare
 
 
 @torch.no_grad()
-def play(env, agent, observation, valid, rollout):
-    """Some steps of every row with their advantages, and where to go on; `valid`: the rows that take an action."""
+def collect(env, agent, observation, valid, rollout):
+    """`rollout` steps of every row with their advantages, invalid steps left out. valid: rows not about to reset."""
     steps, advantage = [], torch.zeros(env.num_envs)
     for _ in range(rollout):
         step, (policy, value) = {name: torch.from_numpy(observation[name]) for name in observation}, agent(observation)
@@ -20,12 +20,12 @@ def play(env, agent, observation, valid, rollout):
         observation, reward, terminated, truncated, _ = env.step(step["action"].numpy())
         valid, step["log_prob"] = torch.from_numpy(~(terminated | truncated)), policy.log_prob(step["action"])
         step["reward"] = torch.from_numpy(reward).float() - SETTINGS["kl_coef"] * step["log_prob"]
-        steps.append(step | {"goes_on": torch.from_numpy(~terminated), "same_episode": valid})
-    following = agent(observation)[1]
+        steps.append(step | {"not_terminated": torch.from_numpy(~terminated), "same_episode": valid})
+    next_value = agent(observation)[1]
     for step in reversed(steps):  # generalized advantage estimation (Schulman et al. 2016)
-        error = step["reward"] + following * step["goes_on"] - step["value"]
+        error = step["reward"] + next_value * step["not_terminated"] - step["value"]
         step["advantage"] = advantage = error + 0.95 * advantage * step["same_episode"]
-        following = step["value"]
+        next_value = step["value"]
     return observation, valid, {name: torch.cat([step[name][step["valid"]] for step in steps]) for name in steps[0]}
 
 
@@ -42,7 +42,7 @@ def update(agent, optimizer, data, epochs=2):
 
 
 def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 128, seed: int = 0) -> Comparison:
-    """Learns from about `steps` tokens, `rows` episodes side by side."""
+    """Train on about `steps` tokens, with `rows` episodes in parallel."""
     torch.manual_seed(seed)
     env, agent = gym.make_vec("TextGen-v0", num_envs=rows, **SETTINGS), ActorCritic()
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3)
@@ -50,7 +50,7 @@ def main(steps: int = 6144, rows: int = 32, rollout: int = 32, episodes: int = 1
     def learn():
         observation, valid = env.reset(seed=seed)[0], torch.ones(rows, dtype=torch.bool)
         for _ in range(max(steps // (rows * rollout), 1)):
-            observation, valid, data = play(env, agent, observation, valid, rollout)
+            observation, valid, data = collect(env, agent, observation, valid, rollout)
             update(agent, optimizer, data)
 
     return compare(agent.act, learn, episodes)
