@@ -21,8 +21,9 @@ class Rollout(Protocol):
     """Experience gathered by one policy.
 
     Keys of `data`, batch size [B]: the networks' inputs; `action` [B, R] ([B, R, A] if continuous); `action_log_prob`,
-    `mask`, `done`, `terminated` and `reward` [B, R], what the environment paid. On text also `task_reward`,
-    `shaped_reward`, `reference_log_prob` and `kl` [B, R], and β, `kl_coef` [B].
+    `mask`, `done`, `terminated` and `step_score` [B, R], what the task pays at each step: the score of a response at
+    its last token, or the reward of another environment. On text also `reference_log_prob` and `kl` [B, R], and β,
+    `kl_coef` [B]. `prepare` forms the learner's `reward` from them.
     """
 
     @property

@@ -63,7 +63,7 @@ def run_trainer() -> Run:
         action="action",
         mask="mask",
         log_prob="action_log_prob",
-        reward="shaped_reward",
+        reward="reward",
         value="state_value",
         advantage="advantage",
         value_target="value_target",

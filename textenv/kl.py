@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 
-def environment_reward(score: Tensor, reference_log_prob: Tensor, kl_coef: float) -> Tensor:
+def environment_reward(score: Tensor, reference_log_prob: Tensor, kl_coef: float | Tensor) -> Tensor:
     """The reward of `step`: `score_t + β · log π_ref(a_t | s_t)`.
 
     score: float [...], what the score pays at each token, which is zero before the last one unless a reward pays
-    every token; reference_log_prob: float [...]; kl_coef: β.
+    every token; reference_log_prob: float [...]; kl_coef: β, a number or broadcast against them.
     """
     return score + kl_coef * reference_log_prob
 
@@ -47,16 +47,6 @@ def penalized_reward(score: Tensor, kl: Tensor, kl_coef: float | Tensor) -> Tens
     nats; kl_coef: β, a number or [B, 1]. With k1 it is `environment_reward(...) − β · log π(a_t | s_t)`.
     """
     return score - kl_coef * kl
-
-
-def shaped_reward(reward: Tensor, reference_log_prob: Tensor, kl_coef: float, penalty: Tensor) -> Tensor:
-    """What the learner optimizes: the environment's reward with the whole penalty in the place of its half.
-
-    reward, reference_log_prob: what the environment paid under its `kl_coef`; penalty: β times an estimate of the
-    KL; float [...] each. With k1 and β = kl_coef it is `reward − β · log π(a_t | s_t)`, and summed over a response
-    it is `score − β · KL`.
-    """
-    return reward - kl_coef * reference_log_prob - penalty
 
 
 def k1(log_prob: Tensor, reference_log_prob: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from agents.config import check_counts, check_not_negative, check_shares
 from agents.interfaces import NetworkFactory
-from agents.objectives.actor_critic import ends_of
+from agents.objectives.actor_critic import add_environment_reward, ends_of
 from agents.objectives.advantages import token_weights
 from agents.objectives.soft_q import (
     LOSSES,
@@ -69,7 +69,8 @@ class DQN:
         self._set_epsilon()
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
-        """Add nothing: targets are computed whenever a row is sampled."""
+        """Add `reward` [B, R]. Targets are computed whenever a row is sampled."""
+        add_environment_reward(rollout)
         return {}
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

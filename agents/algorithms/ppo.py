@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agents.config import check_choice, check_counts, check_not_negative, check_shares
 from agents.interfaces import NetworkFactory
-from agents.objectives.actor_critic import ActorCritic, add_advantages
+from agents.objectives.actor_critic import ActorCritic, add_advantages, add_penalized_reward
 from agents.objectives.advantages import token_weights
 from agents.objectives.losses import (
     KL_LOSSES,
@@ -21,7 +21,6 @@ from agents.objectives.losses import (
     clipped_terms,
     clipped_value_loss,
     dual_clipped,
-    reward_key,
     value_loss,
 )
 
@@ -63,10 +62,10 @@ class PPO:
         self.kl_loss = available_kl_loss(config.kl_loss, factory)
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
-        """Add values, advantages and value targets; see `add_advantages`."""
-        value, reward = self.networks.state_values(rollout), rollout[reward_key(self.kl_loss)]
-        config = self.config
-        return add_advantages(rollout, reward, value, config.gamma, config.lmbda, config.whiten)
+        """Add `reward`, values, advantages and value targets; see `add_advantages`."""
+        add_penalized_reward(rollout, self.kl_loss)
+        config, value = self.config, self.networks.state_values(rollout)
+        return add_advantages(rollout, value, config.gamma, config.lmbda, config.whiten)
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`policy_loss`, `value_loss`, and `kl_loss` and `entropy_loss` if they are on; diagnostics of the ratio."""

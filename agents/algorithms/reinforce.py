@@ -15,7 +15,7 @@ from torch import Tensor
 
 from agents.config import check_shares
 from agents.interfaces import NetworkFactory
-from agents.objectives.actor_critic import ActorCritic, add_advantages
+from agents.objectives.actor_critic import ActorCritic, add_advantages, add_penalized_reward
 from agents.objectives.advantages import token_weights
 from agents.objectives.losses import policy_gradient, value_loss
 
@@ -44,10 +44,10 @@ class Reinforce:
         self.config, self.networks = config, ActorCritic(factory)
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
-        """Add values, advantages and value targets; see `add_advantages`."""
-        value = self.networks.state_values(rollout)
-        config = self.config
-        return add_advantages(rollout, rollout["shaped_reward"], value, config.gamma, WHOLE_RETURNS, config.whiten)
+        """Add `reward`, values, advantages and value targets; see `add_advantages`."""
+        add_penalized_reward(rollout)
+        config, value = self.config, self.networks.state_values(rollout)
+        return add_advantages(rollout, value, config.gamma, WHOLE_RETURNS, config.whiten)
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`policy_loss` and `value_loss`; no diagnostics."""

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from agents.config import check_choice, check_counts
 from agents.interfaces import NetworkFactory
-from agents.objectives.actor_critic import ActorOnly
+from agents.objectives.actor_critic import ActorOnly, add_penalized_reward
 from agents.objectives.advantages import leave_one_out, token_weights
 from agents.objectives.group import add_response_advantages, check_group_size, group_metrics, undiscounted_returns
-from agents.objectives.losses import KL_LOSSES, available_kl_loss, clipped_terms, reward_key
+from agents.objectives.losses import KL_LOSSES, available_kl_loss, clipped_terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,9 @@ class RLOO:
         self.kl_loss = available_kl_loss(config.kl_loss, factory)
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
-        """Add `advantage` [B, R]."""
-        returns = undiscounted_returns(rollout[reward_key(self.kl_loss)], rollout["mask"])  # [B]
+        """Add `reward` and `advantage`, [B, R] each."""
+        add_penalized_reward(rollout, self.kl_loss)
+        returns = undiscounted_returns(rollout["reward"], rollout["mask"])  # [B]
         add_response_advantages(rollout, leave_one_out(returns, self.group_size))
         return group_metrics(returns, self.group_size)
 

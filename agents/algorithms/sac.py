@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from agents.config import check_shares
 from agents.interfaces import NetworkFactory
-from agents.objectives.actor_critic import ends_of
+from agents.objectives.actor_critic import add_environment_reward, ends_of
 from agents.objectives.advantages import token_weights
 from agents.objectives.soft_q import (
     LOSSES,
@@ -88,7 +88,8 @@ class SAC:
         return self.fixed_alpha if learned is None else learned.log.detach().exp()
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
-        """Add nothing: targets are computed whenever a row is sampled."""
+        """Add `reward` [B, R]. Targets are computed whenever a row is sampled."""
+        add_environment_reward(rollout)
         return {}
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

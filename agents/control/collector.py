@@ -1,8 +1,8 @@
 """Collects fixed-length rollouts from parallel environments.
 
 Keys of a rollout, batch size [B] environments: `observation` and `next_observation` [B, R, D]; `action` [B, R] or
-[B, R, A]; `action_log_prob`, `reward` (also as `shaped_reward` and `task_reward`: there is no penalty), `mask`,
-`done` and `terminated` [B, R]. The mask leaves out steps that only reset an environment.
+[B, R, A]; `action_log_prob`, `step_score`, the environment's reward, `mask`, `done` and `terminated` [B, R]. The mask
+leaves out steps that only reset an environment.
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ class ControlCollector:
                 "mask": mask,
                 "done": torch.from_numpy(ended[1:]).T & mask,
                 "terminated": torch.from_numpy(terminated).T & mask,
-                "reward": reward,
-                "shaped_reward": reward,
-                "task_reward": reward,
+                "step_score": reward,
             },
             batch_size=[shape[1]],
         )

@@ -1,4 +1,4 @@
-"""What the on-policy learners share: their networks, and the values, advantages and value targets of a rollout."""
+"""What the learners share: their networks, and a rollout's rewards, values, advantages and value targets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from agents.interfaces import NetworkFactory
 from agents.objectives.advantages import Ends, estimate_advantages, explained_variance, td_errors, whiten
+from textenv.kl import environment_reward, penalized_reward
 
 
 class ActorCritic:
@@ -41,16 +42,36 @@ def ends_of(rollout: TensorDict) -> Ends:
     return Ends(rollout["mask"], rollout["done"], rollout["terminated"])
 
 
+def add_penalized_reward(rollout: TensorDict, kl_loss: str = "none") -> None:
+    """Add `reward` [B, R], r̃_t = score_t − β·KL_t: what on-policy learners optimize.
+
+    The score alone if the KL is in the loss (`kl_loss` names its estimator), or if there is no penalty.
+    """
+    reward = rollout["step_score"]
+    if "kl" in rollout and kl_loss == "none":
+        reward = penalized_reward(reward, rollout["kl"], rollout["kl_coef"][:, None])
+    rollout["reward"] = reward
+
+
+def add_environment_reward(rollout: TensorDict) -> None:
+    """Add `reward` [B, R], r_t = score_t + β log π_ref(a_t | s_t): what the environment pays.
+
+    A maximum-entropy learner adds the policy's half of the penalty itself, as α times its entropy.
+    """
+    reward = rollout["step_score"]
+    if "reference_log_prob" in rollout:
+        reward = environment_reward(reward, rollout["reference_log_prob"], rollout["kl_coef"][:, None])
+    rollout["reward"] = reward
+
+
 @torch.no_grad()
-def add_advantages(
-    rollout: TensorDict, reward: Tensor, value: Tensor, gamma: float, lmbda: float, whitened: bool
-) -> dict[str, float]:
+def add_advantages(rollout: TensorDict, value: Tensor, gamma: float, lmbda: float, whitened: bool) -> dict[str, float]:
     """Add `state_value`, `td_error`, `raw_advantage`, `advantage` and `value_target`, [B, R] each.
 
-    reward: [B, R]; value: [B, R + 1], of s_0..s_R. `advantage` is the raw one, whitened over the valid steps of the
-    rollout if `whitened`. Returns the critic's explained variance before its update.
+    value: [B, R + 1], of s_0..s_R. `advantage` is the raw one, whitened over the valid steps of the rollout if
+    `whitened`. Returns the critic's explained variance before its update.
     """
-    ends = ends_of(rollout)
+    ends, reward = ends_of(rollout), rollout["reward"]
     advantage, target = estimate_advantages(reward, value, ends, gamma, lmbda)
     rollout["state_value"] = value[:, :-1].where(ends.mask, 0.0)
     rollout["td_error"] = td_errors(reward, value, ends, gamma)

@@ -85,11 +85,6 @@ def available_kl_loss(estimator: str, factory: NetworkFactory) -> str:
     return estimator if factory.alpha > 0 else "none"
 
 
-def reward_key(kl_loss: str) -> str:
-    """The reward to learn from: without the penalty if the KL is in the loss."""
-    return "shaped_reward" if kl_loss == "none" else "task_reward"
-
-
 def kl_terms(kl_loss: str, log_prob: Tensor, batch: TensorDict) -> dict[str, Tensor]:
     """The term `kl_loss` [B, R], or no term if `kl_loss` is none. log_prob: the current actor's, [B, R]."""
     if kl_loss == "none":

@@ -18,7 +18,7 @@ from textenv.masks.masks import MaskPolicy
 from textenv.prompts.tokenized import Prompts
 from textenv.task import Task
 
-REPORT_ONLY = ("td_error", "raw_advantage", "kl")  # keys that pictures show and no learner reads
+REPORT_ONLY = ("td_error", "raw_advantage", "kl", "step_score")  # keys that pictures show and no learner reads
 
 
 class TextCollector:

@@ -1,12 +1,11 @@
 """Whole responses as TensorDicts: sampled by the actor on the fast path, scored by the environment.
 
-Keys of a rollout, batch size [B]: `input_ids` and `attention_mask` [B, L]; `action`, `action_log_prob`, `mask`,
-`done`, `terminated`, `reference_log_prob`, `kl` and three rewards [B, R]: the environment's `reward`, `task_reward`,
-which is the score alone, and `shaped_reward`, which is that less β times `kl`; `score` and β, `kl_coef`, [B]; with
-action masks also `allowed_ids` [B, R, K] and `allowed_inside` [B, R], the two halves of a `TokenSets`. Everything is
-zero outside the mask.
+Keys of a rollout, batch size [B]: `input_ids` and `attention_mask` [B, L]; `action`, `action_log_prob`, `mask`, `done`,
+`terminated`, `step_score`, `reference_log_prob` and `kl`, an estimate of the KL, [B, R]; the response's `score` and β,
+`kl_coef`, [B]; with action masks also `allowed_ids` [B, R, K] and `allowed_inside` [B, R], the two halves of a
+`TokenSets`. Everything is zero outside the mask.
 
-The penalty of a run is here too: which estimate of the KL, and who sets its weight β.
+The penalty of a run is here too: the estimator of the KL and the controller of its weight β.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from agents.objectives.advantages import masked_mean, response_ends
 from agents.text.config import TextConfig
 from textenv.generation import Generation, ScoredResponses, generate, response_kl, score_responses
-from textenv.kl import ESTIMATORS, EXACT, AdaptiveKL, Controller, FixedKL, shaped_reward
+from textenv.kl import ESTIMATORS, EXACT, AdaptiveKL, Controller, FixedKL
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
 from textenv.task import Task
@@ -61,7 +60,6 @@ def collect(
     scored = score_responses(task, state, prompts.texts, rows_per_pass, prompts.fields)
     mask = state.response_mask
     kl = estimate_kl(task, model, generation, scored.reference_log_prob, penalty.estimator, rows_per_pass)
-    paid = (scored.reward, scored.reference_log_prob, task.config.kl_coef)
     ends = response_ends(mask)
     data = TensorDict(
         {
@@ -72,11 +70,9 @@ def collect(
             "mask": mask,
             "done": ends.done,
             "terminated": ends.terminated,
+            "step_score": scored.token_score,
             "reference_log_prob": scored.reference_log_prob,
             "kl": kl,
-            "reward": scored.reward,
-            "task_reward": shaped_reward(*paid, torch.zeros_like(kl)),
-            "shaped_reward": shaped_reward(*paid, penalty.coef * kl),
             "score": scored.score,
             "kl_coef": torch.full_like(scored.score, penalty.coef),
         },
@@ -95,7 +91,8 @@ def trim(batch: TensorDict) -> TensorDict:
     """The same texts without the columns that are padding in every row."""
     mask, attention = batch["mask"], batch["attention_mask"]
     total, budget = mask.shape[1], attention.shape[1]
-    used = max(int(torch.any(mask, 0).sum()), 1)  # response columns, filled from the left
+    columns = torch.arange(1, total + 1, device=mask.device)
+    used = max(int((columns * torch.any(attention[:, budget - total :], 0)).max()), 1)  # response columns
     first = int(torch.any(attention, 0).long().argmax())  # prompt columns, filled from the right
     trimmed = {}
     for key, value in batch.items():
@@ -116,7 +113,7 @@ def rollout_metrics(data: TensorDict) -> dict[str, float]:
     return {
         "score": float(data["score"].mean()),
         "score_std": float(data["score"].std(correction=0)),
-        "shaped_return": float(data["shaped_reward"].sum(1).mean()),
+        "penalized_return": float((data["step_score"] - data["kl_coef"][:, None] * data["kl"]).sum(1).mean()),
         "entropy": float(-masked_mean(data["action_log_prob"], mask)),
         "length": float(mask.sum(1).float().mean()),
     }

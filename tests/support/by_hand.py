@@ -46,8 +46,11 @@ def advantages(trainer, data) -> tuple[dict, dict]:
     """Advantage and value target of every step, as {(row, t): number}; a rollout's recorded values are V."""
     config, places = trainer.algorithm.config, steps(data)
     lengths = [int(row.sum()) for row in data["mask"]]
-    key = "shaped_reward" if getattr(config, "kl_loss", "none") == "none" else "task_reward"
-    reward = {place: float(data[key][place]) for place in places}
+    coef = 0.0 if getattr(config, "kl_loss", "none") != "none" else 1.0  # a KL in the loss is not in the reward
+    reward = {
+        (row, t): float(data["step_score"][row, t]) - coef * float(data["kl_coef"][row]) * float(data["kl"][row, t])
+        for row, t in places
+    }
     if "critic" not in trainer.algorithm.networks.trained:
         total = [sum(reward[row, t] for t in range(lengths[row])) for row in range(len(data))]
         own = group_advantages(total, trainer.algorithm.group_size, config)

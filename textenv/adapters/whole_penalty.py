@@ -20,7 +20,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from textenv.env import TextGenEnv
-from textenv.kl import ESTIMATORS, Controller, FixedKL, shaped_reward
+from textenv.kl import ESTIMATORS, Controller, FixedKL
 from textenv.task import Task
 from textenv.vector_env import TextGenVectorEnv
 
@@ -186,7 +186,8 @@ class _PenaltyLedger:
         kl = ESTIMATORS[self.estimator](log_prob, reference_log_prob)
         penalty = self.controller.coef * kl
         self.kl += kl.numpy()
-        return shaped_reward(paid, reference_log_prob, self.kl_coef, penalty).numpy(), penalty.numpy()
+        score = paid - self.kl_coef * reference_log_prob  # the environment has paid its half of the penalty
+        return (score - penalty).numpy(), penalty.numpy()
 
     def count(self, active: NDArray, ended: NDArray) -> None:
         """Count a token in active rows, and update the controller with the episodes that ended."""

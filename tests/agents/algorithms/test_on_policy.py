@@ -36,7 +36,7 @@ def moved(task: dict, name: str, settings: dict | None = None, **changes):
     trainer = make_trainer(task, settings, learner=name, **changes)
     perturb(trainer.algorithm.networks.actor)  # away from the reference, or no reward would have a penalty in it
     data = make_rollout(trainer).data
-    assert (data["shaped_reward"] - data["task_reward"]).abs().max() > 1e-3
+    assert data["kl"].abs().max() > 1e-3
     assert len(set(data["mask"].sum(1).tolist())) > 1  # ragged, or the tests would prove little
     for network in trainer.algorithm.networks.trained.values():
         perturb(network)
@@ -106,7 +106,7 @@ def test_padding_changes_no_loss_and_no_gradient(task, name):
     for spoil in (False, True):
         batch = clean.clone()
         if spoil:
-            for key in {"reward", "task_reward", "shaped_reward", "reference_log_prob"}:
+            for key in {"step_score", "kl", "reference_log_prob"}:
                 batch[key][outside] = 1e9
             batch["input_ids"][~batch["attention_mask"]] = 7
         trainer.algorithm.prepare(batch)
@@ -159,7 +159,7 @@ def test_without_a_penalty_the_loss_has_no_kl(task, name):
     trainer = make_trainer(task | dict(kl_coef=0), dict(kl_loss="k3"), learner=name)
     data = make_rollout(trainer).data
     assert set(losses(trainer, data)) <= {"policy_loss", "value_loss"}
-    total = data["shaped_reward"].sum(1)
+    total = data["reward"].sum(1)
     torch.testing.assert_close(total, data["score"])
 
 

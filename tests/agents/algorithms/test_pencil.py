@@ -19,7 +19,7 @@ from agents.algorithms.ppo import PPO, PPOConfig
 from agents.algorithms.rloo import RLOO, RLOOConfig
 from agents.objectives.advantages import estimate_advantages, response_ends, td_errors, token_weights, whiten
 from agents.objectives.losses import clipped_surrogate, clipped_value_loss
-from textenv.kl import environment_reward, k1, shaped_reward
+from textenv.kl import environment_reward, k1, penalized_reward
 
 X = 99.0  # what must never count
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -98,8 +98,8 @@ def make_rollout() -> TensorDict:
             "reference_log_prob": REFERENCE_LOG_PROB,
             "score": SCORE,
             "kl_coef": torch.full((2,), 0.2),
-            "shaped_reward": PENALIZED_REWARD,
-            "task_reward": SCORE[:, None].where(LAST, 0.0).where(MASK, X),
+            "step_score": SCORE[:, None].where(LAST, 0.0).where(MASK, X),
+            "kl": k1(OLD_LOG_PROB, REFERENCE_LOG_PROB).where(MASK, X),
         },
         batch_size=[2],
     )
@@ -126,9 +126,11 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 def test_penalized_reward():
     """Every token pays β (log π − log π_ref), and the last one earns the score."""
-    paid = environment_reward(SCORE[:, None].where(LAST, 0.0), REFERENCE_LOG_PROB, 0.2)
-    found = shaped_reward(paid, REFERENCE_LOG_PROB, 0.2, 0.2 * k1(OLD_LOG_PROB, REFERENCE_LOG_PROB))
+    token_score = SCORE[:, None].where(LAST, 0.0)
+    found = penalized_reward(token_score, k1(OLD_LOG_PROB, REFERENCE_LOG_PROB), 0.2)
     close(found[MASK], PENALIZED_REWARD[MASK])
+    paid = environment_reward(token_score, REFERENCE_LOG_PROB, 0.2)  # the environment's half; the policy's is the rest
+    close((paid - 0.2 * OLD_LOG_PROB)[MASK], PENALIZED_REWARD[MASK])
 
 
 def test_advantages():

@@ -127,7 +127,7 @@ def rollout_of(data: TensorDict) -> dict[str, Tensor]:
         ref_logprobs=data["reference_log_prob"],
         kl=data["kl"],
         scores=data["score"],
-        rewards=data["shaped_reward"],
+        rewards=data["reward"],
         values=data["state_value"],
         raw_advantages=data["raw_advantage"],
         advantages=data["advantage"],

@@ -76,7 +76,7 @@ def test_rollout_contents(limit):
     assert data["next_observation"][0, :, 0].tolist() == [1.0, 2.0, 3.0, 0.0] * 3
     assert data["done"][0].tolist() == [False, False, True, False] * 3
     assert data["terminated"][0].tolist() == [False, False, not limit, False] * 3
-    assert data["reward"][0][data["mask"][0]].tolist() == [11.0, 12.0, 13.0] * 3
+    assert data["step_score"][0][data["mask"][0]].tolist() == [11.0, 12.0, 13.0] * 3
     assert first.metrics["return"] == second.metrics["return"] == 36.0 and first.metrics["length"] == 3.0
     rows = trainer.collector.training_rows(first.data)
     assert len(rows) == 2 * 5 and rows["observation"].shape == (10, 1, 1) and rows["mask"].all()
@@ -160,7 +160,7 @@ def test_native_is_sync():
         mask, done = rollout.data["mask"], rollout.data["done"]
         # every end, except in the last column, is followed by one masked step
         assert torch.equal(~mask[:, 1:], done[:, :-1]) and mask[:, 0].all()
-        assert rollout.data["reward"][mask].eq(1).all()
+        assert rollout.data["step_score"][mask].eq(1).all()
         assert rollout.metrics["length"] == rollout.metrics["return"]
 
 
@@ -277,7 +277,7 @@ def test_normalized_values_are_clipped():
     _, trainer = build("MountainCar-v0", dict(normalize_observation=True, normalize_reward=True))
     data = trainer.collector.collect(trainer.algorithm.networks.policy).data
     assert data["observation"].abs().max() <= 10
-    assert data["reward"].min() == -10  # the first rewards are equal, so their standard deviation is near 0
+    assert data["step_score"].min() == -10  # the first rewards are equal, so their standard deviation is near 0
 
 
 def test_episodes_fit_between_checkpoints():

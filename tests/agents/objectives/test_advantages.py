@@ -21,7 +21,7 @@ from agents.objectives.advantages import (
     token_weights,
     whiten,
 )
-from textenv.kl import environment_reward, k1, shaped_reward
+from textenv.kl import environment_reward, k1, penalized_reward
 
 GAMMA, LMBDA, BETA = 0.9, 0.8, 0.3
 LENGTHS = [5, 1, 3, 4]
@@ -145,12 +145,9 @@ def test_the_whole_reward_is_score_minus_penalty():
     reference = -torch.rand(4, 5, generator=generator).where(mask, 0.0)
     score = torch.tensor([2.0, -1.0, 0.5, 3.0])
     last = mask & (torch.arange(5)[None] == torch.tensor(LENGTHS)[:, None] - 1)
-    paid = shaped_reward(
-        environment_reward(score[:, None].where(last, 0.0), reference, BETA),
-        reference,
-        BETA,
-        BETA * k1(log_prob, reference),
-    )
+    token_score = score[:, None].where(last, 0.0)
+    paid = environment_reward(token_score, reference, BETA) - BETA * log_prob
+    torch.testing.assert_close(penalized_reward(token_score, k1(log_prob, reference), BETA), paid)
     for row, length in enumerate(LENGTHS):
         for t in range(5):
             expected = 0.0
@@ -221,7 +218,7 @@ def load_torchtune(name: str):
 
 
 def test_rewards_and_targets_equal_torchtune():
-    """Shaped rewards and value targets equal those of torchtune's PPO recipe."""
+    """Penalized rewards and value targets equal those of torchtune's PPO recipe."""
     oracle = load_torchtune("rewards")
     reward, value, mask = random_batch()
     log_prob, reference = -reward.abs(), -(reward - 0.3).abs()
@@ -229,12 +226,7 @@ def test_rewards_and_targets_equal_torchtune():
     score, last = torch.tensor([2.0, -1.0, 0.5, 3.0]), torch.tensor(LENGTHS) - 1
     expected, _, _ = oracle.get_rewards_ppo(score, log_prob, reference, BETA, valid_score_idxs=last)
     ended = torch.nn.functional.one_hot(last, 5).bool()
-    paid = shaped_reward(
-        environment_reward(score[:, None].where(ended, 0.0), reference, BETA),
-        reference,
-        BETA,
-        BETA * k1(log_prob, reference),
-    )
+    paid = penalized_reward(score[:, None].where(ended, 0.0), k1(log_prob, reference), BETA)
     torch.testing.assert_close(paid, expected)
     clean_value = value[:, :-1].where(mask, 0.0)
     _, returns = oracle.estimate_advantages(clean_value, paid.where(mask, 0.0), GAMMA, LMBDA, masks=mask)

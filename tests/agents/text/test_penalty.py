@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import textenv.generation
+from agents.objectives.actor_critic import add_penalized_reward
 from agents.text.config import TextConfig
 from agents.text.experiment import assign_credit
 from agents.text.rollout import TextRollout, collect, make_controller
@@ -52,10 +53,11 @@ def distributions(trainer: Trainer, data) -> tuple[list, list]:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_shaped_reward_equals_the_loop(settings, estimator):
+def test_penalized_reward_equals_the_loop(settings, estimator):
     """The learner's reward is the score at the end − β · estimate at each token, by a plain-Python loop over V."""
     trainer = make_trainer(settings, kl_estimator=estimator)
     data = rollout_of(trainer).data
+    add_penalized_reward(data)
     actor, reference = distributions(trainer, data)
     lengths = data["mask"].sum(1).tolist()
     assert len(set(lengths)) > 1
@@ -69,7 +71,7 @@ def test_shaped_reward_equals_the_loop(settings, estimator):
                 estimates["exact"] = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 1e-12)
                 wanted = -BETA * estimates[estimator] + (float(data["score"][row]) if t == length - 1 else 0.0)
             # log-probabilities of float32 forwards in another order: 1e-5, and k3 and k2 grow with d
-            assert float(data["shaped_reward"][row, t]) == pytest.approx(wanted, abs=1e-4, rel=1e-4)
+            assert float(data["reward"][row, t]) == pytest.approx(wanted, abs=1e-4, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
@@ -77,6 +79,7 @@ def test_exact_kl_under_masks(settings):
     """With action masks the exact KL is that of the distribution which was sampled from, over the allowed tokens."""
     trainer = make_trainer(settings | dict(action_mask="top_k:5"), kl_estimator="exact")
     data = rollout_of(trainer).data
+    add_penalized_reward(data)
     actor, reference = distributions(trainer, data)
     row = int(data["mask"].sum(1).argmax())
     for t in range(int(data["mask"][row].sum())):
@@ -113,7 +116,7 @@ def test_the_trainer_moves_beta(settings, unit):
     for iteration in trainer.iterate():
         data, metrics = iteration.rollout.data, iteration.metrics
         assert metrics["kl_coef"] == pytest.approx(coef, rel=1e-12)
-        ended = data["shaped_reward"].sum(1) - data["score"]
+        ended = data["reward"].sum(1) - data["score"]
         torch.testing.assert_close(ended, -coef * data["kl"].sum(1), atol=1e-4, rtol=1e-4)
         kl = float(data["kl"].sum()) / (int(data["mask"].sum()) if unit == "token" else len(data))
         assert metrics[f"controller_kl_per_{unit}"] == pytest.approx(kl) and metrics[f"kl_target_per_{unit}"] == 0.5
@@ -154,7 +157,7 @@ def test_no_reference_no_penalty(settings):
     trainer = make_trainer(settings | dict(kl_coef=0))
     iteration = next(trainer.iterate())
     data = iteration.rollout.data
-    torch.testing.assert_close(data["shaped_reward"].sum(1), data["score"])
+    torch.testing.assert_close(data["reward"].sum(1), data["score"])
     assert not data["kl"].any() and not any(name.startswith("kl_") for name in iteration.metrics)
 
 
@@ -172,7 +175,7 @@ def test_what_needs_a_reference_is_refused_without(settings, changes):
         (dict(kl_estimator="k4"), "kl_estimator must be one of k1, k2, k3, exact, got 'k4'"),
         (dict(kl_controller="pid"), "kl_controller must be one of fixed, adaptive, got 'pid'"),
         (dict(kl_unit="episode"), "kl_unit must be one of token, response, got 'episode'"),
-        (dict(kl_target=6.0), "kl_target=6.0 needs a β that moves; set kl_controller to adaptive"),
+        (dict(kl_target=6.0), "kl_target=6.0 needs kl_controller=adaptive"),
         (dict(kl_controller="adaptive"), "needs a kl_target above 0, in nats per response .*got None; 6 nats"),
         (dict(kl_controller="adaptive", kl_target=-1.0, kl_unit="token"), "in nats per token .*got -1.0"),
         (dict(kl_controller="adaptive", kl_target=math.nan), "kl_target above 0.*got nan"),

@@ -15,6 +15,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import Autoreset
 
+from agents.objectives.actor_critic import add_penalized_reward
 from agents.text.rollout import Penalty, TextRollout, collect
 from tests.support import tiny
 from tests.support.faces import STOPS, TOLERANCE, assert_same, random_tokens
@@ -94,13 +95,15 @@ def play_torchrl(task, data):
 def test_every_face_adds_up_to_score_minus_penalty(one_prompt):
     """In every face, Σ reward − β Σ log π = score − β · KL for every response."""
     task = build_task(TextGenConfig(**one_prompt))
-    data = rollout_of(task).data
+    rollout = rollout_of(task)
+    data = rollout.data
+    add_penalized_reward(data)
     kl = (data["action_log_prob"] - data["reference_log_prob"]).sum(1)
     wanted = (data["score"] - BETA * kl).tolist()
     own_half = (BETA * data["action_log_prob"].sum(1)).tolist()
     single = [lambda: gym.make("TextGen-v0", **one_prompt)] * ROWS
     sums = {
-        "fast path": data["reward"].sum(1).tolist(),
+        "fast path": rollout.scored.reward.sum(1).tolist(),
         "TextGenEnv": play_single(one_prompt, data),
         "TextGenVectorEnv": play_vector(TextGenVectorEnv(ROWS, **one_prompt), data),
         "TextGenVectorEnv, same step": play_vector(
@@ -113,7 +116,7 @@ def test_every_face_adds_up_to_score_minus_penalty(one_prompt):
         for row in range(ROWS):
             got = sum_of_rewards[row] - own_half[row]
             assert got == pytest.approx(wanted[row], abs=TOLERANCE), f"{face}, row {row}"
-    torch.testing.assert_close(data["shaped_reward"].sum(1), torch.tensor(wanted), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(data["reward"].sum(1), torch.tensor(wanted), atol=TOLERANCE, rtol=0)
 
 
 # ---- the wrappers
@@ -125,7 +128,8 @@ def test_wrappers_pay_the_learners_reward(one_prompt, estimator):
     task = build_task(TextGenConfig(**one_prompt))
     rollout = rollout_of(task, estimator)
     data, mask = rollout.data, rollout.data["mask"].numpy()
-    shaped, kl = data["shaped_reward"].numpy(), data["kl"].numpy()
+    add_penalized_reward(data)
+    penalized, kl = data["reward"].numpy(), data["kl"].numpy()
     log_prob, tokens = data["action_log_prob"].numpy(), data["action"].numpy()
     single = WholePenalty(gym.make("TextGen-v0", **one_prompt), estimator)
     vector = VectorWholePenalty(gym.make_vec("TextGen-v0", num_envs=ROWS, **one_prompt), estimator)
@@ -135,14 +139,14 @@ def test_wrappers_pay_the_learners_reward(one_prompt, estimator):
         _, rewards, _, _, infos = vector.step(action)
         taken = mask[:, step]
         # large k3 values have float32's relative rounding error
-        np.testing.assert_allclose(rewards[taken], shaped[taken, step], rtol=1e-5, atol=TOLERANCE)
+        np.testing.assert_allclose(rewards[taken], penalized[taken, step], rtol=1e-5, atol=TOLERANCE)
         np.testing.assert_allclose(infos["penalty"][taken], BETA * kl[taken, step], rtol=1e-5, atol=TOLERANCE)
     for row in range(ROWS):
         single.reset(seed=0)
         for step in range(mask[row].sum()):
             action = {"token": tokens[row, step], "log_prob": log_prob[row, step]}
             _, reward, terminated, _, info = single.step(action)
-            assert reward == pytest.approx(shaped[row, step], rel=1e-5, abs=TOLERANCE)
+            assert reward == pytest.approx(penalized[row, step], rel=1e-5, abs=TOLERANCE)
             assert info["penalty"] == pytest.approx(BETA * kl[row, step], rel=1e-5, abs=TOLERANCE)
         assert terminated
 
