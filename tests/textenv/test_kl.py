@@ -266,7 +266,10 @@ def test_controllers_go_on_where_they_stopped():
         (lambda: AdaptiveKL(0.1, -6, 100, "response"), "target must be above 0, got -6"),
         (lambda: AdaptiveKL(0.1, 6, math.inf, "response"), "horizon must be a finite number, got inf"),
         (lambda: AdaptiveKL(0.1, 6, 0, "response"), "horizon must be above 0, got 0"),
-        (lambda: AdaptiveKL(0.1, 6, 100, "episode"), "unit must be 'token' or 'response', got 'episode'; 6 nats per response"),
+        (
+            lambda: AdaptiveKL(0.1, 6, 100, "episode"),
+            "unit must be 'token' or 'response', got 'episode'; 6 nats per response",
+        ),
         (lambda: AdaptiveKL(0.1, 6, 100, "token").update(math.nan, 10, 1), "measured KL is NaN.*check the log-prob"),
     ],
 )
