@@ -1,4 +1,4 @@
-"""Text generation as an honest Gymnasium environment: `gym.make("TextGen-v0")` after `import textenv`."""
+"""Text generation as a Gymnasium environment: `import textenv`, then `gym.make("TextGen-v0")`."""
 
 from gymnasium.envs.registration import register
 

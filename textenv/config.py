@@ -1,4 +1,4 @@
-"""The settings of the environment, validated once: what `gym.make("TextGen-v0", ...)` takes."""
+"""The settings of the environment, which are the arguments of `gym.make("TextGen-v0", ...)`, validated once."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ PROMPT_SAMPLING = ("uniform", "shuffle", "weighted", "prioritized")
 
 @dataclass(frozen=True, kw_only=True)
 class TextGenConfig:
-    """Everything that defines the decision process. `None` stands for the embedded task's own part."""
+    """The settings that define the decision process. None is the embedded task's own model, reward or prompts.
+
+    `help("textenv.env.TextGenEnv")` explains each setting at length.
+    """
 
     reference: Any = None  # frozen language model: folder, hub name, or textenv.shared(LanguageModel)
     reward: str | Callable | Mapping[str, float] | Any = None  # reward model, function, or {name: weight}
-    reward_label: str | None = None  # which label's log-odds to use, if the reward model has several
-    reward_timeout: float | None = None  # seconds a reward function may take a call; None waits for ever
-    score_normalization: str = "none"  # of the score that is paid: "none", "fixed" (mean and std below) or "running"
+    reward_label: str | None = None  # the label whose log-odds are the score, if the reward model has several
+    reward_timeout: float | None = None  # seconds per call of a reward function; None is no limit
+    score_normalization: str = "none"  # "none", "fixed" (by the mean and std below) or "running"
     score_mean: float = 0.0  # subtracted by "fixed"
-    score_std: float = 1.0  # divided by, by "fixed"
-    score_clip: float | None = None  # the score that is paid stays within ± this
+    score_std: float = 1.0  # the divisor in "fixed"
+    score_clip: float | None = None  # clips the final score to ± this
     prompts: str | Sequence[Any] | Any = None  # list, .jsonl path (field "prompt"), or "module:function"
-    prompt_sampling: str | None = None  # their order: "uniform", "shuffle", "weighted", "prioritized"; None is
-    # each user's own habit: uniform in the environment, shuffled rounds for the learners
-    group_size: int = 1  # G, episodes in a row on the same prompt
-    chat: bool = False  # put prompts through the tokenizer's chat template
+    prompt_sampling: str | None = None  # "uniform", "shuffle", "weighted" or "prioritized"; None lets the
+    # caller choose: the environments sample uniformly, the learners in shuffled rounds
+    group_size: int = 1  # G, consecutive episodes on the same prompt
+    chat: bool = False  # format prompts with the tokenizer's chat template
     kl_coef: float = 0.1  # β, weight of the penalty; 0 runs no reference
     max_prompt_tokens: int = 24  # P; prompts are left-padded to it
     max_new_tokens: int = 48  # R; the token budget of a response
     temperature: float = 0.7  # of the reference's and the actor's distribution, as in Ziegler et al. 2019
-    action_mask: str | Sequence | Callable | Any = None  # which tokens may come next, see textenv.masks; None is off
-    stop_token_ids: Sequence[int] | None = None  # default: the model's own end tokens
+    action_mask: str | Sequence | Callable | Any = None  # which tokens may come next; None is off
+    stop_token_ids: Sequence[int] | None = None  # None is the model's own end tokens
     dtype: str = "float32"  # of the frozen models' weights
-    device: str = "auto"  # "auto" is CUDA where there is one
+    device: str = "auto"  # "auto" is CUDA if available
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_tokens", "max_new_tokens", "group_size"):
@@ -51,11 +54,13 @@ class TextGenConfig:
                 raise ValueError(f"{name} must be a finite number, got {value!r}.")
         if self.kl_coef < 0:
             raise ValueError(
-                f"kl_coef must be 0 or more, got {self.kl_coef}: a negative penalty would reward "
-                "leaving the reference. Use 0 to switch the penalty off."
+                f"kl_coef must be 0 or more, got {self.kl_coef}: a negative weight would reward "
+                "leaving the reference. Use 0 to turn the penalty off."
             )
         if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}; 1.0 is the model's own.")
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}; 1.0 is the model's own distribution."
+            )
         if self.prompt_sampling is not None and self.prompt_sampling not in PROMPT_SAMPLING:
             raise ValueError(
                 f"prompt_sampling must be None or one of {list(PROMPT_SAMPLING)}, got {self.prompt_sampling!r}."
@@ -71,11 +76,11 @@ class TextGenConfig:
 
     @property
     def width(self) -> int:
-        """L = P + R, tokens of the longest prompt and response together."""
+        """L = P + R, the width of an observation."""
         return self.max_prompt_tokens + self.max_new_tokens
 
     def torch_device(self) -> torch.device:
-        """The device that `device` names."""
+        """The device that `device` names. Raises ValueError for one that this machine does not have."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -101,17 +106,17 @@ def _check_scores(config: TextGenConfig) -> None:
         )
     if config.score_normalization != "fixed" and (config.score_mean, config.score_std) != (0, 1):
         raise ValueError(
-            f"score_mean={config.score_mean} and score_std={config.score_std} count with score_normalization='fixed' "
-            f"only, got {config.score_normalization!r}; set it, or leave them out."
+            f"score_mean={config.score_mean} and score_std={config.score_std} have an effect only with "
+            f"score_normalization='fixed', got {config.score_normalization!r}; set it, or leave them out."
         )
 
 
 def read_settings(settings: Mapping[str, Any]) -> TextGenConfig:
-    """The keyword arguments of `gym.make` as settings. Raises TypeError for one that there is not."""
+    """The keyword arguments of `gym.make` as a TextGenConfig. Raises TypeError for an unknown name."""
     known = [field.name for field in fields(TextGenConfig)]
     for name in settings:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
+            matches = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {matches[0]!r}?" if matches else "."
             raise TypeError(f"TextGen-v0 has no argument {name!r}{hint} It takes {', '.join(known)} and render_mode.")
     return TextGenConfig(**settings)

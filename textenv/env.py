@@ -1,4 +1,4 @@
-"""TextGen-v0 as a gymnasium.Env: one episode at a time. A face of dynamics.py, with no logic of its own."""
+"""TextGen-v0 as a gymnasium.Env: one episode at a time. The decision process itself is in dynamics.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from textenv.rendering.viewers import FPS, VIEWERS, check_render_mode, make_view
 from textenv.state import TextState
 from textenv.task import Task, build_task
 
-Observation = dict[str, Any]  # input_ids, attention_mask: arrays [L]
+Observation = dict[str, Any]  # input_ids and attention_mask, arrays [L]
 
 
 class TextGenEnv(gym.Env[Observation, np.int64]):
@@ -30,11 +30,11 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     | import | `gymnasium.make("textenv:TextGen-v0")` |
 
     ## Description
-    A language model writes a response to a prompt, one token at a time. The state is the context, an action is
-    the next token, and the reward is a reward model's score for the whole response, with a penalty for leaving
-    a frozen reference model: the setting of reinforcement learning from human feedback (Ziegler et al. 2019,
-    Ouyang et al. 2022). With no arguments it is the embedded task, product reviews, and needs no network; the
-    table above is that task's.
+    A language model writes a response to a prompt, one token at a time. The state is the context, an action is the
+    next token, and the reward is a reward model's score of the whole response, with a penalty for leaving a frozen
+    reference model. This is the setting of reinforcement learning from human feedback (Ziegler et al. 2019, Ouyang et
+    al. 2022). Without arguments it is the embedded task, writing product reviews, which works offline; the table above
+    describes that task.
 
     ```python
     >>> import gymnasium as gym
@@ -44,7 +44,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     >>> observation, info = env.reset(seed=0)
     >>> terminated = False
     >>> while not terminated:
-    ...     action = env.action_space.sample()  # here goes your policy
+    ...     action = env.action_space.sample()  # your policy goes here
     ...     observation, reward, terminated, truncated, info = env.step(action)
     >>> sorted(info)
     ['finish_reason', 'reference_log_prob', 'response', 'score', 'score_parts']
@@ -52,71 +52,82 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     ```
 
     ## Action Space
-    `Discrete(V)`: a token id, V the width of the reference's logits. Every id is legal.
+    `Discrete(V)`: a token id. V is the width of the reference's logits. Every id is legal.
 
     ## Observation Space
-    `Dict(input_ids=Box(0, V-1, (L,), int64), attention_mask=MultiBinary(L))` with
+    `Dict(input_ids=Box(0, V-1, (L,), int64), attention_mask=MultiBinary(L))`, with
     L = `max_prompt_tokens` + `max_new_tokens`. Prompts are left-padded, so that every response starts in column
-    `max_prompt_tokens`. Columns whose mask is 0 hold no token, whatever their id.
+    `max_prompt_tokens`. Columns whose mask is 0 hold no token, whatever their id. Ids are never decoded and encoded
+    again: an observation holds exactly the tokens that the policy wrote.
 
     ## Rewards
-    `kl_coef · log π_ref(a|s)` at each token, and the score at the last one, save what rewards of single tokens
-    (`textenv.per_token`) have paid before. A learner that subtracts
-    `kl_coef · log π(a|s)` of its own policy optimizes `score − kl_coef · KL(π, π_ref)`.
+    Each step pays `kl_coef · log π_ref(a|s)`. The last step also pays the score, minus what per-token rewards
+    (`textenv.per_token`) have already paid. A learner that subtracts `kl_coef · log π(a|s)` of its own policy optimizes
+    `score − kl_coef · KL(π, π_ref)`; the environment cannot do so, since it does not know the policy.
 
     ## Starting State
-    A prompt drawn from `prompts` as `prompt_sampling` says, and an empty response. A seed decides all prompts that
-    follow it: `reset(seed=...)` also begins a shuffled round, a group or a curriculum anew.
-    `reset(options={"prompt": "..."})` plays a prompt of the caller's own (anything that is one entry of `prompts`),
-    `{"prompt_index": i}` one of the environment's; a vector environment plays it in all rows that are reset, and
-    takes one a row as `"prompts"` or `"prompt_indices"`. Options reach explicit resets only, never automatic ones.
-    In a vector environment rows of equal seeds start from equal prompts: `reset(seed=[7] * 4 + [8] * 4)` makes two
+    A prompt drawn from `prompts` by the strategy `prompt_sampling`, and an empty response. `reset(seed=...)` decides
+    all prompts that follow: it also restarts a shuffled round, a group or a curriculum.
+
+    `reset(options=...)` chooses the prompt of this episode. Automatic resets of a vector environment ignore options.
+    * `{"prompt": "..."}`: a prompt of your own, in any form that an entry of `prompts` may have; in a vector
+      environment, for all rows that are reset.
+    * `{"prompt_index": i}`: one of the environment's prompts; likewise.
+    * `{"prompts": [...]}` and `{"prompt_indices": [...]}`: one for each row of a vector environment.
+
+    In a vector environment, rows with equal seeds start from equal prompts: `reset(seed=[7] * 4 + [8] * 4)` makes two
     groups of four.
 
     ## Episode End
     Termination:
     * a stop token is written (`finish_reason="stop"`);
-    * the budget of `max_new_tokens` is used up (`"length"`); it is part of the state, and the response is scored.
+    * the budget of `max_new_tokens` is used up (`"length"`). This is a termination, because the budget is part of the
+      state and the response is scored.
 
     Truncation:
     * never by the environment itself; `max_episode_steps` of `gym.make` and `gym.make_vec` truncates, without a score.
 
     ## Arguments
-    Names and numbers, so that `env.spec` goes to JSON and back. Live objects work too, though not through JSON:
-    `textenv.shared(model)` hands one in without the copy that `env.spec` makes of it for every wrapper.
+    Arguments are names and numbers, so that `env.spec` can be saved as JSON. Live objects work too, but not in JSON.
+    Gymnasium copies arguments for `env.spec` and for every wrapper; `textenv.shared(model)` passes a model uncopied.
 
-    * `reference=None`: a causal language model's folder or hub name, or `textenv.shared(LanguageModel(...))`; None is
-      the embedded task's own, as for `reward` and `prompts`.
-    * `reward=None`: a reward model's folder or hub name, `"module:function"`, a function
-      `f(prompts, responses) -> list of floats`, `"evaluate:METRIC:KEY"`, or `{name: weight}` of these; ready-made
-      ones are in `textenv.rewards.library`, other forms of functions under `textenv.per_response`, `per_token` and
-      `per_batch`.
-    * `reward_label=None`: which label of the reward model counts, if it has several.
-    * `reward_timeout=None`: seconds that a reward function may take.
-    * `score_normalization="none"`: what becomes of the score before it is paid: `"fixed"` (by `score_mean` and
-      `score_std`) or `"running"` (by all scores so far).
-    * `score_mean=0.0`: subtracted by `"fixed"`.
-    * `score_std=1.0`: divided by, in `"fixed"`.
-    * `score_clip=None`: the greatest size of a normalized score.
-    * `prompts=None`: a list, a `.jsonl` path (field `prompt`), a `datasets.Dataset`, or `"module:function"`; of texts,
-      chats (lists of `{"role", "content"}`), or rows with a field `prompt` and others, which reward functions may read.
-    * `prompt_sampling=None`: `"uniform"` (with replacement; what None means here), `"shuffle"` (rounds without),
-      `"weighted"` (by the field `weight`), or `"prioritized"` (by low recent scores, Jiang et al. 2021; each row of a
-      vector environment by its own).
-    * `group_size=1`: episodes in a row on the same prompt.
-    * `chat=False`: put prompts through the tokenizer's chat template.
-    * `kl_coef=0.1`: weight of the penalty for leaving the reference; 0 loads no reference.
-    * `max_prompt_tokens=24`: columns for the prompt; a longer one is refused.
-    * `max_new_tokens=48`: the budget of a response.
-    * `temperature=0.7`: of the reference's distribution, and of the policies here.
-    * `action_mask=None`: which tokens may come next: `"special"`, `"top_k:N"`, `"top_p:P"`, `"words:A,B"`,
-      `"regex:PATTERN"`, `"module:function"`, or a list of these. It is advice: every token stays legal, and its
-      reward is what it is without masks.
+    * `reference=None`: the folder or hub name of a causal language model, or `textenv.shared(LanguageModel(...))`. The
+      model consists of attention layers and has safetensors weights and an end token. None is the embedded task's, as
+      for `reward` and `prompts`.
+    * `reward=None`: scores a response. One of: the folder or hub name of a sequence-classification model, whose
+      tokenizer may differ from the reference's; `"module:function"`, or a function
+      `f(prompts, responses) -> list of floats`; `"evaluate:METRIC:KEY"`, a metric of Hugging Face's evaluate; or
+      `{name: weight}`, a weighted sum of these. Functions may be `async`, and may take further arguments, which are
+      fields of the prompts, such as `answer`. `textenv.per_response`, `per_token` and `per_batch` mark functions of one
+      response, of tokens, and of tensors. `textenv.rewards.library` has length, repetition, unfinished, exact match and
+      numeric match.
+    * `reward_label=None`: the label of the reward model that is the score, if the model has several.
+    * `reward_timeout=None`: seconds that one call of a reward function may take; the error names the reward.
+    * `score_normalization="none"`: applied to the score before it is paid: `"fixed"` (by `score_mean` and `score_std`)
+      or `"running"` (by the statistics of all scores so far).
+    * `score_mean=0.0`: subtracted from the score by `"fixed"`.
+    * `score_std=1.0`: the score's divisor in `"fixed"`.
+    * `score_clip=None`: clips the score that is paid at the last token to ± this number.
+    * `prompts=None`: a list, a `.jsonl` path (field `prompt`), a `datasets.Dataset`, or `"module:function"`. Entries
+      are texts, chats (lists of `{"role", "content"}`), or rows with a field `prompt` and further fields, which reward
+      functions may read.
+    * `prompt_sampling=None`: `"uniform"` (with replacement, the default here), `"shuffle"` (rounds without
+      replacement), `"weighted"` (by the field `weight`), or `"prioritized"` (low recent scores first, Jiang et al.
+      2021; each row of a vector environment by its own scores).
+    * `group_size=1`: consecutive episodes on the same prompt.
+    * `chat=False`: format prompts with the tokenizer's chat template.
+    * `kl_coef=0.1`: weight of the penalty for leaving the reference, β; 0 loads no reference.
+    * `max_prompt_tokens=24`: columns for the prompt; a longer prompt is refused.
+    * `max_new_tokens=48`: the token budget of a response.
+    * `temperature=0.7`: sampling temperature of the reference's distribution; policies are expected to use it too.
+    * `action_mask=None`: which tokens may come next: `"special"` (no special tokens), `"top_k:N"` or `"top_p:P"` (of
+      a mask policy, NLPO), `"words:A,B"`, `"regex:PATTERN"`, `"module:function"`, or a list of these. Masks are advice:
+      every token stays legal, and rewards do not depend on masks.
     * `stop_token_ids=None`: tokens that end a response; None is the model's own.
-    * `dtype="float32"`: of the frozen models' weights; `"bfloat16"` and `"float16"` are the others.
-    * `device="auto"`: `"auto"` is CUDA where there is one.
+    * `dtype="float32"`: of the frozen models' weights; also `"bfloat16"` or `"float16"`.
+    * `device="auto"`: where the frozen models run; `"auto"` is CUDA if available.
     * `render_mode=None`: `"ansi"` (text for a terminal), `"human"` (typed into the terminal while it is written) or
-      `"rgb_array"` (a picture). Tokens are the redder, the less likely the reference found them.
+      `"rgb_array"` (an image). The less likely the reference found a token, the redder it is.
 
     ```python
     >>> env = gym.make("TextGen-v0", max_new_tokens=3, kl_coef=0, render_mode="ansi")
@@ -129,15 +140,15 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     ```
 
     ## Information
-    * `prompt_index` (reset): int, which of `prompts` is played; -1 for a prompt given by options.
+    * `prompt_index` (reset): int, the index in `prompts`; -1 for a prompt passed in options.
     * `reference_log_prob` (every step, if `kl_coef > 0`): float, log π_ref of the token just written.
-    * `score` (last step): float, all that the reward paid for the response.
-    * `score_parts` (last step): dict of floats, what each reward gave under its name, before weights and
-      normalization; with normalization also `raw`, their sum.
+    * `score` (last step): float, the response's score after normalization: all that the reward paid for it.
+    * `score_parts` (last step): dict of floats, each reward's score under its name, before weights and normalization;
+      with normalization also `raw`, their weighted sum.
     * `finish_reason` (last step): `"stop"` or `"length"`.
-    * `response` (last step): its text, without special tokens.
+    * `response` (last step): the text, without special tokens.
     * `action_mask` (reset and every step, if `action_mask is not None`): int8 [V], 1 = may come next;
-      `action_masks()` gives it as bool [V].
+      `action_masks()` returns it as bool [V].
 
     ## Version History
     * v0: first version
@@ -156,7 +167,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Starts an episode with a prompt drawn by the environment's own generator, or with the one in options."""
+        """Start an episode with the prompt in `options`, or one drawn by the environment's generator."""
         chosen = choose_prompts(options, self.task.prompts, self.task.read_prompts, [0], num_envs=0)
         super().reset(seed=seed)
         if seed is not None:
@@ -170,7 +181,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
         return observe(state, 0), {"prompt_index": self.dynamics.prompt_index[0], **self._mask_info()}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Writes one token. Raises ValueError for what is no token id, and after the episode's end."""
+        """Append one token. Raises ValueError for anything but a token id, and after the episode's end."""
         tokens = torch.from_numpy(as_tokens(action, 1)).to(self.task.device)
         transition = self.dynamics.step(tokens)
         if self.viewer is not None:
@@ -180,18 +191,18 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
         return observe(transition.state, 0), reward, ended, False, info
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Which tokens may come next, bool [V], as sb3-contrib asks for it. All of them without `action_mask`."""
+        """Which tokens may come next, bool [V]: all of them without `action_mask`. sb3-contrib calls this method."""
         return self.dynamics.action_mask()[0].cpu().numpy().copy()
 
     def _mask_info(self) -> dict[str, Any]:
         return {"action_mask": self.action_masks().astype(np.int8)} if self.task.masks else {}
 
     def render(self) -> Any:
-        """The episode so far: text (`ansi`), a picture (`rgb_array`), or None (`human` types by itself)."""
+        """The episode so far: text (`ansi`), an image (`rgb_array`), or None (`human` types while it is written)."""
         return None if self.viewer is None else self.viewer.frames()[0]
 
     def close(self) -> None:
-        """Ends what is being shown; there is nothing else to close."""
+        """Close the viewer. Calling it again, or without a viewer, does nothing."""
         if self.viewer is not None:
             self.viewer.close()
 
@@ -206,7 +217,7 @@ def make_spaces(task: Task) -> tuple[spaces.Dict, spaces.Discrete]:
 
 
 def observe(state: TextState, row: int | slice = slice(None)) -> Observation:
-    """A fresh observation of one row, or of all rows together."""
+    """The observation of one row, or of all rows, in new arrays."""
     return {
         "input_ids": state.input_ids[row].cpu().numpy().copy(),
         "attention_mask": state.attention_mask[row].cpu().numpy().astype(np.int8),
@@ -214,7 +225,7 @@ def observe(state: TextState, row: int | slice = slice(None)) -> Observation:
 
 
 def step_info(task: Task, transition: Transition, row: int) -> dict[str, Any]:
-    """What `info` says of one row's step."""
+    """The `info` of one row's step."""
     info: dict[str, Any] = {}
     if task.reference is not None:
         info["reference_log_prob"] = float(transition.reference_log_prob[row])
@@ -226,15 +237,15 @@ def step_info(task: Task, transition: Transition, row: int) -> dict[str, Any]:
     return info
 
 
-def as_rows(name: str, given: Any) -> int:
-    """How many episodes an environment is to hold side by side, by the argument of that name."""
-    if isinstance(given, bool) or not isinstance(given, int | np.integer) or given < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {given!r}.")
-    return int(given)
+def as_rows(name: str, value: Any) -> int:
+    """Validate a number of parallel episodes. Raises ValueError that calls the argument by `name`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    return int(value)
 
 
 def as_tokens(action: Any, rows: int) -> NDArray[np.int64]:
-    """Whole numbers, int64 [rows], from whatever a client passes as an action."""
+    """An action in any integer form (number, list, array, tensor) as int64 [rows]."""
     array = np.asarray(action.cpu() if isinstance(action, torch.Tensor) else action)
     if array.dtype.kind not in "iu" or array.size != rows:
         raise ValueError(

@@ -1,8 +1,8 @@
 """The fast path: whole responses at once, then one teacher-forced pass of each frozen model.
 
-Two verbs. `generate` writes responses with any language model, one cached token at a time. `score_responses` gives
-finished responses their reference log-probabilities, scores and rewards: the numbers that stepping through
-dynamics.py gives, at a fraction of the cost.
+`generate` samples responses from any language model, one cached token at a time. `score_responses` computes the
+reference log-probabilities, scores and rewards of finished responses. The numbers equal those of stepping through
+dynamics.py, at a fraction of the cost.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ class Generation:
     """Finished responses and the log-probabilities under which they were sampled."""
 
     state: TextState
-    log_prob: Tensor  # float32 [B, R], zero outside the response; under the masks, where there are any
-    allowed: TokenSets | None  # [B, R], what the masks allowed; None without masks
+    log_prob: Tensor  # float32 [B, R], after action masks; zero at tokens not generated
+    allowed: TokenSets | None  # [B, R], the tokens that the action masks allowed; None without masks
 
 
 @dataclass(frozen=True)
 class ScoredResponses:
-    """What the environment says of finished responses."""
+    """Scores and rewards of B finished responses."""
 
-    reward: Tensor  # float32 [B, R], what the environment pays at each token
+    reward: Tensor  # float32 [B, R], the environment's reward at each token
     token_score: Tensor  # float32 [B, R], the part of `reward` that is score; `reward` adds β · reference_log_prob
     reference_log_prob: Tensor  # float32 [B, R], zero at tokens not generated, and where kl_coef is 0
     score: Tensor  # float32 [B], the response's score: the sum of token_score over its tokens
-    score_parts: dict[str, Tensor]  # float32 [B] each, what every reward gave under its name
+    score_parts: dict[str, Tensor]  # reward name -> float32 [B], its share before weights and normalization
     finish_code: Tensor  # int64 [B], STOP or LENGTH
-    responses: list[str]
+    responses: list[str]  # B texts, without special tokens
 
     def finish_reason(self, row: int) -> str:
         """`"stop"` or `"length"`."""
@@ -57,48 +57,48 @@ class ScoredResponses:
 def generate(
     task: Task, model: PreTrainedModel, prompts: Prompts, sampling: Sampling, generator: torch.Generator
 ) -> Generation:
-    """One response to each prompt, sampled from `model`."""
+    """Sample one response to each prompt from `model`."""
     budget = task.config.max_new_tokens
     stops = torch.tensor(task.stop_token_ids, device=task.device)
     state = start(prompts.input_ids, prompts.attention_mask, budget, task.pad_token_id)
     rows, width = state.input_ids.shape
     log_prob = torch.zeros(rows, budget, device=task.device)
     code = torch.full((rows,), RUNNING, device=task.device)
-    cached = torch.arange(rows, device=task.device)  # the rows that are still being read
+    cached = torch.arange(rows, device=task.device)  # [b], the rows that the decoder still holds
     shape = (rows, width, task.vocabulary)
-    reader = CachedDecoder(model, *shape)
+    decoder = CachedDecoder(model, *shape)
     masker = Masker(task.masks, task.stop_token_ids, shape) if task.masks else None
-    readers = [one for one in (reader, masker) if one is not None]
-    for one in readers:
-        one.restart(state, cached)
-    sets: list[TokenSets] = []
+    decoders = [decoder] if masker is None else [decoder, masker]
+    for each in decoders:
+        each.restart(state, cached)
+    allowed_sets: list[TokenSets] = []
     for step in range(budget):
-        running, logits = code == RUNNING, reader.logits  # [B], [b, V]
+        running, logits = code == RUNNING, decoder.logits  # [B], [b, V]
         if masker is not None:
             texts = [prompts.texts[row] for row in cached.tolist()]
             allowed = masker.allowed(state.select(cached), texts, running[cached])  # [b, V]
-            sets.append(TokenSets.of(allowed).scatter(cached, rows))
+            allowed_sets.append(TokenSets.of(allowed).scatter(cached, rows))
             logits = logits.masked_fill(~allowed, -torch.inf)
         drawn, drawn_log_prob = sample(logits, sampling, generator)
         tokens = torch.zeros_like(code).index_copy(0, cached, drawn)
         log_prob[cached, step] = drawn_log_prob.where(running[cached], 0.0)
         state = state.append(tokens, running)
         code = finish(tokens, state.length, stops, budget).where(running, code)
-        going_on = code[cached] == RUNNING
-        left = int(going_on.sum())
-        if left == 0:
+        unfinished = code[cached] == RUNNING  # [b]
+        count = int(unfinished.sum())
+        if count == 0:
             break
-        if 2 * left <= len(cached):  # finished rows cost work for nothing: drop them, now and then
-            for one in readers:
-                one.keep(going_on.nonzero()[:, 0])
-            cached = cached[going_on]
-        for one in readers:
-            one.advance(state.select(cached))
-    return Generation(state, log_prob, _padded(sets, rows, budget) if sets else None)
+        if 2 * count <= len(cached):  # compacting copies the cache, so wait until half of the rows have finished
+            for each in decoders:
+                each.keep(unfinished.nonzero()[:, 0])
+            cached = cached[unfinished]
+        for each in decoders:
+            each.advance(state.select(cached))
+    return Generation(state, log_prob, _pad_steps(allowed_sets, rows, budget) if allowed_sets else None)
 
 
-def _padded(sets: list[TokenSets], rows: int, budget: int) -> TokenSets:
-    """Sets of all R steps; all tokens were allowed at those that no row reached."""
+def _pad_steps(sets: list[TokenSets], rows: int, budget: int) -> TokenSets:
+    """The sets of all R steps; steps that no row reached allow every token."""
     device = sets[0].ids.device
     empty = TokenSets(
         torch.empty(rows, 0, dtype=torch.int32, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
@@ -114,25 +114,25 @@ def score_responses(
     rows_per_pass: int = 64,
     fields: Mapping[str, Sequence[Any]] | None = None,
 ) -> ScoredResponses:
-    """Scores and rewards of finished responses, some rows at a time.
+    """Scores and rewards of finished responses.
 
-    fields: the prompts' further fields (`Prompts.fields`), one value a response, for rewards that read them.
+    prompt_texts: B; rows_per_pass: rows in one forward of each model; fields: the prompts' further fields
+    (`Prompts.fields`), B values each, for rewards that read them. Raises ValueError for an unfinished response.
     """
-    rows_given = len(state.length)
-    if len(prompt_texts) != rows_given:
+    count = len(state.length)
+    if len(prompt_texts) != count:
         raise ValueError(
-            f"score_responses got {rows_given} responses and {len(prompt_texts)} prompt texts; give one "
-            "text a response."
+            f"score_responses got {count} responses and {len(prompt_texts)} prompt texts; give one text per response."
         )
-    read = []
-    for rows in torch.arange(rows_given, device=task.device).split(rows_per_pass):
+    passes = []
+    for rows in torch.arange(count, device=task.device).split(rows_per_pass):
         indices: list[int] = rows.tolist()
-        own = {name: [values[index] for index in indices] for name, values in (fields or {}).items()}
+        pass_fields = {name: [values[index] for index in indices] for name, values in (fields or {}).items()}
         texts = [prompt_texts[index] for index in indices]
-        read.append(_read(task, state.select(rows), texts, own, indices))
-    # All rows at once: what a score is measured by must not depend on how many are read at a time.
-    scores = normalize(task.normalizer, concatenate([one.scores for one in read]))
-    reference_log_prob = torch.cat([one.reference_log_prob for one in read])
+        passes.append(_score_pass(task, state.select(rows), texts, pass_fields, indices))
+    # Normalize all rows at once: running statistics must not depend on rows_per_pass.
+    scores = normalize(task.normalizer, concatenate([each.scores for each in passes]))
+    reference_log_prob = torch.cat([each.reference_log_prob for each in passes])
     token_score = scores.final[:, None].where(state.last_generated, 0.0)  # [B, R]
     if scores.tokens is not None:
         token_score = token_score + scores.tokens
@@ -142,15 +142,15 @@ def score_responses(
         reference_log_prob=reference_log_prob,
         score=scores.total,
         score_parts=scores.parts,
-        finish_code=torch.cat([one.finish_code for one in read]),
-        responses=[text for one in read for text in one.responses],
+        finish_code=torch.cat([each.finish_code for each in passes]),
+        responses=[text for each in passes for text in each.responses],
     )
 
 
 def response_log_probs(model: PreTrainedModel, state: TextState, temperature: float, rows_per_pass: int = 64) -> Tensor:
-    """Log-probabilities that `model` gives to responses, by full forwards without gradients.
+    """Log-probabilities of responses under `model`, by full forwards without gradients.
 
-    Returns float32 [B, R], zero outside the response.
+    Returns float32 [B, R], zero at tokens not generated.
     """
     with torch.no_grad():
         rows = torch.arange(len(state.length), device=state.length.device)
@@ -165,10 +165,10 @@ def response_kl(
     temperature: float,
     rows_per_pass: int = 64,
 ) -> Tensor:
-    """The exact KL to the reference at every token that `model` has sampled, by full forwards of both.
+    """The exact KL to the reference at every generated token, by full forwards of both models.
 
-    Where masks forbade tokens, the model's distribution is the one over the others. Logits are held for
-    `rows_per_pass` rows at a time. Returns float32 [B, R], zero outside the response.
+    Where action masks forbade tokens, the model's distribution is the one over the allowed tokens. Memory holds the
+    logits of `rows_per_pass` rows at a time. Returns float32 [B, R], zero at tokens not generated.
     """
     rows = torch.arange(len(generation.log_prob), device=generation.log_prob.device)
     parts = [_exact_kl((model, reference), generation, part, temperature) for part in rows.split(rows_per_pass)]
@@ -193,32 +193,32 @@ def _log_probs(model: PreTrainedModel, state: TextState, temperature: float) -> 
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """What the frozen models and the rewards say of some rows."""
+class _Pass:
+    """Results for the b rows of one forward pass."""
 
-    scores: Scores  # as the rewards give them
-    reference_log_prob: Tensor
-    finish_code: Tensor
+    scores: Scores  # before normalization
+    reference_log_prob: Tensor  # float32 [b, R]
+    finish_code: Tensor  # int64 [b]
     responses: list[str]
 
 
-def _read(
+def _score_pass(
     task: Task, state: TextState, prompt_texts: list[str], fields: dict[str, list[Any]], rows: list[int]
-) -> _Reading:
-    """Some rows read by all frozen models; rows: which of all they are."""
+) -> _Pass:
+    """Run the reward and the reference over some rows; `rows` are their indices in the whole batch."""
     stops = torch.tensor(task.stop_token_ids, device=task.device)
     mask = state.response_mask  # [B, R]
     last_tokens = state.response_ids.where(state.last_generated, 0).sum(1)  # [B]
     code = finish(last_tokens, state.length, stops, task.config.max_new_tokens).where(mask.any(1), RUNNING)
     if bool((code == RUNNING).any()):
         raise ValueError(
-            f"score_responses reads finished responses, and row {rows[int((code == RUNNING).nonzero()[0])]} has "
-            "neither a stop token at its end nor the whole budget of tokens; write it to its end first."
+            f"score_responses needs finished responses, but row {rows[int((code == RUNNING).nonzero()[0])]} neither "
+            "ends with a stop token nor fills the token budget; finish it first."
         )
-    episodes = ResponseBatch(prompt_texts, state, code == STOP, task.tokenizer, fields, rows)
-    scores = read_scores(task.reward, episodes)
+    batch = ResponseBatch(prompt_texts, state, code == STOP, task.tokenizer, fields, rows)
+    scores = read_scores(task.reward, batch)
     if task.reference is None:
         reference_log_prob = torch.zeros(mask.shape, device=mask.device)
     else:
         reference_log_prob = _log_probs(task.reference.model, state, task.config.temperature)
-    return _Reading(scores, reference_log_prob, code, episodes.responses)
+    return _Pass(scores, reference_log_prob, code, batch.responses)

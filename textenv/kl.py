@@ -1,23 +1,27 @@
-"""The Kullback–Leibler penalty that ties a policy to its reference: estimators, rewards, and the penalty's weight.
+"""The KL penalty that ties a policy to its reference: rewards, estimators of the KL, and controllers of the weight β.
 
-All pure functions, but for the two small controllers at the end, which hold β. The whole reward of a token is
-split in two (DESIGN §2): the environment pays the part that depends on state and action alone, the learner
-subtracts the part that depends on its own policy.
+A token's full reward is `score_t − β (log π(a_t | s_t) − log π_ref(a_t | s_t))`. It is split in two, because the
+reward of a Markov decision process may depend only on state and action, and `step(action)` does not know the policy.
+The environment pays `score_t + β log π_ref` (`environment_reward`); the policy's part is left to the learner, which
+optimizes `penalized_reward`. All functions here are pure; only the two controllers at the end hold state, their β.
 
 Estimators (Schulman 2020, http://joschu.net/blog/kl-approx.html) of KL(π‖π_ref) from one token sampled by π, with
-d = log π − log π_ref. k1 and k3 have the KL as their mean, k2 has not; k2 and k3 are never negative. Where action
-masks or top-k keep π from tokens that π_ref may choose, k3's mean too falls short of the KL, by the probability that
-π_ref gives them. A mean is not a gradient. With the estimate as a part of the reward, which is a constant to the
+d = log π − log π_ref. The mean of k1 and of k3 is the KL; the mean of k2 is not. k2 and k3 are never negative. Where
+action masks or top-k keep π from tokens that π_ref may choose, the mean of k3 is below the KL by the probability that
+π_ref gives these tokens.
+
+An unbiased estimate does not imply an unbiased gradient. If the estimate is part of the reward, a constant in the
 policy gradient:
 
-- k1 gives the gradient of KL(π‖π_ref). It is the only one that does, and so the default;
-- k3 gives, in each state, that gradient less the gradient of KL(π_ref‖π), and the two all but cancel near the
-  reference; k2 gives another one again;
+- k1 gives the gradient of KL(π‖π_ref). It is the only one that does, and therefore the default;
+- k3 gives, in each state, that gradient minus the gradient of KL(π_ref‖π); near the reference the two almost cancel.
+  k2 gives yet another gradient;
 - the exact KL of a state does not depend on the token chosen there, so it moves no probability in that state: it
   only makes states with a large KL worth avoiding.
 
-As a term of the loss, differentiated through log π, it is the other way round: k1 has a mean gradient of zero, k2
-that of KL(π‖π_ref), k3 that of KL(π_ref‖π), and the exact KL its own.
+If the estimate is a term of the loss, differentiated through log π, it is the other way round: the mean gradient of k1
+is zero, that of k2 is the gradient of KL(π‖π_ref), that of k3 is the gradient of KL(π_ref‖π), and the exact KL gives
+its own.
 """
 
 from __future__ import annotations
@@ -50,34 +54,37 @@ def penalized_reward(score: Tensor, kl: Tensor, kl_coef: float | Tensor) -> Tens
 
 
 def k1(log_prob: Tensor, reference_log_prob: Tensor) -> Tensor:
-    """The log-ratio d itself: its mean is the KL, its variance the largest. Float [...], as are both arguments."""
+    """The log-ratio d: its mean is the KL; its variance is the largest of the three.
+
+    Arguments and result: float [...].
+    """
     return log_prob - reference_log_prob
 
 
 def k2(log_prob: Tensor, reference_log_prob: Tensor) -> Tensor:
-    """½ d²: never negative, little variance, and a mean that is off by a term of third order in d. Float [...]."""
+    """½ d²: never negative, low variance, and a bias of third order in d. Float [...]."""
     return 0.5 * (log_prob - reference_log_prob).square()
 
 
 def k3(log_prob: Tensor, reference_log_prob: Tensor) -> Tensor:
-    """exp(−d) − 1 + d: its mean is the KL, it is never negative, and huge where π_ref is far above π. Float [...]."""
+    """exp(−d) − 1 + d: its mean is the KL, never negative, but huge where π_ref is far above π. Float [...]."""
     difference = log_prob - reference_log_prob
     return torch.expm1(-difference) + difference
 
 
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
-EXACT = "exact"  # the name of `exact_kl` in settings; it needs whole distributions, the others one token of them
+EXACT = "exact"  # the name of `exact_kl` in settings; it needs whole distributions, the estimators one sampled token
 
 
 def exact_kl(logits: Tensor, reference_logits: Tensor, temperature: float) -> Tensor:
-    """KL(π‖π_ref) summed over the vocabulary, nats.
+    """KL(π‖π_ref), summed over the vocabulary, in nats.
 
-    logits: [..., V], -inf where a token cannot be chosen. Returns float32 [...], infinite where π may choose what
-    π_ref cannot. Temperature divides both.
+    logits, reference_logits: [..., V], -inf at tokens that cannot be chosen; both are divided by the temperature.
+    Returns float32 [...], infinite where π may choose a token that π_ref cannot.
     """
     log_prob = (logits.float() / temperature).log_softmax(-1)
     reference_log_prob = (reference_logits.float() / temperature).log_softmax(-1)
-    # 0 · log 0 is 0 here, and inf − inf never arises, in the gradient neither
+    # 0 · log 0 counts as 0. Masking before the product keeps inf − inf out of the value and of the gradient.
     difference = (log_prob - reference_log_prob).masked_fill(log_prob == -torch.inf, 0.0)
     return (log_prob.exp() * difference).sum(-1)
 
@@ -86,75 +93,75 @@ UNITS = ("token", "response")
 
 
 def adapted(coef: float, kl: float, target: float, horizon: float, responses: int) -> float:
-    """β after one look at the KL (Ziegler et al. 2019): `β (1 + e · n / horizon)`, e = KL/target − 1 within ±0.2.
+    """β after one measurement of the KL (Ziegler et al. 2019): `β (1 + e · n / horizon)`.
 
-    kl and target: nats, in the same unit; n = responses that the KL was measured on, at most `horizon` of them, so
-    that one update moves β by a fifth at most. Raises ValueError for a KL that is no number.
+    e = KL/target − 1, clipped to ±0.2; kl and target are nats in the same unit. n is the number of responses measured,
+    clipped to `horizon`, so that one update moves β by at most a fifth. Raises ValueError if the KL is NaN.
     """
     if math.isnan(kl):
-        raise ValueError("the measured KL is no number, so β cannot follow it; look at the log-probabilities.")
+        raise ValueError("the measured KL is NaN, so β cannot follow it; check the log-probabilities.")
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * min(responses / horizon, 1.0))
 
 
 class Controller(Protocol):
-    """Who sets β."""
+    """Sets the penalty's weight β during a run."""
 
-    coef: float  # β, the weight of the penalty from now on
+    coef: float  # the current β
 
     def update(self, kl: float, tokens: int, responses: int) -> dict[str, float]:
-        """Takes note of new responses, and returns numbers for the log.
+        """Adjust β after new responses. Returns metrics to log.
 
-        kl: estimates summed over all their tokens, nats.
+        kl: the KL estimates, summed over all tokens of all these responses, in nats; tokens, responses: their number.
         """
         ...
 
     def state_dict(self) -> dict[str, float]:
-        """What is needed to go on as if never stopped."""
+        """The state that a checkpoint keeps."""
         ...
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         ...
 
 
 @dataclass
 class FixedKL:
-    """A penalty whose weight never changes."""
+    """A constant β."""
 
     coef: float
 
     def __post_init__(self) -> None:
         _check("coef", self.coef)
         if self.coef < 0:
-            raise ValueError(f"the KL controller's coef must be 0 or more, got {self.coef}; 0 is no penalty.")
+            raise ValueError(f"the KL controller's coef must be 0 or more, got {self.coef}; 0 means no penalty.")
 
     def update(self, kl: float, tokens: int, responses: int) -> dict[str, float]:
-        """Nothing."""
+        """Keep β. Returns no metrics."""
         return {}
 
     def state_dict(self) -> dict[str, float]:
-        """β."""
+        """The coefficient."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         self.coef = float(state["coef"])
 
 
 @dataclass
 class AdaptiveKL:
-    """A penalty whose weight grows while the KL is above a target and falls while it is below (Ziegler et al. 2019).
+    """A β that grows while the KL is above a target and shrinks while it is below (Ziegler et al. 2019).
 
-    Units differ between programs, and targets with them: Ziegler et al., TRL and trlx mean nats a response (their
-    target is 6), RL4LMs, verl and OpenRLHF nats a token (RL4LMs' target is 0.1). Say which. A response's KL is the
-    sum over its tokens; a token's is the mean over all tokens, so that long responses count for more.
+    Libraries measure the KL in different units, and their targets differ accordingly: Ziegler et al., TRL and trlx use
+    nats per response (target 6); RL4LMs, verl and OpenRLHF use nats per token (RL4LMs' target is 0.1). The KL per
+    response is a sum over its tokens. The KL per token is a mean over all tokens, so long responses weigh more.
 
-    With n responses an update, β takes about `5 · horizon / n · ln f` updates, at best, to move by a factor of f:
-    choose a horizon that lets it get there within the run.
+    With n responses per update, moving β by a factor of f takes at least about `5 · horizon / n · ln f` updates:
+    choose a horizon that lets β reach its level within the run.
     """
 
-    coef: float  # β to begin with
+    coef: float  # the initial, then the current β
     target: float  # nats, per `unit`
     horizon: float  # responses after which an error of 20% has moved β by about 20%, in either unit
     unit: str  # "token" or "response"
@@ -164,24 +171,24 @@ class AdaptiveKL:
             _check(name, getattr(self, name))
             if getattr(self, name) <= 0:
                 raise ValueError(
-                    f"the KL controller's {name} must be above 0, got {getattr(self, name)}; for a penalty that stays "
-                    "as it is, use FixedKL."
+                    f"the KL controller's {name} must be above 0, got {getattr(self, name)}; for a constant "
+                    "penalty, use FixedKL."
                 )
         if self.unit not in UNITS:
-            raise ValueError(f"unit must be 'token' or 'response', got {self.unit!r}; 6 nats a response is usual.")
+            raise ValueError(f"unit must be 'token' or 'response', got {self.unit!r}; 6 nats per response is common.")
 
     def update(self, kl: float, tokens: int, responses: int) -> dict[str, float]:
-        """Moves β once. Returns the KL that it went by and the target, both named by their unit."""
+        """Move β once. Returns the measured KL and the target; the unit is part of their names."""
         measured = kl / (tokens if self.unit == "token" else responses)
         self.coef = adapted(self.coef, measured, self.target, self.horizon, responses)
         return {f"controller_kl_per_{self.unit}": measured, f"kl_target_per_{self.unit}": self.target}
 
     def state_dict(self) -> dict[str, float]:
-        """β; target, horizon and unit are settings."""
+        """The coefficient; target, horizon and unit are settings."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
         self.coef = float(state["coef"])
 
 

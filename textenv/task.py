@@ -1,4 +1,4 @@
-"""The objects that a `TextGenConfig` names, built and checked together, before any work is done."""
+"""Builds the objects that a `TextGenConfig` names, and checks that they fit together before any episode runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from textenv.rewards.normalization import Normalizer, make_normalizer, paid_part
 
 @dataclass(frozen=True)
 class Task:
-    """A decision process, ready to run: what the environment, the fast path and the learners share."""
+    """A decision process, ready to run. The environments, the fast path and the learners share it."""
 
     config: TextGenConfig
     tokenizer: PreTrainedTokenizerBase
@@ -34,19 +34,19 @@ class Task:
     stop_token_ids: tuple[int, ...]
     reference: LanguageModel | None  # None where kl_coef is 0
     reward: Reward
-    normalizer: Normalizer | None  # None where scores are paid as the reward gives them
+    normalizer: Normalizer | None  # None where the score is paid as it is
     prompts: Prompts
     device: torch.device
-    masks: tuple[TokenMask, ...] = ()  # which tokens may come next; all must agree
+    masks: tuple[TokenMask, ...] = ()  # a token is allowed if every mask allows it
 
     @property
     def pad_token_id(self) -> int:
-        """What fills empty columns. It means nothing: masks say what is real."""
+        """The id in empty columns. It carries no meaning: the attention mask says which columns hold a token."""
         return pad_token_id(self.tokenizer)
 
     @property
     def width(self) -> int:
-        """L, columns of an observation."""
+        """L, the width of an observation."""
         return self.config.width
 
     @property
@@ -55,43 +55,46 @@ class Task:
         return paid_part_names(self.reward, self.normalizer)
 
     def without_normalization(self) -> Task:
-        """The same task with scores as the reward gives them: running statistics neither move nor blur a comparison."""
+        """The task with unnormalized scores, for comparisons: running statistics neither apply nor change."""
         return replace(self, normalizer=None)
 
     def with_frozen_statistics(self) -> Task:
-        """The same task with scores as they are paid now: running statistics stay what they are."""
+        """The task with normalization frozen at its current statistics."""
         return self if self.normalizer is None else replace(self, normalizer=self.normalizer.with_frozen_statistics())
 
     def load_reference(self) -> LanguageModel:
-        """The reference, loaded even where `kl_coef` is 0 and the environment never runs it."""
+        """The reference model, loaded on demand where `kl_coef` is 0 and the environment does not run it."""
         return self.reference or _load_reference(self.config, self.device)
 
     def read_prompts(self, source: Any) -> Prompts:
-        """Prompts from any source that the argument `prompts` takes, as this task's models and reward read them."""
+        """Read and tokenize prompts from any source that the argument `prompts` takes.
+
+        Raises ValueError for a prompt that is too long, or that lacks a field which the reward reads.
+        """
         rows = read_prompts(source)
         check_fields(self.reward, rows.fields)
         return _tokenize(rows, self.config, self.tokenizer).to(self.device)
 
     def prompt_sampler(self, prompts: Prompts, default: str) -> PromptSampler:
-        """The strategy that the settings name, or else the default, over these prompts."""
+        """A sampler of these prompts: the strategy in the settings, or `default` if they name none."""
         strategy = self.config.prompt_sampling or default
         return make_sampler(strategy, len(prompts), prompts.fields.get("weight"), self.config.group_size)
 
 
 def build_task(config: TextGenConfig) -> Task:
-    """Loads models and prompts. Raises ValueError for all that would fail later."""
+    """Load models and prompts. Raises ValueError for settings that would fail later."""
     rows = read_prompts(train_prompts if config.prompts is None else config.prompts)
-    make_sampler(config.prompt_sampling or "uniform", len(rows.prompts), rows.fields.get("weight"), 1)  # may refuse
-    given = unwrap(config.reference)
+    make_sampler(config.prompt_sampling or "uniform", len(rows.prompts), rows.fields.get("weight"), 1)  # may raise
+    source = unwrap(config.reference)
     device = config.torch_device()
-    if isinstance(given, LanguageModel) and config.device == "auto":
-        device = given.device
-    if config.kl_coef > 0 or isinstance(given, LanguageModel):
+    if isinstance(source, LanguageModel) and config.device == "auto":
+        device = source.device
+    if config.kl_coef > 0 or isinstance(source, LanguageModel):
         reference = _load_reference(config, device)
         tokenizer, vocabulary, stops = reference.tokenizer, reference.vocabulary, reference.stop_token_ids
         check_room("reference", reference.model.config, config.width)
     else:
-        name = _reference_name(given)
+        name = _reference_name(source)
         tokenizer, model_config = load_tokenizer(name), load_config(name)
         stops = _stop_token_ids(name, config, tokenizer)
         vocabulary = model_config.get_text_config().vocab_size
@@ -101,9 +104,9 @@ def build_task(config: TextGenConfig) -> Task:
     default = (str(REWARD_MODEL), "reviews")
     reward = build_reward(config.reward, RewardContext(config, tokenizer, vocabulary, device, default))
     normalizer = make_normalizer(config)
-    paid_part_names(reward, normalizer)  # refuses names that collide
+    paid_part_names(reward, normalizer)  # raises for names that collide
     check_fields(reward, rows.fields)
-    parts = MaskContext(
+    mask_context = MaskContext(
         tokenizer, stops, vocabulary, reference=lambda: (reference or _load_reference(config, device)).model
     )
     return Task(
@@ -116,73 +119,75 @@ def build_task(config: TextGenConfig) -> Task:
         normalizer=normalizer,
         prompts=_task_prompts(rows, config, tokenizer).to(device),
         device=device,
-        masks=build_masks(config.action_mask, parts),
+        masks=build_masks(config.action_mask, mask_context),
     )
 
 
 def _task_prompts(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    """`_tokenize`, whose errors say whose prompts they are about where the user gave a reference and no prompts."""
+    """Tokenize; an error names the embedded prompts if the user set a reference and no prompts."""
     try:
         return _tokenize(rows, config, tokenizer)
     except ValueError as error:
         if config.prompts is not None or config.reference is None:
             raise
         raise ValueError(
-            f"{error} These prompts are the embedded task's, as none were given; give your own with prompts=... "
-            "(--env-arg prompts=... on the command line)."
+            f"{error} These are the embedded task's prompts, because prompts was not set; set your own with "
+            "prompts=... (--env-arg prompts=... on the command line)."
         ) from error
 
 
 def _tokenize(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    read = tokenize_chats if config.chat else tokenize
-    return replace(read(rows.prompts, tokenizer, config.max_prompt_tokens, rows.places), fields=rows.fields)
+    tokenize_rows = tokenize_chats if config.chat else tokenize
+    return replace(tokenize_rows(rows.prompts, tokenizer, config.max_prompt_tokens, rows.places), fields=rows.fields)
 
 
-def _reference_name(given: Any) -> str:
-    if given is None:
+def _reference_name(source: Any) -> str:
+    if source is None:
         return str(SUPERVISED)
-    if isinstance(given, str):
-        return given
+    if isinstance(source, str):
+        return source
     raise ValueError(
-        f"reference must be a folder, a hub name or textenv.shared(LanguageModel(...)), got {type(given).__name__}."
+        f"reference must be a folder, a hub name or textenv.shared(LanguageModel(...)), got {type(source).__name__}."
     )
 
 
 def _load_reference(config: TextGenConfig, device: torch.device) -> LanguageModel:
-    given = unwrap(config.reference)
-    if isinstance(given, LanguageModel):
-        if given.model.training:
-            raise ValueError("the reference is in train mode, where dropout blurs it; call model.eval() first.")
-        stops = given.stop_token_ids if config.stop_token_ids is None else tuple(config.stop_token_ids)
-        return replace(given, stop_token_ids=stops)
-    name = _reference_name(given)
+    source = unwrap(config.reference)
+    if isinstance(source, LanguageModel):
+        if source.model.training:
+            raise ValueError(
+                "the reference is in train mode, where dropout changes its output; call model.eval() first."
+            )
+        stops = source.stop_token_ids if config.stop_token_ids is None else tuple(config.stop_token_ids)
+        return replace(source, stop_token_ids=stops)
+    name = _reference_name(source)
     tokenizer = load_tokenizer(name)
     stops = _stop_token_ids(name, config, tokenizer)
     return LanguageModel(load_causal_lm(name, device, DTYPES[config.dtype]), tokenizer, stops)
 
 
 def _stop_token_ids(name: str, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The given ones, else those of the generation config, the model config or the tokenizer."""
+    """The ids in the settings, else those of the generation config, the model config or the tokenizer."""
     if config.stop_token_ids is not None:
-        found: Any = config.stop_token_ids
+        ids: Any = config.stop_token_ids
     else:
-        sources = (_generation_end(name), load_config(name).get_text_config().eos_token_id, tokenizer.eos_token_id)
-        found = next((source for source in sources if source is not None), None)
-    return tuple(found) if isinstance(found, Sequence) else (() if found is None else (found,))
+        sources = (_generation_eos(name), load_config(name).get_text_config().eos_token_id, tokenizer.eos_token_id)
+        ids = next((source for source in sources if source is not None), None)
+    return tuple(ids) if isinstance(ids, Sequence) else (() if ids is None else (ids,))
 
 
-def _generation_end(name: str) -> Any:
+def _generation_eos(name: str) -> Any:
     try:
         return GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:  # a model may come without one
+    except OSError:  # the model has no generation config
         return None
 
 
 def _check_stop_token_ids(ids: Sequence[Any], vocabulary: int) -> None:
     if not ids:
         raise ValueError(
-            "the reference has no end token, so no response could end by itself; pass stop_token_ids=[...], or "
+            "the reference has no end token, so a response could only end at its budget; pass stop_token_ids=[...], or "
             "set eos_token_id in its generation_config.json."
         )
-    if not all(type(one) is int and 0 <= one < vocabulary for one in ids):
+    if not all(type(each) is int and 0 <= each < vocabulary for each in ids):
         raise ValueError(f"stop_token_ids must be token ids, from 0 to {vocabulary - 1}, got {list(ids)}.")

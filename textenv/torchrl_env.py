@@ -1,6 +1,6 @@
 """TextGen-v0 as a TorchRL environment: n rows as TensorDicts, no numpy and no copies between devices.
 
-A face of dynamics.py, and the only file of textenv that imports torchrl.
+The decision process itself is in dynamics.py. This is the only file of textenv that imports torchrl.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from textenv.task import Task
 
 
 class TextGenTorchEnv(EnvBase):
-    """TextGen-v0 over `rows` episodes. Its reward is the environment's half of the penalty (DESIGN §2).
+    """TextGen-v0 with B = `rows` parallel episodes.
 
-    Observations: `input_ids` int64 [B, L], `attention_mask` bool [B, L], and what `info` holds in the other
-    faces: `prompt_index` int64 [B, 1] (-1 for a prompt given by options), `reference_log_prob` [B, 1], `score` [B, 1]
-    and `("score_parts", name)` [B, 1] (zero before the end), `finish_code` int64 [B, 1] (0 running, 1 stop,
-    2 length). Whoever samples the action writes `action_log_prob` beside it.
+    Observations: `input_ids` int64 [B, L] and `attention_mask` bool [B, L]. The information of the Gymnasium
+    environments is in the TensorDict too: `prompt_index` int64 [B, 1] (-1 for a prompt passed in options),
+    `reference_log_prob` [B, 1], `score` and `("score_parts", name)` [B, 1] (zero before the end), `finish_code` int64
+    [B, 1] (0 running, 1 stop, 2 length), and with action masks `action_mask` bool [B, V].
 
-    Seeded alike it plays the prompts of the vector environment. `reset(options={...})` takes the same options, which
-    reach that reset only.
+    The reward is `score + kl_coef · log π_ref(a|s)`, without the policy's part of the penalty. The code that samples
+    an action can write `action_log_prob` beside it; a learner needs it to subtract `kl_coef · log π(a|s)`.
+
+    With equal seeds the prompts are those of the vector environment. `reset(options={...})` takes the same options,
+    for that reset only.
     """
 
     def __init__(self, task: Task, rows: int, seed: int = 0) -> None:
@@ -100,7 +103,7 @@ class TextGenTorchEnv(EnvBase):
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         transition = self.dynamics.step(self._tokens(tensordict["action"]), self._active(tensordict))
         done = ~self.dynamics.running
-        told = {
+        values = {
             "reward": transition.reward,
             "reference_log_prob": transition.reference_log_prob,
             "score": transition.score,
@@ -109,28 +112,28 @@ class TextGenTorchEnv(EnvBase):
             "terminated": done.clone(),
             "truncated": torch.zeros_like(done),
         }
-        columns: dict[str, Any] = {name: values[:, None] for name, values in told.items()}
-        columns["score_parts"] = {name: part[:, None] for name, part in transition.score_parts.items()}
-        columns |= self._context(transition.state)
-        return TensorDict(columns, batch_size=self.batch_size, device=self.device)
+        data: dict[str, Any] = {name: value[:, None] for name, value in values.items()}  # [B, 1] each
+        data["score_parts"] = {name: part[:, None] for name, part in transition.score_parts.items()}
+        data |= self._context(transition.state)
+        return TensorDict(data, batch_size=self.batch_size, device=self.device)
 
     def _tokens(self, action: Tensor) -> Tensor:
-        """The token ids of an action, on the models' device, wherever the TensorDict lives."""
+        """The action as token ids on the models' device, whatever device the TensorDict is on."""
         if action.shape != self.batch_size or action.is_floating_point() or action.dtype is torch.bool:
             raise ValueError(
                 f"the action must be token ids, int64 {list(self.batch_size)}, got {action.dtype} "
-                f"{list(action.shape)}; of one-hot rows take argmax(-1)."
+                f"{list(action.shape)}; convert one-hot actions with argmax(-1)."
             )
         return action.to(self.task.device, torch.int64)
 
     def _active(self, tensordict: TensorDictBase) -> Tensor:
-        """The rows that write a token: those still going on, of those that TorchRL asks to be stepped."""
-        asked = tensordict.get("_step", None)
+        """The rows that take a step: those with a running episode, among those in TorchRL's `_step` mask."""
+        requested = tensordict.get("_step", None)
         running = self.dynamics.running
-        return running if asked is None else running & asked.reshape(self.batch_size).to(running.device)
+        return running if requested is None else running & requested.reshape(self.batch_size).to(running.device)
 
     def _context(self, state: TextState) -> dict[str, Tensor]:
-        """What is observed of the texts themselves."""
+        """The observed texts, their prompts' indices and the action masks."""
         masks = {"action_mask": self.dynamics.action_mask()} if self.task.masks else {}
         return {
             **masks,

@@ -1,6 +1,7 @@
 """TextGen-v0 as a gymnasium.vector.VectorEnv: n episodes, one batched call per model and step.
 
-A face of dynamics.py. Row i seeded with s + i gives the episodes that a single environment seeded so gives.
+The decision process itself is in dynamics.py. `reset(seed=s)` seeds row i with s + i; its episodes then equal those of
+a single environment seeded with s + i.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ Arrays = dict[str, NDArray]
 
 
 class TextGenVectorEnv(VectorEnv):
-    """`num_envs` rows of TextGen-v0, with the arguments of `TextGenEnv` and these.
+    """`num_envs` rows of TextGen-v0. It takes all arguments of `TextGenEnv`, and these.
 
     ## Arguments
-    * `num_envs=1`: episodes side by side.
-    * `autoreset_mode="NextStep"`: when a row that ended starts anew, also `"SameStep"` or `"Disabled"`, or the enum.
-    * `max_episode_steps=None`: tokens after which an episode is truncated without a score, as Gymnasium's `TimeLimit`
-      does to single environments; None or -1 is never.
-    * `render_mode=None`: `"ansi"` or `"rgb_array"`; `render` gives a tuple, one text or picture a row.
+    * `num_envs=1`: parallel episodes.
+    * `autoreset_mode="NextStep"`: when a row restarts after its end; also `"SameStep"` or `"Disabled"`, or the enum.
+    * `max_episode_steps=None`: steps after which an episode is truncated without a score, as by Gymnasium's `TimeLimit`
+      in single environments; None or -1 is no limit.
+    * `render_mode=None`: `"ansi"` or `"rgb_array"`; `render` returns a tuple with one text or image per row.
 
-    `make_vec`'s `vector_kwargs` and `wrappers` are for its modes "sync" and "async"; wrap this environment itself with
-    `gymnasium.wrappers.vector`.
+    The arguments `vector_kwargs` and `wrappers` of `make_vec` belong to its modes "sync" and "async"; to wrap this
+    environment, use `gymnasium.wrappers.vector`.
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's own form; each instance has its copy
+    metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium declares it so; each instance gets a copy
         "render_modes": ["ansi", "rgb_array"],
         "render_fps": FPS,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
@@ -60,7 +61,7 @@ class TextGenVectorEnv(VectorEnv):
         self.num_envs = num_envs = as_rows("num_envs", num_envs)
         self.render_mode = render_mode
         self.max_episode_steps = _step_limit(max_episode_steps)
-        self.autoreset_mode = _mode(autoreset_mode)
+        self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.task = build_task(read_settings(settings))
         self.dynamics = TextDynamics(self.task, num_envs)
@@ -74,11 +75,11 @@ class TextGenVectorEnv(VectorEnv):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Arrays, dict[str, Any]]:
-        """Starts new episodes in all rows, or in those of `options["reset_mask"]` (bool array)."""
+        """Start new episodes in all rows, or in those of `options["reset_mask"]` (bool array [num_envs])."""
         rows = rows_to_reset(options, self.num_envs)
         chosen = choose_prompts(options, self.task.prompts, self.task.read_prompts, rows, self.num_envs)
         seeds = _seeds(seed, self.num_envs)
-        seeded = {row: np_random(seeds[row])[0] for row in rows if seeds[row] is not None}  # all, before any is used
+        seeded = {row: np_random(seeds[row])[0] for row in rows if seeds[row] is not None}  # check all before using any
         for row, generator in seeded.items():
             self._generators[row] = generator
             self.dynamics.seed(row)
@@ -86,19 +87,19 @@ class TextGenVectorEnv(VectorEnv):
         return observation, self._started(rows, {}) | self._mask_info(rows)
 
     def step(self, actions: Any) -> tuple[Arrays, NDArray, NDArray, NDArray, dict[str, Any]]:
-        """Writes one token a row. A row that ended before starts anew instead, as `autoreset_mode` says."""
+        """Append one token to every row; rows whose episode has ended restart as `autoreset_mode` says."""
         tokens = torch.from_numpy(as_tokens(actions, self.num_envs)).to(self.task.device)
-        resting = self._resting()
-        active = torch.from_numpy(~resting).to(self.task.device)
+        restarting = self._restarting()
+        active = torch.from_numpy(~restarting).to(self.task.device)
         transition = self.dynamics.step(tokens, active)
         if self.viewer is not None:
             self.viewer.record(transition, active)
         rewards = transition.reward.double().cpu().numpy()
         terminations = transition.terminated.cpu().numpy().copy()
-        truncations = ~resting & (transition.state.generated_length.cpu().numpy() >= self.max_episode_steps)
+        truncations = ~restarting & (transition.state.generated_length.cpu().numpy() >= self.max_episode_steps)
         ended = terminations | truncations
-        infos = self._infos(transition, ~resting, ended)
-        starting = ended if self.autoreset_mode is AutoresetMode.SAME_STEP else resting
+        infos = self._infos(transition, ~restarting, ended)
+        starting = ended if self.autoreset_mode is AutoresetMode.SAME_STEP else restarting
         self._ended = ended
         state, rows = transition.state, np.flatnonzero(starting).tolist()
         if rows:
@@ -108,15 +109,15 @@ class TextGenVectorEnv(VectorEnv):
         return observe(state), rewards, terminations, truncations, infos
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Which tokens may come next in each row, bool [n, V]. All of them without `action_mask`."""
+        """Which tokens may come next in each row, bool [n, V]: all of them without `action_mask`."""
         return self.dynamics.action_mask().cpu().numpy().copy()
 
     def render(self) -> tuple[Any, ...] | None:
-        """The episodes so far, one text (`ansi`) or picture (`rgb_array`) a row."""
+        """The episodes so far, one text (`ansi`) or image (`rgb_array`) per row."""
         return None if self.viewer is None else self.viewer.frames()
 
-    def _resting(self) -> NDArray[np.bool_]:
-        """The rows that take no token now, since they start anew."""
+    def _restarting(self) -> NDArray[np.bool_]:
+        """The rows that restart at this step and ignore their token, bool [n]."""
         if self.autoreset_mode is AutoresetMode.DISABLED and self._ended.any():
             raise ValueError(
                 f"the episode in row {int(self._ended.argmax())} is over; with autoreset_mode='Disabled' call "
@@ -136,7 +137,7 @@ class TextGenVectorEnv(VectorEnv):
         return state
 
     def _started(self, rows: list[int], infos: dict[str, Any]) -> dict[str, Any]:
-        """The infos, and what a reset says of these rows."""
+        """The infos, with the reset information of these rows added."""
         for row in rows:
             infos = self._add_info(infos, {"prompt_index": self.dynamics.prompt_index[row]}, row)
         return infos
@@ -144,17 +145,18 @@ class TextGenVectorEnv(VectorEnv):
     def _mask_info(self, rows: Iterable[int]) -> dict[str, Any]:
         if not self.task.masks:
             return {}
-        shown = np.isin(np.arange(self.num_envs), list(rows))
-        return {"action_mask": np.where(shown[:, None], self.action_masks(), 0).astype(np.int8), "_action_mask": shown}
+        reported = np.isin(np.arange(self.num_envs), list(rows))
+        masks = np.where(reported[:, None], self.action_masks(), 0).astype(np.int8)
+        return {"action_mask": masks, "_action_mask": reported}
 
     def _infos(self, transition: Transition, stepped: NDArray, ended: NDArray) -> dict[str, Any]:
-        """Arrays, and masks of the rows that they speak for, laid out as Gymnasium's own vector environments do."""
+        """Infos as Gymnasium's vector environments lay them out: per key an array, and a mask of rows that set it."""
         same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
-        shown = stepped & ~ended if same_step else stepped
+        reported = stepped & ~ended if same_step else stepped
         infos: dict[str, Any] = {}
-        if self.task.reference is not None and shown.any():
+        if self.task.reference is not None and reported.any():
             values = transition.reference_log_prob.double().cpu().numpy()
-            infos = {"reference_log_prob": np.where(shown, values, 0.0), "_reference_log_prob": shown.copy()}
+            infos = {"reference_log_prob": np.where(reported, values, 0.0), "_reference_log_prob": reported.copy()}
         rows = np.flatnonzero(ended).tolist() if same_step else list(transition.responses)
         masks = self.action_masks().astype(np.int8) if same_step and rows and self.task.masks else None
         for row in rows:
@@ -168,41 +170,41 @@ class TextGenVectorEnv(VectorEnv):
 
 
 def row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
-    """One row of a vector environment's infos, as a single environment would give it.
+    """One row of a vector environment's infos, as a single environment would return it.
 
-    Gymnasium keeps beside every `key` a mask `_key` of the rows that it speaks for.
+    For every `key` Gymnasium has a mask `_key` of the rows that set it. Final observations and infos are left out.
     """
-    found: dict[str, Any] = {}
+    info: dict[str, Any] = {}
     for key, values in infos.items():
-        speaks = infos.get(f"_{key}")
-        if key in ("final_obs", "final_info") or speaks is None or not speaks[row]:
+        is_set = infos.get(f"_{key}")
+        if key in ("final_obs", "final_info") or is_set is None or not is_set[row]:
             continue
         if isinstance(values, dict):
-            found[key] = row_info(values, row)
+            info[key] = row_info(values, row)
         else:
             value = values[row]
-            found[key] = value.item() if isinstance(value, np.generic) else value
-    return found
+            info[key] = value.item() if isinstance(value, np.generic) else value
+    return info
 
 
-def _step_limit(given: int | None) -> float:
-    """Tokens after which an episode is truncated; infinite where there is no limit (None or Gymnasium's -1)."""
-    if given is None or given == -1:
+def _step_limit(limit: int | None) -> float:
+    """Validate `max_episode_steps`; None and -1, Gymnasium's code for no limit, give infinity."""
+    if limit is None or limit == -1:
         return math.inf
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise ValueError(
-            f"max_episode_steps must be a whole number of at least 1, or None for no limit, got {given!r}."
+            f"max_episode_steps must be a whole number of at least 1, or None for no limit, got {limit!r}."
         )
-    return given
+    return limit
 
 
-def _mode(given: str | AutoresetMode) -> AutoresetMode:
-    names = {mode.value: mode for mode in AutoresetMode} | {mode.name: mode for mode in AutoresetMode}
-    if isinstance(given, AutoresetMode):
-        return given
-    if not isinstance(given, str) or given not in names:
-        raise ValueError(f"autoreset_mode must be one of {sorted(names)}, got {given!r}.")
-    return names[given]
+def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
+    modes = {mode.value: mode for mode in AutoresetMode} | {mode.name: mode for mode in AutoresetMode}
+    if isinstance(mode, AutoresetMode):
+        return mode
+    if not isinstance(mode, str) or mode not in modes:
+        raise ValueError(f"autoreset_mode must be one of {sorted(modes)}, got {mode!r}.")
+    return modes[mode]
 
 
 def _seeds(seed: int | Sequence[int | None] | None, rows: int) -> list[int | None]:
@@ -212,4 +214,4 @@ def _seeds(seed: int | Sequence[int | None] | None, rows: int) -> list[int | Non
         return [int(seed) + row for row in range(rows)]
     if not isinstance(seed, Sequence | np.ndarray) or isinstance(seed, str) or len(seed) != rows:
         raise ValueError(f"seed must be one whole number or a list of {rows} (num_envs), got {seed!r}.")
-    return [int(one) if isinstance(one, np.integer) else one for one in seed]
+    return [int(each) if isinstance(each, np.integer) else each for each in seed]

@@ -241,9 +241,7 @@ def test_stop_tokens_of_a_live_model(settings):
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_prompts_that_nobody_gave(settings):
     """Where a foreign reference cannot take the embedded task's prompts, the error says whose they are."""
-    nobodys = (
-        r"prompt number 0 has .*These prompts are the embedded task's, as none were given; give your own.*prompts="
-    )
+    nobodys = r"prompt number 0 has .*These are the embedded task's prompts, because prompts was not set; set your own.*prompts="
     refuse(settings, nobodys, prompts=None)
     with pytest.raises(ValueError, match="prompt number 0 has") as raised:
         build_task(TextGenConfig(**{**settings, "prompts": ["x" * 17]}))
@@ -281,7 +279,7 @@ def test_bad_actions(settings, bad):
     env.reset(seed=0)
     untouched.reset(seed=0)
     env.step(65)
-    with pytest.raises(ValueError, match=r"action .*(no token id; ids go from 0 to 299|must be one token id)"):
+    with pytest.raises(ValueError, match=r"action .*(not a token id; ids range from 0 to 299|must be one token id)"):
         env.step(bad)
     assert story(env, [66, tiny.END]) == story(untouched, [65, 66, tiny.END])[1:]
 
@@ -303,8 +301,8 @@ def test_bad_vector_actions(settings, mode):
         one.reset(seed=0)
         one.step(np.array([65, 65 if mode == "Disabled" else tiny.END, 65]))
     for bad, says in [
-        (np.array([65, 65, 300]), "action 300 in row 2 is no token id; ids go from 0 to 299"),
-        (np.array([-1, 65, 65]), "action -1 in row 0 is no token id"),
+        (np.array([65, 65, 300]), "action 300 in row 2 is not a token id; ids range from 0 to 299"),
+        (np.array([-1, 65, 65]), "action -1 in row 0 is not a token id"),
         (np.array([65, 65]), "an action must be 3 token ids"),
         (np.array([65.0, 65.0, 65.0]), r"an action must be 3 token ids \(whole numbers\)"),
     ]:

@@ -180,7 +180,7 @@ def test_every_id_is_legal(settings):
     assert np.isfinite(reward).all()
     assert observation["input_ids"][:, settings["max_prompt_tokens"]].tolist() == list(range(tiny.VOCABULARY))
     env.reset(seed=0)
-    with pytest.raises(ValueError, match="no token id"):
+    with pytest.raises(ValueError, match="not a token id"):
         env.step(np.arange(tiny.VOCABULARY) + 1)
 
 

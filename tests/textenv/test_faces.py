@@ -88,7 +88,7 @@ def test_conformance_tells_equal_prompts_apart(settings):
         ("tokens", lambda out: ({**out[0], "input_ids": 0 * out[0]["input_ids"]}, *out[1:])),
         ("reference_log_prob", lambda out: (*out[:4], {**out[4], "reference_log_prob": np.zeros(2)})),
         ("response", lambda out: (*out[:4], {**out[4], "response": np.array(["x", "x"])})),
-        ("shows", lambda out: (*out[:4], {**out[4], "_reference_log_prob": np.zeros(2, dtype=bool)})),
+        ("returns", lambda out: (*out[:4], {**out[4], "_reference_log_prob": np.zeros(2, dtype=bool)})),
     ],
 )
 def test_conformance_catches_broken_faces(settings, monkeypatch, quantity, breakage):
@@ -247,7 +247,7 @@ def test_torchrl_bad_input(settings):
     env = TextGenTorchEnv(task, 2)
     data = env.reset()
     for action in (torch.tensor([1.0, 2.0]), torch.tensor([[1], [2]]), torch.eye(2, 300).long(), torch.ones(2) > 0):
-        with pytest.raises(ValueError, match=r"action must be token ids, int64 \[2\], got torch.*take argmax\(-1\)"):
+        with pytest.raises(ValueError, match=r"action must be token ids, int64 \[2\], got torch.*with argmax\(-1\)"):
             env.step(data.clone().set("action", action))
     stepped = env.step(data.clone().set("action", torch.tensor([65, 66], dtype=torch.int32)))["next"]
     assert stepped["input_ids"][:, 16].tolist() == [65, 66]

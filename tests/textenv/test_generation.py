@@ -66,14 +66,14 @@ def test_an_unfinished_response_is_refused(task, length):
     mask = torch.zeros(1, task.width, dtype=torch.bool)
     mask[0, width - 2 : width + length] = True
     state = TextState.from_masks(ids, mask, mask[:, -budget:])
-    with pytest.raises(ValueError, match="finished responses, and row 0"):
+    with pytest.raises(ValueError, match="finished responses, but row 0"):
         score_responses(task, state, ["a prompt"])
 
 
 def test_a_response_of_others_alone_is_refused(task, prompts):
     """Where the policy wrote nothing there is no token to pay the score at."""
     state = write(prompts, ["ab$", "x" * 12], ["+++", "-" * 12])
-    with pytest.raises(ValueError, match="finished responses, and row 1"):
+    with pytest.raises(ValueError, match="finished responses, but row 1"):
         score_responses(task, state, prompts.texts)
 
 

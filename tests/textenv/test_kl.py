@@ -259,15 +259,18 @@ def test_controllers_go_on_where_they_stopped():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: FixedKL(-0.1), "coef must be 0 or more, got -0.1; 0 is no penalty"),
+        (lambda: FixedKL(-0.1), "coef must be 0 or more, got -0.1; 0 means no penalty"),
         (lambda: FixedKL(math.nan), "coef must be a finite number, got nan"),
         (lambda: FixedKL("0.1"), "coef must be a finite number, got '0.1'"),  # type: ignore[arg-type]
         (lambda: AdaptiveKL(0.0, 6, 100, "response"), "coef must be above 0, got 0.0; .*use FixedKL"),
         (lambda: AdaptiveKL(0.1, -6, 100, "response"), "target must be above 0, got -6"),
         (lambda: AdaptiveKL(0.1, 6, math.inf, "response"), "horizon must be a finite number, got inf"),
         (lambda: AdaptiveKL(0.1, 6, 0, "response"), "horizon must be above 0, got 0"),
-        (lambda: AdaptiveKL(0.1, 6, 100, "episode"), "unit must be 'token' or 'response', got 'episode'; 6 nats"),
-        (lambda: AdaptiveKL(0.1, 6, 100, "token").update(math.nan, 10, 1), "measured KL is no number.*look at"),
+        (
+            lambda: AdaptiveKL(0.1, 6, 100, "episode"),
+            "unit must be 'token' or 'response', got 'episode'; 6 nats per response",
+        ),
+        (lambda: AdaptiveKL(0.1, 6, 100, "token").update(math.nan, 10, 1), "measured KL is NaN.*check the log-prob"),
     ],
 )
 def test_bad_controllers(make, says):

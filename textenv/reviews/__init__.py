@@ -1,1 +1,1 @@
-"""The embedded task: product reviews, with everything that RLHF needs and something true to measure against."""
+"""The embedded task, product reviews: all that RLHF needs, and a true quality to measure against."""

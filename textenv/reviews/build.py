@@ -1,7 +1,7 @@
 """Builds the embedded task's weights: `python -m textenv.reviews.build --output DIR`.
 
-Corpus, tokenizer, supervised model, samples, noisy choices by the gold rater, reward model, model card:
-stages 1 and 2 of RLHF with the public functions that users have. One seed, one command.
+The steps: corpus, tokenizer, supervised model, samples, noisy choices by the gold rater, reward model, model card.
+These are stages 1 and 2 of RLHF, by the public functions of textenv.training. One seed, one command.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from textenv.training.supervised import SupervisedConfig, encode_prompt, encode_
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-    """What to build, and how large."""
+    """Settings of a build."""
 
-    output: Path = Path(__file__).parent  # gets supervised/, reward_model/ and README.md
-    seed: int = 0  # of everything but the prompts, which are part of the task
-    threads: int = 1  # CPU threads; the weights of a rebuild agree to rounding only for equal threads
-    reviews_per_prompt: int = 96  # reviews of the corpus for each training prompt
-    pairs_per_prompt: int = 8  # preference pairs for each training prompt, sampled at temperature 1 for variety
-    noise: float = 0.5  # a choice goes against gold with odds exp(-difference / noise)
-    muon_learning_rate: float = 0.02  # of the supervised model's matrices; the rest has supervised.learning_rate
+    output: Path = Path(__file__).parent  # folder for supervised/, reward_model/, training.json and README.md
+    seed: int = 0  # of everything except the prompts, which are part of the task
+    threads: int = 1  # CPU threads; a rebuild needs the same number to reproduce the weights
+    reviews_per_prompt: int = 96  # corpus reviews per training prompt
+    pairs_per_prompt: int = 8  # preference pairs per training prompt, sampled at temperature 1 for variety
+    noise: float = 0.5  # the odds of a choice against the gold scores are exp(-difference / noise)
+    muon_learning_rate: float = (
+        0.02  # of the supervised model's matrices; its other weights use supervised.learning_rate
+    )
     supervised: SupervisedConfig = field(
         default_factory=lambda: SupervisedConfig(learning_rate=1e-2, batch_size=32, max_length=MAX_LENGTH)
     )  # stage 1
@@ -65,7 +67,7 @@ def build(config: BuildConfig) -> dict[str, float]:
 
 
 def train_supervised(config: BuildConfig) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase, dict[str, float]]:
-    """Stage 1. Returns model, tokenizer and facts for the card."""
+    """Stage 1. Returns model, tokenizer and figures for the card."""
     started = time.perf_counter()
     corpus = write_corpus(train_prompts() * config.reviews_per_prompt, config.seed)
     tokenizer = train_tokenizer(f"{prompt} {review}" for prompt, review in corpus)
@@ -79,7 +81,7 @@ def train_supervised(config: BuildConfig) -> tuple[GPT2LMHeadModel, PreTrainedTo
 
 
 def train_reward(config: BuildConfig, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Stage 2. Returns facts for the card."""
+    """Stage 2. Returns figures for the card."""
     started = time.perf_counter()
     prompts = [p for p in train_prompts() for _ in range(2 * config.pairs_per_prompt)]
     samples = sample_responses(model, tokenizer, prompts, config.seed + 2, temperature=1.0)
@@ -91,13 +93,13 @@ def train_reward(config: BuildConfig, model: GPT2LMHeadModel, tokenizer: PreTrai
 
 
 def write_corpus(prompts: list[str], seed: int) -> Corpus:
-    """A review for each prompt, repeats included."""
+    """A list of (prompt, review), one for each prompt."""
     rng = random.Random(seed)
     return [(prompt, sample_review(prompt, rng)) for prompt in prompts]
 
 
 def check_budgets(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None:
-    """Prompts take at most 20 tokens, and at least 97% of the reviews at most 48 with the end token."""
+    """Raise ValueError if a prompt exceeds 20 tokens, or over 3% of the reviews exceed 48 with the end token."""
     longest = max(len(encode_prompt(tokenizer, p)) for p in (*train_prompts(), *held_out_prompts()))
     sample = corpus[:4096]
     fitting = sum(len(encode_response(tokenizer, review)) <= MAX_NEW_TOKENS for _, review in sample) / len(sample)
@@ -118,8 +120,8 @@ def new_model(tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
             n_embd=128,
             n_layer=4,
             n_head=2,
-            activation_function="gelu_pytorch_tanh",  # GPT-2's own function in one kernel
-            initializer_range=0.08,  # about 1/sqrt(width); GPT-2's 0.02 is for a width of 768 and trains slowly here
+            activation_function="gelu_pytorch_tanh",  # the function of GPT-2 as a single kernel
+            initializer_range=0.08,  # about 1/sqrt(width); GPT-2's 0.02 suits a width of 768 and trains slowly here
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,

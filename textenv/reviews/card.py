@@ -1,6 +1,6 @@
 """The model card of the embedded task: measures the weights in a folder and writes its README.md.
 
-The build calls it at its end; `python -m textenv.reviews.card` measures again without training.
+The build ends with it; `python -m textenv.reviews.card` measures again without training.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from textenv.training.reward_model import score_tokens
 
 _HEAD = """# The embedded task: product reviews
 
-Two small models, their tokenizer, and the grammar and rater that they were made with. All of it was made by
-this project; no other text or weights went in. This page is written by the build; edit `card.py`, not the page.
+Two small models, their tokenizer, and the grammar and rater that they were made with. This project made all of it;
+no other text or weights went in. The build writes this page: edit `card.py`, not the page.
 
 | what | where |
 |---|---|
@@ -36,20 +36,20 @@ this project; no other text or weights went in. This page is written by the buil
 | prompts: training and held-out sets, disjoint | `prompts.py` |
 
 A choice between two responses to one prompt goes to the first with probability
-`sigmoid((gold(first) - gold(second)) / {noise})`. The models saw the {train} training prompts only; all figures
-below are measured on the {held_out} held-out prompts, at the task's temperature of {temperature} unless said
+`sigmoid((gold(first) - gold(second)) / {noise})`. Training used the {train} training prompts only. All figures
+below are measured on the {held_out} held-out prompts, at the task's temperature of {temperature} unless noted
 otherwise.
 
 Rebuild: `python -m textenv.reviews.build` (seed {seed}); measure again: `python -m textenv.reviews.card`.
-Equal versions, threads and machine give equal weights; elsewhere rounding differs and the figures move within
-their sampling error.
+Equal versions, threads and machine give equal weights. Elsewhere rounding differs, and the figures vary within their
+sampling error.
 
-Targets set before training: 90% of the samples parse, and 85% of the pairs that the rater is at least 90% sure of
-are ordered right. Both hold at the task's temperature and neither at temperature 1, where a small model's many
-unlikely tokens are drawn more often; the task's temperature was chosen after a first training had shown that.
+Targets set before training: 90% of the samples parse, and the reward model orders 85% of the pairs right that the
+rater is at least 90% sure of. Both hold at the task's temperature. Neither holds at temperature 1, where a small
+model samples unlikely tokens more often; the task's temperature was chosen after a first training had shown this.
 """
 
-_FIGURES = (  # name, format, meaning; a figure at temperature 1 has the ending _hot
+_FIGURES = (  # name, format, meaning; the suffix _hot marks a figure at temperature 1
     ("parsing", "{:.1%}", "supervised samples that end within {budget} new tokens and parse, of {samples:.0f}"),
     ("parsing_hot", "{:.1%}", "the same at temperature 1"),
     ("finished", "{:.1%}", "supervised samples that end within {budget} new tokens"),
@@ -69,7 +69,7 @@ _FIGURES = (  # name, format, meaning; a figure at temperature 1 has the ending 
     ("reward_minutes", "{:.1f}", "minutes of stage 2, samples, choices and reward model"),
 )  # fmt: skip
 
-RECORD = "training.json"  # what the build knows and the weights do not tell
+RECORD = "training.json"  # settings, losses and times of the build, which the weights do not hold
 TEMPERATURE = TextGenConfig.temperature  # the task's own
 SEED = 1  # of the held-out samples and of the rater's choices among them
 
@@ -78,7 +78,7 @@ def measure(folder: Path = Path(__file__).parent) -> dict[str, float]:
     """Measure the weights in a folder on held-out prompts, and write its card. Returns the figures.
 
     Args:
-        folder: What the build wrote: supervised/, reward_model/ and training.json. Its README.md is written anew.
+        folder: The output of a build: supervised/, reward_model/ and training.json. README.md is overwritten.
     """
     record = json.loads((folder / RECORD).read_text())
     figures, samples = measure_at(folder, TEMPERATURE, record["settings"]["noise"])
@@ -89,7 +89,7 @@ def measure(folder: Path = Path(__file__).parent) -> dict[str, float]:
 
 
 def measure_at(folder: Path, temperature: float, noise: float) -> tuple[dict[str, float], list[Sample]]:
-    """Figures of both models, on four samples a held-out prompt."""
+    """Figures of both models, on four samples per held-out prompt. Returns figures and samples."""
     model = AutoModelForCausalLM.from_pretrained(folder / "supervised")
     reward_model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "supervised")
@@ -102,7 +102,7 @@ def measure_at(folder: Path, temperature: float, noise: float) -> tuple[dict[str
 
 
 def write_card(folder: Path, figures: Mapping[str, Any], samples: Sequence[Sample]) -> None:
-    """Write the folder's README.md: what is there, how it was made, what it measures."""
+    """Write the folder's README.md: its contents, how they were made, and their figures."""
     settings = figures["settings"]
     head = _HEAD.format(
         noise=settings["noise"], seed=settings["seed"], train=TRAIN, held_out=HELD_OUT, temperature=TEMPERATURE
@@ -115,7 +115,7 @@ def write_card(folder: Path, figures: Mapping[str, Any], samples: Sequence[Sampl
         head,
         "## Figures\n",
         "| | |\n|---|---|\n" + "\n".join(rows) + "\n",
-        '"Sure" means: the rater picks one of the two with probability of at least '
+        '"Sure" means that the rater picks one of the two with a probability of at least '
         f"{SURE:.0%}, that is, their gold scores differ by at least {settings['noise']} ln {SURE / (1 - SURE):.0f}.\n",
         "## Samples of the supervised model\n",
         _samples(samples),
@@ -129,7 +129,7 @@ def write_card(folder: Path, figures: Mapping[str, Any], samples: Sequence[Sampl
 
 
 def folder_megabytes(folder: Path) -> float:
-    """Size of the two models' folders in 10^6 bytes."""
+    """The size of both models' folders, in 10^6 bytes."""
     files = (p for name in ("supervised", "reward_model") for p in (folder / name).rglob("*") if p.is_file())
     return sum(file.stat().st_size for file in files) / 1e6
 

@@ -1,7 +1,7 @@
-"""The gold rater: the true quality of any text as a review for a prompt, as a sum of parts.
+"""The gold rater: the true quality of any text as a review for a prompt, a sum of parts.
 
-It reads what a text says through the grammar's parser and judges nothing by single words, so praise
-that is not a sentence of the grammar, or is about something else, or was said before, earns nothing.
+It reads the claims of a text with the grammar's parser and ignores single words. So praise earns nothing if it is not
+a sentence of the grammar, is about something else, or repeats an earlier claim.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from textenv.reviews.grammar.parser import Sentence, parse_text
 from textenv.reviews.prompts import Request, parse_prompt
 
 LOWEST, HIGHEST = -4.0, 4.0
-OVERALL_WEIGHT = 0.5  # of the word on the product as a whole, against 1 for each aspect asked about
+OVERALL_WEIGHT = 0.5  # of claims about the product as a whole; each requested aspect weighs 1
 LONGEST = 4  # sentences; more is rambling
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """The parts of a rating; their sum, kept within [-4, 4], is the gold score."""
+    """The parts of a rating. Their sum, clipped to [-4, 4], is the gold score."""
 
-    sentiment: float  # -2 to 2: twice the mean value over the asked aspects and the product as a whole
-    coverage: float  # 0 to 1.5: share of the asked aspects that the text speaks of
+    sentiment: float  # -2 to 2: twice the mean value over the requested aspects and the product as a whole
+    coverage: float  # 0 to 1.5: by the share of requested aspects that the text mentions
     off_topic: float  # -0.5 for each claim about another aspect or product, at most -1.5
-    form: float  # 0.5 if every sentence parses, else -2 times the share that does not
-    repetition: float  # -0.5 for each sentence, aspect or telling word that comes again, at most -3
+    form: float  # 0.5 if every sentence parses, else -2 times the share of sentences that do not
+    repetition: float  # -0.5 for each repeated sentence, aspect or evaluative word, at most -3
     rambling: float  # -0.5 for each sentence beyond the fourth, at most -2
     unfinished: float  # -1 if the text breaks off
 
@@ -69,7 +69,7 @@ def _is_about(claim: Claim, product: str) -> bool:
 
 
 def _sentiment(request: Request, claims: list[Claim]) -> float:
-    """Twice the weighted mean value; an aspect not spoken of counts as 0, a contradiction cancels."""
+    """Twice the weighted mean value. An aspect that is not mentioned counts as 0; contradictions cancel."""
     total, weight = 0.0, 0.0
     for topic in (*request.aspects, "overall"):
         values = [claim.value for claim in claims if claim.topic == topic]
@@ -90,7 +90,7 @@ def _form(sentences: list[Sentence]) -> float:
 
 
 def _repeats(sentences: list[Sentence], claims: list[Claim]) -> int:
-    """How many sentences, topics and telling words were there before."""
+    """The number of repeated sentences, topics and evaluative words."""
     lists = (
         [sentence.text.rstrip(".!") for sentence in sentences],
         [claim.topic for claim in claims],

@@ -1,4 +1,4 @@
-"""Preference choices by the gold rater, and the figures of the model card."""
+"""The gold rater's preferences, and the figures of the model card."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from textenv.reviews.sampling import Sample
 from textenv.training.reward_model import Pairs
 from textenv.training.supervised import encode_prompt
 
-SURE = 0.9  # a choice that the rater makes with at least this probability is a sure one: noise allows it
+SURE = 0.9  # a choice that the noisy rater makes with at least this probability is called sure
 
 
 class Comparison(NamedTuple):
-    """A noisy choice of the rater between two responses to one prompt."""
+    """The rater's noisy choice between two responses to one prompt."""
 
     chosen: Sample
     rejected: Sample
-    margin: float  # gold score of the chosen one minus gold score of the other; negative where noise won
+    margin: float  # gold score of the chosen minus that of the rejected response; negative if noise decided
 
 
 def compare(pairs: Sequence[tuple[Sample, Sample]], noise: float, seed: int) -> list[Comparison]:
-    """The rater's choices: the first of a pair with probability sigmoid(gold difference / noise)."""
+    """The rater's choices (Bradley–Terry): the first of a pair with probability sigmoid(gold difference / noise)."""
     rng = random.Random(seed)
     firsts, seconds = (_gold([pair[side] for pair in pairs]) for side in (0, 1))
     choices = []
@@ -45,7 +45,7 @@ def _gold(samples: Sequence[Sample]) -> list[float]:
 
 
 def as_pairs(tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]) -> Pairs:
-    """Comparisons as token pairs: the very tokens that were sampled, so a response cut short has no end token."""
+    """Comparisons as token pairs. The tokens are those sampled, so a response cut by the budget has no end token."""
 
     def tokens(sample: Sample) -> list[int]:
         return encode_prompt(tokenizer, sample.prompt) + sample.tokens
@@ -54,7 +54,7 @@ def as_pairs(tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Compariso
 
 
 def measure_supervised(samples: Sequence[Sample]) -> dict[str, float]:
-    """How the supervised model writes."""
+    """Figures of samples: their number, the share that parses, lengths and gold scores."""
     scores = _gold(samples)
     return {
         "samples": len(samples),
@@ -68,21 +68,21 @@ def measure_supervised(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def measure_reward_model(choices: Sequence[Comparison], scores: Sequence[float], noise: float) -> dict[str, float]:
-    """How far the reward model agrees with the rater on held-out pairs.
+    """The reward model's agreement with the rater on held-out pairs.
 
-    scores: of all chosen responses, then of all rejected ones.
+    scores: the reward model's, of all chosen and then of all rejected responses.
     """
     count = len(choices)
-    leads = [scores[i] - scores[count + i] for i in range(count)]
+    score_margins = [scores[i] - scores[count + i] for i in range(count)]
     margins = [c.margin for c in choices]
-    differing = [(lead, margin) for lead, margin in zip(leads, margins, strict=True) if margin]
+    differing = [(score_margin, margin) for score_margin, margin in zip(score_margins, margins, strict=True) if margin]
     least = noise * math.log(SURE / (1 - SURE))
-    sure = [lead * margin > 0 for lead, margin in differing if abs(margin) >= least]
+    sure = [score_margin * margin > 0 for score_margin, margin in differing if abs(margin) >= least]
     golds = _gold([c.chosen for c in choices] + [c.rejected for c in choices])
     return {
         "test_pairs": count,
-        "accuracy_noisy": statistics.mean(lead > 0 for lead in leads),
-        "accuracy_true": statistics.mean(lead * margin > 0 for lead, margin in differing),
+        "accuracy_noisy": statistics.mean(score_margin > 0 for score_margin in score_margins),
+        "accuracy_true": statistics.mean(score_margin * margin > 0 for score_margin, margin in differing),
         "ceiling": statistics.mean(margin > 0 for margin in margins if margin),
         "ceiling_expected": statistics.mean(1 / (1 + math.exp(-abs(margin) / noise)) for margin in margins),
         "sure_pairs": len(sure),

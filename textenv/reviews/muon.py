@@ -1,7 +1,7 @@
-"""The build's optimizer: Muon for matrices (Jordan et al. 2024), AdamW for all else, in one object.
+"""The build's optimizer: Muon for matrices (Jordan et al. 2024) and AdamW for all other parameters, in one object.
 
-A million parameters on two CPU cores have to learn a grammar within minutes. Muon takes about half
-the steps of AdamW here; its iteration is in float32 because CPUs are slow at bfloat16.
+The supervised model has to learn a grammar within minutes on two CPU cores. Muon needs about half the steps of AdamW
+here. Its iteration runs in float32, because bfloat16 is slow on CPUs.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 MOMENTUM, WEIGHT_DECAY, STEPS = 0.95, 0.01, 5
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a quintic whose fixed band is about 1, from the Muon reference
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of a quintic that maps singular values near 1, from the Muon reference
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """The matrix with its singular values pushed near 1, by Newton-Schulz steps. [m, n] -> [m, n]."""
+    """The matrix with its singular values moved close to 1 by Newton-Schulz steps. [m, n] -> [m, n]."""
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
@@ -30,14 +30,14 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Momentum, then an orthogonalized step for every square block of a matrix stored [in, out]."""
+    """Momentum, then an orthogonalized step for every block of a matrix stored [in, out]."""
 
     def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], lr: float, adam_lr: float) -> None:
         if not matrices or not others:
             raise ValueError("Muon needs matrices and other parameters; use AdamW for a model without one of them.")
         self._adam = AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
         super().__init__([{"params": matrices, "lr": lr}], {})
-        # The same dicts, so that the Trainer's schedule reaches both optimizers.
+        # The dicts are shared, so that the Trainer's learning-rate schedule reaches both optimizers.
         self.param_groups += self._adam.param_groups
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class Muon(Optimizer):
 
 
 def _blocks(step: Tensor) -> Iterator[Tensor]:
-    """Orthogonalized blocks of a step: query, key and value, which GPT-2 keeps in one matrix, are three."""
+    """Orthogonalized blocks of a step: GPT-2's matrix of query, key and value has three, other matrices one."""
     rows, columns = step.shape
     parts = step.split(rows, 1) if columns == 3 * rows else (step,)
     for part in parts:
@@ -65,7 +65,7 @@ def _blocks(step: Tensor) -> Iterator[Tensor]:
 
 
 def muon_for(model: PreTrainedModel, lr: float, adam_lr: float) -> Muon:
-    """An optimizer for a GPT-2: Muon on the matrices of its blocks, AdamW on embeddings, norms and biases."""
+    """An optimizer for a GPT-2: Muon for the matrices of its blocks, AdamW for embeddings, norms and biases."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if ".h." in name and p.ndim == 2]
     others = [p for name, p in named if not (".h." in name and p.ndim == 2)]

@@ -1,4 +1,4 @@
-"""Prompts of the embedded task: their wording, and the training and held-out sets."""
+"""Prompts of the embedded task: their wording, and the disjoint training and held-out sets."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _PROMPT = re.compile(r"Review of the ([a-z ]+) \(([a-z, ]+)\):")
 
 
 class Request(NamedTuple):
-    """What a prompt asks for."""
+    """The content of a prompt: a product, and the aspects that the review should cover."""
 
     product: str
     aspects: tuple[str, ...]
 
 
 def prompt_text(request: Request) -> str:
-    """The wording of a request."""
+    """The prompt of a request."""
     return f"Review of the {request.product} ({', '.join(request.aspects)}):"
 
 
 def parse_prompt(prompt: str) -> Request:
-    """The request behind a prompt; the gold rater and the grammar read prompts only through this."""
+    """The request of a prompt, the inverse of `prompt_text`. Raises ValueError for any other text."""
     match = _PROMPT.fullmatch(prompt.strip())
     if not match or match[1] not in PRODUCTS:
         raise ValueError(
@@ -39,7 +39,7 @@ def parse_prompt(prompt: str) -> Request:
 
 
 def train_prompts() -> list[str]:
-    """The 4096 distinct prompts that every model of the task was trained on."""
+    """The 4096 distinct prompts that both models of the task were trained on."""
     return list(_all_prompts()[:TRAIN])
 
 
@@ -59,5 +59,5 @@ def _all_prompts() -> tuple[str, ...]:
         aspects = rng.sample(product.aspects, count)
         chosen[prompt_text(Request(product.name, tuple(aspects)))] = None
     prompts = list(chosen)
-    rng.shuffle(prompts)  # late draws hold fewer short prompts; both sets get their share
+    rng.shuffle(prompts)  # late draws contain fewer short prompts; shuffling gives both sets their share
     return tuple(prompts)

@@ -1,4 +1,4 @@
-"""Plain samples from the supervised model: the whole distribution at a temperature, up to 48 new tokens."""
+"""Samples from the supervised model, from its full distribution at a temperature, up to 48 new tokens."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MAX_NEW_TOKENS = 48  # token budget of the task
 
 
 class Sample(NamedTuple):
-    """One response as the model wrote it."""
+    """One sampled response."""
 
     prompt: str
-    tokens: list[int]  # of the response, with the end token where the model wrote it
+    tokens: list[int]  # of the response, with its end token if there is one
     text: str  # without the end token
-    finished: bool  # the end token came within the budget
+    finished: bool  # whether the end token came within the budget
 
 
 @torch.inference_mode()
@@ -32,7 +32,7 @@ def sample_responses(
     batch_size: int = 512,
 ) -> list[Sample]:
     """One response to each prompt, in order."""
-    torch.manual_seed(seed)  # generate() draws from the global generator and takes no other
+    torch.manual_seed(seed)  # generate() uses the global generator
     model.eval()
     samples = []
     for start in range(0, len(prompts), batch_size):

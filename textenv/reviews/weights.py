@@ -1,4 +1,4 @@
-"""Where the weights of the embedded task lie."""
+"""The folders with the weights of the embedded task."""
 
 from __future__ import annotations
 

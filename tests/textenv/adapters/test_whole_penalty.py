@@ -328,7 +328,7 @@ def test_numbers_of_any_kind(settings):
         ({"token": 65, "log_prob": [-1.0, -1.0]}, "log_prob must be one number"),
         ({"token": 65, "log_prob": True}, "log_prob must be one number, got True"),
         ({"token": 65, "log_prob": -200.0}, "log_prob -200 in row 0 is too low for the k3 .*use estimator='k1'"),
-        ({"token": 300, "log_prob": -1.0}, "action 300 in row 0 is no token id"),
+        ({"token": 300, "log_prob": -1.0}, "action 300 in row 0 is not a token id"),
     ],
 )
 def test_bad_actions(settings, action, says):

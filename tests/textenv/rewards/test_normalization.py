@@ -166,8 +166,8 @@ def test_rows_per_pass_do_not_matter(settings):
         (dict(score_clip=0), "score_clip must be above 0, or None for no limit, got 0"),
         (dict(score_clip=math.inf), "score_clip must be a finite number or None, got inf"),
         (dict(score_clip=True), "score_clip must be a finite number or None, got True"),
-        (dict(score_mean=1.0), "count with score_normalization='fixed' only, got 'none'"),
-        (dict(score_normalization="running", score_std=2.0), "count with score_normalization='fixed' only"),
+        (dict(score_mean=1.0), "only with score_normalization='fixed', got 'none'"),
+        (dict(score_normalization="running", score_std=2.0), "only with score_normalization='fixed'"),
     ],
 )
 def test_bad_settings(settings, changes, says):
