@@ -2,9 +2,14 @@
 
 import ast
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from agents.presets import defaults
+from agents.run import build
 
 ROOT = Path(__file__).parent.parent
 TEXTENV, AGENTS = (sorted((ROOT / package).rglob("*.py")) for package in ("textenv", "agents"))
@@ -38,13 +43,13 @@ TEXTENV_ORDER = """
 AGENTS_ORDER = """
     config | reporting.plots | reporting.report
     interfaces
-    objectives.advantages objectives.distributions objectives.losses objectives.actor_critic objectives.group \
+    objectives.advantages objectives.losses objectives.actor_critic objectives.group \
         objectives.soft_q
     algorithms.a2c | algorithms.dqn | algorithms.grpo | algorithms.ppo | algorithms.reinforce | algorithms.rloo \
         | algorithms.sac
     algorithms.registry
     replay trainer
-    text.config text.networks text.rollout text.evaluation text.samples text.collector text.experiment text.shading \
+    text.config text.networks text.rollout text.evaluation text.samples text.experiment text.shading \
         | control.config control.networks control.environments control.collector control.experiment
     domains
     presets | checkpoint
@@ -219,3 +224,22 @@ def test_tests_mirror_the_packages():
         rooms = {path.parent.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")}
         mirrored = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests" / package).rglob("*.py")}
         assert mirrored <= rooms
+
+
+def test_a_ppo_iteration_enters_few_files():
+    """Who reads PPO on text from prompt to update opens at most 16 files: those that one iteration enters."""
+    train, text, ppo = defaults("TextGen-v0", "ppo")
+    _, trainer = build(replace(train, iterations=1), replace(text, rollout_size=32), ppo)
+    entered = set()
+
+    def note(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ("textenv", "agents"):
+            entered.add(str(path.relative_to(ROOT)))
+
+    sys.setprofile(note)
+    try:
+        list(trainer.iterate())
+    finally:
+        sys.setprofile(None)
+    assert "agents/trainer.py" in entered and len(entered) <= 16, sorted(entered)

@@ -28,7 +28,6 @@ from textenv.rewards.base import (
     read_scores,
     token_members,
 )
-from textenv.rewards.normalization import normalize
 from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
 from textenv.task import Task
 
@@ -234,7 +233,9 @@ class TextDynamics:
             zero, *parts = torch.zeros(1 + len(names), self.rows, device=self.task.device)
             return Scores(zero, dict(zip(names, parts, strict=True)))
         rows = torch.cat([rows for rows, _ in batches])
-        scores = normalize(self.task.normalizer, concatenate(batch_scores))
+        scores = concatenate(batch_scores)
+        if self.task.normalizer is not None:
+            scores = self.task.normalizer(scores)
         return Scores(
             final=self._scatter(scores.final, rows),
             parts={name: self._scatter(part, rows) for name, part in scores.parts.items()},

@@ -22,7 +22,6 @@ from textenv.models.language_model import CachedDecoder, response_logits
 from textenv.models.sampling import Sampling, chosen_log_probs, sample
 from textenv.prompts.tokenized import Prompts
 from textenv.rewards.base import ResponseBatch, Scores, concatenate, read_scores
-from textenv.rewards.normalization import normalize
 from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
 from textenv.task import Task
 
@@ -131,7 +130,9 @@ def score_responses(
         texts = [prompt_texts[index] for index in indices]
         passes.append(_score_pass(task, state.select(rows), texts, pass_fields, indices))
     # Normalize all rows at once: running statistics must not depend on rows_per_pass.
-    scores = normalize(task.normalizer, concatenate([each.scores for each in passes]))
+    scores = concatenate([each.scores for each in passes])
+    if task.normalizer is not None:
+        scores = task.normalizer(scores)
     reference_log_prob = torch.cat([each.reference_log_prob for each in passes])
     token_score = scores.final[:, None].where(state.last_generated, 0.0)  # [B, R]
     if scores.tokens is not None:

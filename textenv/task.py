@@ -32,17 +32,13 @@ class Task:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int  # V
     stop_token_ids: tuple[int, ...]
+    pad_token_id: int  # fills empty columns; it carries no meaning, since the attention mask marks the tokens
     reference: LanguageModel | None  # None where kl_coef is 0
     reward: Reward
     normalizer: Normalizer | None  # None where the score is paid as it is
     prompts: Prompts
     device: torch.device
     masks: tuple[TokenMask, ...] = ()  # a token is allowed if every mask allows it
-
-    @property
-    def pad_token_id(self) -> int:
-        """The id in empty columns. It carries no meaning: the attention mask says which columns hold a token."""
-        return pad_token_id(self.tokenizer)
 
     @property
     def width(self) -> int:
@@ -114,6 +110,7 @@ def build_task(config: TextGenConfig) -> Task:
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         stop_token_ids=stops,
+        pad_token_id=pad_token_id(tokenizer),
         reference=reference if config.kl_coef > 0 else None,
         reward=reward,
         normalizer=normalizer,

@@ -20,7 +20,7 @@ from torch.distributions import Distribution
 from torchrl.modules import IndependentNormal, TanhNormal
 
 from agents.control.config import HIGHEST_LOG_STD, LOWEST_LOG_STD, ControlConfig
-from agents.objectives.distributions import Categorical
+from agents.objectives.actor_critic import Categorical
 
 # By activation: the module, and the in-place function.
 LAYERS: dict[str, tuple[Any, Any]] = {"tanh": (nn.Tanh, torch.tanh_), "relu": (nn.ReLU, torch.relu_)}

@@ -14,11 +14,10 @@ from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.reporting import plots
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, ORANGE, RED, Panel
-from agents.text.collector import TextCollector
 from agents.text.config import TextConfig
 from agents.text.evaluation import Evaluation, evaluate, find_gold, mean, rate, split_prompts
 from agents.text.networks import TextNetworkFactory, language_model_of
-from agents.text.rollout import TextRollout, collect
+from agents.text.rollout import TextCollector, TextRollout, collect
 from agents.text.samples import make_summary, write_samples
 from agents.trainer import Trainer
 from textenv.env import TextGenEnv

@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from agents.objectives.distributions import Categorical
+from agents.objectives.actor_critic import Categorical
 from textenv.masks.token_sets import TokenSets
 from textenv.models.language_model import response_logits
 from textenv.rewards.reward_model import RewardModel, reads_every_position

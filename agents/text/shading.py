@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agents.text.collector import TextCollector
 from agents.text.networks import language_model_of
-from agents.text.rollout import collect
+from agents.text.rollout import TextCollector, collect
 from agents.trainer import Trainer
 from textenv.generation import score_responses
 from textenv.prompts.tokenized import Prompts

@@ -8,10 +8,9 @@ import torch
 
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
-from agents.text.collector import TextCollector
 from agents.text.config import TextConfig
 from agents.text.networks import TextNetworkFactory
-from agents.text.rollout import TextRollout, collect
+from agents.text.rollout import TextCollector, TextRollout, collect
 from agents.trainer import Trainer
 from tests.support import tiny
 from textenv import TextGenConfig, build_task

@@ -6,7 +6,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from agents.objectives.distributions import Categorical
+from agents.objectives.actor_critic import Categorical
 
 OBSERVATION, ACTIONS = 4, 3
 

@@ -131,11 +131,6 @@ def make_normalizer(config: TextGenConfig) -> Normalizer | None:
     return None
 
 
-def normalize(normalizer: Normalizer | None, scores: Scores) -> Scores:
-    """Apply the normalizer, if there is one."""
-    return scores if normalizer is None else normalizer(scores)
-
-
 def paid_part_names(reward: Reward, normalizer: Normalizer | None) -> tuple[str, ...]:
     """The keys of `score_parts` under this reward and normalizer. Raises ValueError if a reward is named "raw"."""
     names = tuple(reward.part_names)

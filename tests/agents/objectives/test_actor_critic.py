@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from agents.objectives.distributions import Categorical
+from agents.objectives.actor_critic import Categorical
 
 
 def test_categorical_is_pytorchs():
