@@ -1,4 +1,4 @@
-"""Which kind of environment a Gymnasium id names, and so how it is learned on: text, or anything else."""
+"""The domain of a Gymnasium id, text or control, which decides how it is learned on."""
 
 from __future__ import annotations
 

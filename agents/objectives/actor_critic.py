@@ -1,4 +1,4 @@
-"""What the learners share: their networks, and a rollout's rewards, values, advantages and value targets."""
+"""Shared by the learners: their networks, and a rollout's rewards, values, advantages and value targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the learners without a critic share: responses to one prompt are each other's baseline."""
+"""Shared by the learners without a critic: responses to one prompt are each other's baseline."""
 
 from __future__ import annotations
 

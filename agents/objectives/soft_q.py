@@ -1,4 +1,4 @@
-"""What the learners of action values share: settings, state values, action targets and target networks.
+"""Shared by the learners of action values: settings, state values, action targets and target networks.
 
 With α > 0 they are maximum-entropy learners: the return includes α times the policy's entropy, and the best policy is
 softmax(Q/α). With α = β, the weight of the KL penalty, and no discount, the environment's reward, which holds the

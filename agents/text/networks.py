@@ -198,7 +198,7 @@ def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TextCritic:
     fits = isinstance(reward, RewardModel) and reward.tokenizer is None and reads_every_position(reward.model)
     if start == "reward-model" and not fits:
         raise ValueError(
-            f"a critic cannot start from the reward {reward.name!r}: it is no reward model that reads the reference's "
+            f"a critic cannot start from the reward {reward.name!r}: it is not a reward model for the reference's "
             "own tokens. Choose --critic reference, or leave it out."
         )
     if start in ("auto", "reward-model") and fits:

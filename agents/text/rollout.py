@@ -34,7 +34,7 @@ from textenv.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Penalty:
-    """What one rollout pays at every token: β times an estimate of the KL."""
+    """The penalty of a rollout at every token: β times an estimate of the KL."""
 
     coef: float  # β
     estimator: str = "k1"  # k1, k2, k3 or exact
@@ -42,7 +42,7 @@ class Penalty:
 
 @dataclass(frozen=True)
 class TextRollout:
-    """A batch of responses: tensors to learn from, what they show, and what people read."""
+    """A batch of responses: tensors to learn from, their statistics, prompts, and the environment's scores."""
 
     data: TensorDict
     metrics: dict[str, float]
@@ -58,7 +58,7 @@ def collect(
     rows_per_pass: int,
     penalty: Penalty | None = None,
 ) -> TextRollout:
-    """One response to each prompt, as the learner sees it; `penalty` defaults to the environment's own β and k1."""
+    """One response to each prompt; `penalty` defaults to the environment's β with k1."""
     penalty = penalty or Penalty(coef=task.config.kl_coef)
     sampling = Sampling(temperature=task.config.temperature)
     generation = generate(task, model, prompts, sampling, generator)
@@ -94,7 +94,7 @@ def collect(
 
 
 def trim(batch: TensorDict) -> TensorDict:
-    """The same texts without the columns that are padding in every row."""
+    """The batch without the columns that are padding in every row."""
     mask, attention = batch["mask"], batch["attention_mask"]
     total, budget = mask.shape[1], attention.shape[1]
     columns = torch.arange(1, total + 1, device=mask.device)
@@ -111,9 +111,9 @@ def trim(batch: TensorDict) -> TensorDict:
 
 
 def rollout_metrics(data: TensorDict) -> dict[str, float]:
-    """What the sampled responses show of the policy, before it is updated.
+    """Statistics of the sampled responses.
 
-    Entropy is the mean of −log π over the sampled tokens, in nats a token.
+    `entropy` is the mean of −log π over the sampled tokens, in nats per token.
     """
     mask = data["mask"]
     return {
@@ -126,7 +126,7 @@ def rollout_metrics(data: TensorDict) -> dict[str, float]:
 
 
 def part_metrics(parts: dict[str, Tensor]) -> dict[str, float]:
-    """The mean of what each reward gave, as `score/NAME`; nothing where there is one, which the score shows already.
+    """The mean of each reward of a weighted sum, as `score/NAME`; empty if there is one reward.
 
     parts: float32 [B] each.
     """
@@ -134,7 +134,7 @@ def part_metrics(parts: dict[str, Tensor]) -> dict[str, float]:
 
 
 def kl_metrics(data: TensorDict) -> dict[str, float]:
-    """KL of the policy to the reference in nats, by the k1 estimator whatever the penalty is made of."""
+    """KL of the policy to the reference in nats, by k1 whatever the penalty's estimator."""
     log_ratio = (data["action_log_prob"] - data["reference_log_prob"]).where(data["mask"], 0.0)  # [B, R]
     return {
         "kl_per_response": float(log_ratio.sum(1).mean()),
@@ -143,7 +143,7 @@ def kl_metrics(data: TensorDict) -> dict[str, float]:
 
 
 def make_controller(config: TextConfig, kl_coef: float) -> Controller:
-    """Who sets β in a run, from the environment's `kl_coef` on."""
+    """The controller of β, which starts at the environment's `kl_coef`."""
     if kl_coef == 0 and (config.kl_estimator != "k1" or config.kl_controller != "fixed"):
         raise ValueError(
             f"the environment's kl_coef is 0, so there is no reference and no KL for kl_estimator="
@@ -152,7 +152,7 @@ def make_controller(config: TextConfig, kl_coef: float) -> Controller:
         )
     if config.kl_controller == "fixed":
         return FixedKL(kl_coef)
-    assert config.kl_target is not None  # the configuration has checked it
+    assert config.kl_target is not None  # TextConfig checks it
     return AdaptiveKL(kl_coef, config.kl_target, config.kl_horizon, config.kl_unit)
 
 
@@ -165,9 +165,9 @@ def estimate_kl(
     estimator: str,
     rows_per_pass: int,
 ) -> Tensor:
-    """The KL to the reference at every token of responses that `model` has sampled; zeros without a reference.
+    """The KL to the reference at every token that `model` sampled; zeros without a reference.
 
-    `exact` costs one more forward of both models, over `rows_per_pass` rows at a time. Returns float32 [B, R], zero
+    `exact` costs one more forward of both models, `rows_per_pass` rows at a time. Returns float32 [B, R], zero
     outside the response.
     """
     if task.reference is None:

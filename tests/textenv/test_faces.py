@@ -332,7 +332,7 @@ def test_torchrl_checker(settings):
 
 
 def test_observation_layout(settings):
-    """Prompts end at column P - 1, step t writes column P + t, and spaces are those of DESIGN §2."""
+    """Prompts end at column P - 1, step t writes column P + t, and spaces are the documented ones."""
     env = gym.make("TextGen-v0", **{**settings, "prompts": ["the cat"]})
     observation, info = env.reset(seed=0)
     assert env.action_space == gym.spaces.Discrete(tiny.VOCABULARY)

@@ -119,7 +119,7 @@ def log_prob_gradient(algorithm: Any) -> Tensor:
     return algorithm.networks.policy.outputs.grad
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def assert_near(found: Tensor, expected: Tensor) -> None:
     """Equal but for the rounding of float32."""
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -128,20 +128,20 @@ def test_penalized_reward():
     """Every token pays β (log π − log π_ref), and the last one earns the score."""
     token_score = SCORE[:, None].where(LAST, 0.0)
     found = penalized_reward(token_score, k1(OLD_LOG_PROB, REFERENCE_LOG_PROB), 0.2)
-    close(found[MASK], PENALIZED_REWARD[MASK])
+    assert_near(found[MASK], PENALIZED_REWARD[MASK])
     paid = environment_reward(token_score, REFERENCE_LOG_PROB, 0.2)  # the environment's half; the policy's is the rest
-    close((paid - 0.2 * OLD_LOG_PROB)[MASK], PENALIZED_REWARD[MASK])
+    assert_near((paid - 0.2 * OLD_LOG_PROB)[MASK], PENALIZED_REWARD[MASK])
 
 
 def test_advantages():
     """TD errors, GAE and value targets with V(s_T) = 0, and whitening over the four real tokens."""
     ends = response_ends(MASK)
     assert torch.equal(ends.done, LAST) and torch.equal(ends.terminated, LAST)
-    close(td_errors(PENALIZED_REWARD, OLD_VALUE, ends, 1.0), TD_ERROR)
+    assert_near(td_errors(PENALIZED_REWARD, OLD_VALUE, ends, 1.0), TD_ERROR)
     advantage, target = estimate_advantages(PENALIZED_REWARD, OLD_VALUE, ends, 1.0, 0.5)
-    close(advantage, ADVANTAGE)
-    close(target, TARGET)
-    close(whiten(advantage.where(MASK, X), MASK), WHITENED)
+    assert_near(advantage, ADVANTAGE)
+    assert_near(target, TARGET)
+    assert_near(whiten(advantage.where(MASK, X), MASK), WHITENED)
 
 
 def test_ppo_prepares_advantages():
@@ -155,16 +155,16 @@ def test_ppo_prepares_advantages():
         ("advantage", WHITENED),
         ("value_target", TARGET),
     ):
-        close(rollout[key], expected)
+        assert_near(rollout[key], expected)
 
 
 def test_losses():
     """Each token's clipped policy loss and clipped value loss, the ½ included."""
-    close(clipped_surrogate(RATIO, WHITENED, 0.2), POLICY_LOSS)
+    assert_near(clipped_surrogate(RATIO, WHITENED, 0.2), POLICY_LOSS)
     found = clipped_value_loss(NEW_VALUE, OLD_VALUE[:, :3], TARGET, 0.2)
-    close(found[MASK], VALUE_LOSS[MASK])
+    assert_near(found[MASK], VALUE_LOSS[MASK])
     weight = token_weights(MASK)
-    close(weight, MASK / 4)
+    assert_near(weight, MASK / 4)
     assert float((weight * POLICY_LOSS).sum()) == pytest.approx(0.05)
     assert float((weight * found).sum()) == pytest.approx(6.15625)
 
@@ -177,8 +177,8 @@ def test_ppo_losses_and_gradients():
         rollout[key] = rollout[key].where(MASK, X)
     means, diagnostics = step(algorithm, rollout)
     assert means == dict(policy_loss=pytest.approx(0.05, abs=1e-6), value_loss=pytest.approx(6.15625))
-    close(log_prob_gradient(algorithm), POLICY_GRADIENT)
-    close(algorithm.networks.critic.outputs.grad, VALUE_GRADIENT)
+    assert_near(log_prob_gradient(algorithm), POLICY_GRADIENT)
+    assert_near(algorithm.networks.critic.outputs.grad, VALUE_GRADIENT)
     # Ratios 1.5, 0.5 and 1.5 are outside 1 ± 0.2. ρ − 1 − log ρ is 0.09453 twice, 0.19315 and 0.00536.
     assert diagnostics == dict(clip_fraction=3.0, approx_kl=pytest.approx(0.387577, abs=1e-5))
 
@@ -191,13 +191,13 @@ def test_rloo(at_start):
     """
     rollout, algorithm = make_rollout(), RLOO(RLOOConfig(clip=0.2), Tables())
     algorithm.prepare(rollout)
-    close(rollout["advantage"], torch.tensor([[3.2, 3.2, 3.2], [-3.2, 0.0, 0.0]]))
+    assert_near(rollout["advantage"], torch.tensor([[3.2, 3.2, 3.2], [-3.2, 0.0, 0.0]]))
     if at_start:
         algorithm.networks.policy.outputs.data = OLD_LOG_PROB.clone()
     means, _ = step(algorithm, rollout)
     assert means == dict(policy_loss=pytest.approx(-1.6))
     expected = [[-0.8, -0.8, -0.8], [0.8, 0.0, 0.0]] if at_start else [[0.0, -0.4, 0.0], [0.72, 0.0, 0.0]]
-    close(log_prob_gradient(algorithm), torch.tensor(expected))
+    assert_near(log_prob_gradient(algorithm), torch.tensor(expected))
 
 
 @pytest.mark.parametrize(("normalize", "advantage"), [(False, 1.5), (True, math.sqrt(0.5))])
@@ -205,7 +205,7 @@ def test_grpo_advantages(normalize, advantage):
     """Scores alone, 2 and −1: ±1.5 from their mean, and ±√½ in units of their deviation 3/√2."""
     rollout, algorithm = make_rollout(), GRPO(GRPOConfig(normalize=normalize), Tables())
     algorithm.prepare(rollout)
-    close(rollout["advantage"], advantage * torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 0.0]]))
+    assert_near(rollout["advantage"], advantage * torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize(
@@ -225,4 +225,4 @@ def test_grpo_losses(aggregation, policy_loss, kl_loss, shares):
     assert means == dict(policy_loss=pytest.approx(policy_loss, abs=1e-6), kl_loss=pytest.approx(kl_loss, abs=1e-5))
     slopes = torch.tensor([[0.0, -0.75, 0.0], [1.35, 0.0, 0.0]])
     slopes += 0.2 * torch.tensor([[0.595646, -4.436564, 0.595646], [0.591245, 0.0, 0.0]])
-    close(log_prob_gradient(algorithm), torch.tensor(shares)[:, None] * slopes)
+    assert_near(log_prob_gradient(algorithm), torch.tensor(shares)[:, None] * slopes)
