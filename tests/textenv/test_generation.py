@@ -94,7 +94,7 @@ def test_the_decoder_reads_across_a_gap(task, prompts):
     state, model = write(prompts), task.reference.model
     decoder = CachedDecoder(model, 2, task.width, task.vocabulary)
     decoder.restart(state, torch.arange(2))
-    again = decoder.of_model(model, state)
+    again = decoder.with_model(model, state)
     for row in range(2):
         ids = state.input_ids[row][state.attention_mask[row]]
         with torch.no_grad():

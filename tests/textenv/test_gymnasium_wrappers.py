@@ -494,7 +494,7 @@ def test_torchrl_limit_bootstraps(ragged):
     written = following["attention_mask"][..., -6:].sum(-1)
     assert (written[cut] == 3).all()  # the last observation is the cut one, not the next prompt
     after = data["attention_mask"][:, 1:, -6:].sum(-1)[cut[:, :-1]]
-    assert (after == 0).all()  # and the step after it begins anew
+    assert (after == 0).all()  # and the next step starts a new episode
     values = torch.ones_like(following["reward"])
     error = td0_advantage_estimate(
         0.9, 0 * values, 5 * values, following["reward"], following["done"], following["terminated"]
