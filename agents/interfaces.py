@@ -1,7 +1,7 @@
 """The protocols between the trainer, the learners and the two kinds of environments (text, control).
 
 Shapes: B rows of R steps. In a rollout a row is a response, or a stretch of one environment's steps. `mask` says which
-steps the policy took; everything else in a row is padding. All per-step tensors are [B, R].
+steps the policy took; other columns are padding, or tokens of the environment. All per-step tensors are [B, R].
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Rollout(Protocol):
     """Experience gathered by one policy.
 
     Keys of `data`, batch size [B]: the networks' inputs; `action` [B, R] ([B, R, A] if continuous); `action_log_prob`,
-    `mask`, `done`, `terminated` and `step_score` [B, R], what the task pays at each step: the score of a response at
-    its last token, or the reward of another environment. On text also `reference_log_prob` and `kl` [B, R], and β,
-    `kl_coef` [B]. `prepare` forms the learner's `reward` from them.
+    `mask`, `done`, `terminated` and `step_score` [B, R], what the task pays at each step: the score of a response (at
+    its last token, unless a reward pays every token), or the reward of another environment. On text also
+    `reference_log_prob` and `kl` [B, R], and β, `kl_coef` [B]. `prepare` forms the learner's `reward` from them.
     """
 
     @property

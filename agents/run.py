@@ -52,7 +52,7 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
     title = f"{config.algorithm} on {config.env}"
     console.print(f"{title} {experiment.describe()}\nresults in {folder}/")
     with (
-        _resumable(folder, trainer, config.resume),
+        _resumable(folder, config.resume),
         closing(report.Scalars(folder, trainer.iteration)) as scalars,
         report.Bar(console, config.iterations, trainer.iteration) as bar,
     ):
@@ -76,12 +76,13 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
 
 
 @contextmanager
-def _resumable(folder: Path, trainer: Trainer, resumed: bool) -> Iterator[None]:
+def _resumable(folder: Path, resumed: bool) -> Iterator[None]:
     """Add to any error how to resume the run. A new run that fails in its first iteration leaves no folder behind."""
     try:
         yield
     except BaseException as error:
-        if trainer.iteration == 0 and not resumed and isinstance(error, Exception):
+        first = not (folder / "metrics.jsonl").is_file() or not (folder / "metrics.jsonl").read_text()
+        if first and not resumed and isinstance(error, Exception):
             shutil.rmtree(folder)
         else:
             error.add_note(f"The last checkpoint is good: continue from it with --run {folder} --resume.")

@@ -1,7 +1,7 @@
 """Gains of other libraries' learners on TextGen-v0: each client example at full size, over several seeds.
 
 `python -m benchmarks.clients`, or a part with `--examples sb3_ppo --seeds 0 1 2`. Gains are in standard deviations of
-the reference's scores on held-out prompts; 0.5 is the minimum we expect. A run takes about a minute and a half.
+the reference's scores on held-out prompts; 0.5 is the minimum we expect. A run takes half a minute to eight minutes.
 """
 
 from __future__ import annotations

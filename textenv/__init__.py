@@ -3,6 +3,7 @@
 from gymnasium.envs.registration import register
 
 from textenv.config import TextGenConfig
+from textenv.masks.masks import TokenMask
 from textenv.models.language_model import LanguageModel
 from textenv.models.loading import shared
 from textenv.rewards.base import ResponseBatch, Reward, Scores
@@ -18,6 +19,7 @@ __all__ = [
     "Scores",
     "Task",
     "TextGenConfig",
+    "TokenMask",
     "build_task",
     "per_batch",
     "per_response",

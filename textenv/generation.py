@@ -214,7 +214,7 @@ def _score_pass(
     if bool((code == RUNNING).any()):
         raise ValueError(
             f"score_responses needs finished responses, but row {rows[int((code == RUNNING).nonzero()[0])]} neither "
-            "ends with a stop token nor fills the token budget; finish it first."
+            "ends with a generated stop token nor fills the token budget, or has no generated token; finish it first."
         )
     batch = ResponseBatch(prompt_texts, state, code == STOP, task.tokenizer, fields, rows)
     scores = read_scores(task.reward, batch)

@@ -59,10 +59,8 @@ class ControlCollector:
             self.observation = self.environments.reset(int(seed))
             self.ended = np.zeros(shape[1], dtype=bool)
         observation_array = np.empty((shape[0] + 1, *self.observation.shape), np.float32)  # [R + 1, B, D]
-        observations, actions = (
-            torch.from_numpy(observation_array),
-            [],
-        )  # shared memory; a copy of the environment's buffers
+        observations = torch.from_numpy(observation_array)  # shares memory; the environment may reuse its own
+        actions: list[torch.Tensor] = []
         rewards, ended = np.empty(shape, np.float32), np.empty((shape[0] + 1, shape[1]), bool)
         terminated = np.empty(shape, bool)
         sample_action = policy.action_sampler(*shape, self.generator)

@@ -131,10 +131,6 @@ class ContinuousActor(nn.Module):
         loc = self.body(observation)
         return loc, self.scale().expand_as(loc)
 
-    def all_states(self, data: TensorDict) -> Tensor:
-        """Means at s_0..s_R, [B, R + 1, A]."""
-        return self.body.all_states(data)
-
     def action_sampler(self, steps: int, rows: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
         """Like `DiscreteActor.action_sampler`; actions are [rows, A]."""
         noise = self.scale().detach() * torch.randn(steps, rows, self.body.outputs, generator=generator)

@@ -38,6 +38,8 @@ def next_values(value: Tensor, ends: Ends) -> Tensor:
     value: [B, R + 1], of s_0..s_R. Returns [B, R].
     """
     steps = ends.mask.shape[1]
+    if steps == 1:  # single steps from replay: nothing to skip
+        return value[:, 1:].where(~ends.terminated, 0.0)
     column = torch.arange(steps, device=value.device).expand_as(ends.mask)
     valid = torch.where(ends.mask, column, steps)
     following = valid.flip(1).cummin(1).values.flip(1)  # [B, R], the first valid step from here on

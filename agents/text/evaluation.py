@@ -105,7 +105,7 @@ def _evaluate(
         score=scored.score.tolist(),
         gold=None,
         kl=(generation.log_prob - reference_log_prob).sum(1).tolist(),
-        length=generation.state.length.tolist(),
+        length=generation.state.generated_length.tolist(),
         stopped=(scored.finish_code == STOP).tolist(),
     )
 

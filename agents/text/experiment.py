@@ -118,31 +118,29 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
     """The credit of each token in one response to a held-out prompt: of eight, the one of median length."""
     collector, policy = trainer.collector, trainer.algorithm.networks.policy
     assert isinstance(collector, TextCollector)
-    task, paid = (
-        collector.task.with_frozen_statistics(),
-        collector.penalty(),
-    )  # running statistics must not change
+    # Running statistics must not change.
+    task, penalty = collector.task.with_frozen_statistics(), collector.penalty()
     generator = torch.Generator(task.device).manual_seed(EVALUATION_SEED)
     # Whole groups, for the learners that compare the responses to a prompt.
     prompts = held_out.select(
         [row // task.config.group_size % len(held_out) for row in range(8 * task.config.group_size)]
     )
-    rollout = collect(task, language_model_of(policy), prompts, generator, len(prompts), paid)
+    rollout = collect(task, language_model_of(policy), prompts, generator, len(prompts), penalty)
     trainer.algorithm.prepare(rollout.data)
     lengths = rollout.data["mask"].sum(1)
     row = int(lengths.argsort()[len(lengths) // 2])
-    data, length = rollout.data[row], int(lengths[row])
+    data = rollout.data[row]
     curves = {
-        "penalty β·KL": (paid.coef * data["kl"], RED),
+        "penalty β·KL": (penalty.coef * data["kl"], RED),
         "value V(s)": (data.get("state_value", None), BLUE),
         "TD error δ": (data.get("td_error", None), ORANGE),
         "advantage A": (data.get("raw_advantage", None), GREEN),
     }
     return plots.Credit(
         prompt=prompts.texts[row],
-        tokens=[repr(task.tokenizer.decode([token]))[1:-1] for token in data["action"][:length].tolist()],
+        tokens=[repr(task.tokenizer.decode([token]))[1:-1] for token in data["action"][data["mask"]].tolist()],
         panels=[
-            (name, values.flatten()[:length].tolist(), color)
+            (name, values[data["mask"]].tolist(), color)
             for name, (values, color) in curves.items()
             if values is not None
         ],

@@ -37,7 +37,7 @@ class TextActor(nn.Module):
         """Logits of the response tokens, float32 [B, R, V]; tokens that were not allowed get no probability.
 
         Outside the mask the actor is certain of id 0, the action stored there: log-probability, entropy and gradient
-        of padding are exactly zero, whatever the padding holds.
+        are exactly zero there, whatever the column holds.
         """
         input_ids, attention_mask, mask = batch["input_ids"], batch["attention_mask"], batch["mask"]
         width = input_ids.shape[1] - mask.shape[1]  # P

@@ -3,7 +3,7 @@
 Keys of a rollout, batch size [B]: `input_ids` and `attention_mask` [B, L]; `action`, `action_log_prob`, `mask`, `done`,
 `terminated`, `step_score`, `reference_log_prob` and `kl`, an estimate of the KL, [B, R]; the response's `score` and β,
 `kl_coef`, [B]; with action masks also `allowed_ids` [B, R, K] and `allowed_inside` [B, R], the two halves of a
-`TokenSets`. Everything is zero outside the mask.
+`TokenSets`. Per-step numbers are zero outside the mask.
 
 The penalty of a run is here too: the estimator of the KL and the controller of its weight β.
 """
@@ -25,7 +25,7 @@ from agents.objectives.advantages import masked_mean, response_ends
 from agents.text.config import TextConfig
 from agents.text.networks import language_model_of
 from textenv.generation import Generation, ScoredResponses, generate, response_kl, score_responses
-from textenv.kl import ESTIMATORS, EXACT, AdaptiveKL, Controller, FixedKL
+from textenv.kl import ESTIMATORS, EXACT, AdaptiveKL, Controller, FixedKL, penalized_reward
 from textenv.masks.masks import MaskPolicy
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
@@ -119,7 +119,9 @@ def rollout_metrics(data: TensorDict) -> dict[str, float]:
     return {
         "score": float(data["score"].mean()),
         "score_std": float(data["score"].std(correction=0)),
-        "penalized_return": float((data["step_score"] - data["kl_coef"][:, None] * data["kl"]).sum(1).mean()),
+        "penalized_return": float(
+            penalized_reward(data["step_score"], data["kl"], data["kl_coef"][:, None]).sum(1).mean()
+        ),
         "entropy": float(-masked_mean(data["action_log_prob"], mask)),
         "length": float(mask.sum(1).float().mean()),
     }
@@ -177,7 +179,7 @@ def estimate_kl(
     return ESTIMATORS[estimator](generation.log_prob, reference_log_prob)
 
 
-REPORT_ONLY = ("td_error", "raw_advantage", "kl", "step_score")  # keys that pictures show and no learner reads
+REPORT_ONLY = ("td_error", "raw_advantage", "kl", "step_score")  # keys that no loss needs
 
 
 class TextCollector:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from agents.text.networks import language_model_of
@@ -29,9 +30,8 @@ def shaded_responses(
         raise ValueError("the run has kl_coef=0, so tokens have no penalty; color them by advantage.")
     model = language_model_of(trainer.algorithm.networks.policy)
     rollout = collect(task.with_frozen_statistics(), model, prompts, generator, len(prompts), penalty)
-    trainer.algorithm.prepare(rollout.data)
     data = rollout.data
-    values = penalty.coef * data["kl"] if by == "penalty" else _advantages(data.get("raw_advantage", None))
+    values = penalty.coef * data["kl"] if by == "penalty" else _advantages(trainer, data)
     state = TextState.from_masks(data["input_ids"], data["attention_mask"], data["mask"])
     scale = float(values.where(data["mask"], 0.0).abs().max())
     scores = score_responses(task.without_normalization(), state, prompts.texts, fields=prompts.fields).score.tolist()
@@ -39,7 +39,9 @@ def shaded_responses(
     return scale, [f"[score {score:+.2f}] {text}" for score, text in zip(scores, texts, strict=True)]
 
 
-def _advantages(raw: Tensor | None) -> Tensor:
+def _advantages(trainer: Trainer, data: TensorDict) -> Tensor:
+    trainer.algorithm.prepare(data)
+    raw = data.get("raw_advantage", None)
     if raw is None:
         raise ValueError("this run's algorithm computes no advantage per token; color them by penalty.")
     return raw

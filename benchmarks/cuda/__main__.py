@@ -1,9 +1,9 @@
 """Correctness on a GPU, then speed, then a real chat model, in one command.
 
-    python -m benchmarks.cuda --output FOLDER
+    python -m benchmarks.cuda --output FOLDER --model CHAT_MODEL
 
-Takes at most eight minutes on one GPU; without one, sizes are small. Every section writes its rows as soon as it has
-them; a section that fails ends in a row with the error. The table of all rows is printed last.
+About eight minutes on one GPU: no section starts after 460 seconds. Without a GPU, sizes are small. Every section
+writes its rows as soon as it has them; a section that fails ends in a row with the error. The table of all rows comes last.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from agents.reporting.report import machine
+from benchmarks import rows as result_rows
 from benchmarks.cuda import right, speed, sums
 from benchmarks.cuda.scale import Row, Scale, free, scale_of
 
@@ -50,6 +51,8 @@ def main(settings: Settings) -> None:
     sections = dict(SECTIONS)
     if settings.model is not None:
         sections["sums"] = partial(sums.sums, folder=settings.model)
+    if unknown := set(settings.sections) - {*SECTIONS, "sums"}:
+        raise SystemExit(f"no section {sorted(unknown)}; known are {[*SECTIONS, 'sums']}.")
     settings.output.mkdir(parents=True, exist_ok=True)
     scale, rows, started = scale_of(device), list[Row](), time.perf_counter()
     for name in settings.sections:
@@ -87,6 +90,7 @@ def _short(value: object) -> str:
 
 def _write(settings: Settings, scale: Scale, rows: list[Row]) -> None:
     document = {
+        "commit": result_rows.COMMIT,
         "machine": machine(scale.device),
         "settings": {key: str(value) for key, value in (asdict(settings) | vars(scale)).items()},
         "rows": rows,

@@ -38,7 +38,7 @@ class Scale:
     repeats: int
     update_rows: int  # responses per PPO iteration
     job: tuple[str, ...]  # command-line flags of the embedded job
-    seconds: float  # training time of `sums`
+    train_seconds: float  # training time of `sums`
 
 
 def scale_of(device: torch.device) -> Scale:

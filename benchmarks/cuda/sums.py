@@ -31,7 +31,7 @@ def make_sums() -> list[dict[str, Any]]:
 
 
 def sums(scale: Scale, folder: Path) -> Iterator[Row]:
-    """Run PPO on sums with the model in `folder` for `scale.seconds`."""
+    """Run PPO on sums with the model in `folder` for `scale.train_seconds`."""
     small = scale.device.type != "cuda"
     config = TextGenConfig(
         reference=str(folder),
@@ -63,7 +63,7 @@ def sums(scale: Scale, folder: Path) -> Iterator[Row]:
         if iteration.number % 5 == 1:
             names = ("score", "kl_per_response", "length", "explained_variance", "tokens_per_second", "seconds")
             yield {"case": f"iteration {iteration.number}"} | {name: iteration.metrics[name] for name in names}
-        if time.perf_counter() - started > scale.seconds:
+        if time.perf_counter() - started > scale.train_seconds:
             break
     torch.set_float32_matmul_precision("highest")
     yield {"case": f"after {trainer.iteration} iterations", **_accuracy(experiment, trainer)}

@@ -101,10 +101,16 @@ def _check_mask(mask: TokenMask, context: MaskContext) -> None:
         )
     if model.training:
         raise ValueError(
-            f"action mask {mask.name!r} has a model in train mode, where dropout blurs its logits; call model.eval() "
+            f"action mask {mask.name!r} has a model in train mode, so dropout changes its logits; call model.eval() "
             "first."
         )
-    width = cast(Any, model.get_output_embeddings()).weight.shape[0]
+    embeddings: Any = model.get_output_embeddings()
+    if embeddings is None:
+        raise ValueError(
+            f"action mask {mask.name!r} has a {type(model).__name__}, which has no output embeddings; `model` must "
+            "be a causal PreTrainedModel or None."
+        )
+    width = embeddings.weight.shape[0]
     if width != context.vocabulary:
         raise ValueError(
             f"action mask {mask.name!r} has a model of {width} token ids, and the vocabulary has "

@@ -149,7 +149,7 @@ class Pattern:
 
     The text is the response without the single space that separates it from the prompt. A stop token is allowed where
     the text already matches. For each text that is not in the cache, every token is tried. That takes 1 to 3 ms of CPU
-    time a text with the embedded 1,024 tokens, and 60 to 140 ms with 50,257 (a number, a word list, sentences,
+    time per text with the embedded 1,024 tokens, and 60 to 140 ms with 50,257 (a number, a word list, sentences,
     anything). The first use also decodes every token by itself, which takes 5 and 260 ms.
     """
 

@@ -79,7 +79,7 @@ class Scores:
 
     final: Tensor  # float32 [B], paid at the last token
     parts: dict[str, Tensor]  # float32 [B] each, by reward name: the score of each reward, before its weight
-    tokens: Tensor | None = None  # float32 [B, R], paid at each token, zero outside the response; None pays nothing
+    tokens: Tensor | None = None  # float32 [B, R], paid at each token, zero where not generated; None pays nothing
 
     @property
     def total(self) -> Tensor:
@@ -114,7 +114,7 @@ class TokenReward(Reward, Protocol):
     """A reward that pays at every token, and so is also called on unfinished responses."""
 
     def token_rewards(self, batch: ResponseBatch) -> Tensor:
-        """The reward of each token so far: float32 [B, R], zero outside the response.
+        """The reward of each token so far: float32 [B, R], zero where not generated.
 
         The reward of token t must not depend on later tokens.
         """
@@ -217,8 +217,8 @@ def token_members(reward: Reward) -> tuple[tuple[float, TokenReward], ...]:
 
 
 def newest(tokens: Tensor, state: TextState) -> Tensor:
-    """The value at the last token of each response. tokens: [B, R]. Returns [B]."""
-    return tokens.gather(1, state.length[:, None] - 1)[:, 0]
+    """The value at the last generated token of each response. tokens: [B, R]. Returns [B]."""
+    return tokens.where(state.last_generated, 0.0).sum(1)
 
 
 def last_token_rewards(members: Sequence[tuple[float, TokenReward]], batch: ResponseBatch) -> Tensor:

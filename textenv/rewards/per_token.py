@@ -61,7 +61,7 @@ class TokenFunctionReward:
         return Scores(torch.zeros_like(total), {self.name: total}, tokens)
 
     def token_rewards(self, batch: ResponseBatch) -> Tensor:
-        """The reward of each token so far: float32 [B, R], zero outside the response."""
+        """The reward of each token so far: float32 [B, R], zero where not generated."""
         if self.texts is None or self.texts.tokenizer is not batch.tokenizer:
             self.texts = TokenTexts(batch.tokenizer)
         tokens = [self.texts(ids) for ids in batch.response_ids]

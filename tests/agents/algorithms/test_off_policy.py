@@ -83,6 +83,14 @@ def test_dqn_equals_the_loop(settings, double):
     assert losses(trainer, data)["q_loss"].item() == pytest.approx(total / count, rel=1e-4)
 
 
+@BOTH
+def test_they_learn_from_what_the_environment_pays(settings, name):
+    """The reward in replay is the environment's: the score and β log π_ref, as stepping pays them."""
+    rollout = make_rollout(make(settings, name))
+    assert rollout.data["reference_log_prob"].abs().sum() > 1
+    assert torch.equal(rollout.data["reward"], rollout.scored.reward)
+
+
 def test_sac_equals_the_loop(settings):
     """Both losses are the means over valid tokens of the sums in sac.py's docstring, in plain Python."""
     trainer = make(settings, "sac")

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from agents.objectives.advantages import (
+    Ends,
     estimate_advantages,
     explained_variance,
     group_centered,
     group_normalized,
     leave_one_out,
     masked_mean,
+    next_values,
     response_ends,
     sequence_weights,
     td_errors,
@@ -89,6 +91,23 @@ def test_tokens_of_the_environment_are_skipped():
             assert numbers == pytest.approx([error, ahead, ahead + following], abs=1e-5)
         for part in (errors, advantage, target):
             assert not part[row][~mask[row]].any()
+
+
+def test_a_time_limit_bootstraps_from_the_state_it_reached():
+    """After a step that is done and not terminated comes V of the next state, not of the next episode's first step.
+
+    Steps 0 and 1 are one episode, cut by a time limit; column 2 only resets; steps 3 and 4 are the next one.
+    """
+    mask = torch.tensor([[True, True, False, True, True]])
+    done = torch.tensor([[False, True, False, False, False]])
+    ends = Ends(mask, done, torch.zeros_like(done))
+    value = torch.tensor([[1.0, 2.0, 7.0, 40.0, 50.0, 60.0]])
+    assert next_values(value, ends)[mask].tolist() == [2.0, 7.0, 50.0, 60.0]
+    errors = td_errors(torch.zeros(1, 5), value, ends, 0.5)
+    assert errors.tolist() == [[0.0, 1.5, 0.0, -15.0, -20.0]]
+    advantage, target = estimate_advantages(torch.zeros(1, 5), value, ends, 0.5, 1.0)
+    assert advantage.tolist() == [[0.75, 1.5, 0.0, -25.0, -20.0]]
+    assert target.tolist() == [[1.75, 3.5, 0.0, 15.0, 30.0]]
 
 
 def test_td_errors_sum_to_the_advantage():

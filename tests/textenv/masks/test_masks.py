@@ -271,6 +271,7 @@ class NoModel:
         (lambda: ProtocolMask, "is the class ProtocolMask; pass an instance of it"),
         (lambda: ProtocolMask(5, "gpt2"), "'below 5' has a model of type str; .* PreTrainedModel or None"),
         (lambda: ProtocolMask(5, tiny.language_model().train()), "'below 5' has a model in train mode.*eval"),
+        (lambda: ProtocolMask(5, tiny.language_model().base_model), "'below 5' has a GPT2Model, which has no output"),
         (lambda: ProtocolMask(5, narrow_model()), r"'below 5' has a model of 7 token ids, .* 300; "),
     ],
 )
