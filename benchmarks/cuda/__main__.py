@@ -2,8 +2,8 @@
 
     python -m benchmarks.cuda --output FOLDER --model CHAT_MODEL
 
-About eight minutes on one GPU: no section starts after 460 seconds. Without a GPU, sizes are small. Every section
-writes its rows as soon as it has them; a section that fails ends in a row with the error. The table of all rows comes last.
+About eight minutes on one GPU: no section starts after 460 seconds. Without a GPU, sizes are small. A section writes
+its rows as soon as it has them, and one that fails ends in a row with the error. The table of all rows comes last.
 """
 
 from __future__ import annotations
