@@ -77,12 +77,13 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
 
 @contextmanager
 def _resumable(folder: Path, resumed: bool) -> Iterator[None]:
-    """Add to any error how to resume the run. A new run that fails in its first iteration leaves no folder behind."""
+    """Add to any error how to resume the run. A new run that fails before its first report leaves no folder."""
     try:
         yield
     except BaseException as error:
-        first = not (folder / "metrics.jsonl").is_file() or not (folder / "metrics.jsonl").read_text()
-        if first and not resumed and isinstance(error, Exception):
+        metrics = folder / "metrics.jsonl"
+        reported = metrics.is_file() and metrics.stat().st_size > 0
+        if not reported and not resumed and isinstance(error, Exception):
             shutil.rmtree(folder)
         else:
             error.add_note(f"The last checkpoint is good: continue from it with --run {folder} --resume.")

@@ -273,6 +273,20 @@ def test_only_new_runs_are_removed_when_they_fail(tmp_path, monkeypatch):
     assert (tmp_path / "kept/checkpoint").exists()
 
 
+def test_a_run_whose_first_report_fails_leaves_no_folder(tmp_path, monkeypatch):
+    """The report (a gold rater, say) may fail after the first update; the new run leaves no folder then either."""
+
+    def fail(*_):
+        raise ValueError("no gold")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("agents.control.experiment.ControlExperiment.report_metrics", fail)
+    monkeypatch.setattr("agents.__main__._is_ours", lambda error: True)
+    with pytest.raises(SystemExit, match="no gold"):
+        main(["train", "--env", "CartPole-v1", "--iterations", "1", "--evaluation-episodes", "1", "--run", "new"])
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
 def test_every_flag_is_explained(capsys, algorithm):
     """`--help` explains every flag in words."""

@@ -451,7 +451,7 @@ def test_vector_limit_of_the_spec(ragged):
 
 @pytest.mark.parametrize("limit", [0, -2, 2.5, "5", True])
 def test_bad_limits(ragged, limit):
-    """A limit that is no number of steps is refused."""
+    """A limit must be a number of steps; anything else is refused."""
     with pytest.raises(ValueError, match="max_episode_steps must be a whole number of at least 1, or None"):
         TextGenVectorEnv(2, max_episode_steps=limit, **ragged)
 
