@@ -135,7 +135,9 @@ def check_training(settings, folder):
     ids = torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(0))
     actor.save_pretrained(folder)
     reloaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert torch.equal(reloaded(input_ids=ids, use_cache=False).logits, actor(input_ids=ids, use_cache=False).logits)
+    logits, expected = (model(input_ids=ids, use_cache=False).logits for model in (reloaded, actor))
+    kept = torch.arange(tiny.VOCABULARY) != tiny.PAD  # Youtu sets the pad token's row to zero when it is loaded
+    assert torch.equal(logits[..., kept], expected[..., kept])
 
 
 def test_the_table_names_every_architecture():
