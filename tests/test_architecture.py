@@ -41,6 +41,7 @@ TEXTENV_ORDER = """
     adapters.whole_penalty adapters.stable_baselines | conformance
 """
 AGENTS_ORDER = """
+    files
     config | reporting.plots | reporting.report
     interfaces
     objectives.advantages objectives.losses objectives.actor_critic objectives.group \
@@ -49,10 +50,10 @@ AGENTS_ORDER = """
         | algorithms.sac
     algorithms.registry
     replay trainer
-    text.config text.networks text.rollout text.evaluation text.samples text.experiment text.shading \
+    text.config text.networks text.rollout text.evaluation text.samples text.fingerprints text.experiment text.shading \
         | control.config control.networks control.environments control.collector control.experiment
     domains
-    presets | checkpoint
+    presets | run_folder | checkpoint
     run
     __main__
 """

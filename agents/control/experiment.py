@@ -61,6 +61,13 @@ class ControlExperiment:
             f"{settings.num_envs} environments × {settings.steps} steps, {frames:,} frames."
         )
 
+    def fingerprints(self) -> dict[str, str]:
+        """None: an environment is code."""
+        return {}
+
+    def save_prompts(self, folder: Path) -> None:
+        """Write nothing: there are no prompts."""
+
     def evaluate(self, policy: Any) -> Evaluation:
         """Run `evaluation_episodes` episodes, with the same seed at every evaluation."""
         environments = Environments(self.config, self.settings, self.settings.evaluation_episodes)
