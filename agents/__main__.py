@@ -185,12 +185,12 @@ def _flag(arguments: Sequence[str], name: str) -> Any:
     return value
 
 
-def _terminate(number: int, frame: object) -> None:
+def terminate(number: int, frame: object) -> None:
     """End as with Ctrl-C: with the way to go on. A second signal ends the process at once."""
     signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     main()

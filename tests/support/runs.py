@@ -17,7 +17,9 @@ SIZES = dict(rollout_size=8, minibatch_size=4, micro_batch_size=4, epochs=1, eva
 def flags(settings: dict, **changes) -> list[str]:
     """The command line of a short run of PPO on a task with these arguments of `gym.make`."""
     pairs = [("--env-arg", f"{name}={json.dumps(value)}") for name, value in settings.items()]
-    pairs += [(f"--{name.replace('_', '-')}", str(value)) for name, value in (SIZES | dict(iterations=2) | changes).items()]
+    pairs += [
+        (f"--{name.replace('_', '-')}", str(value)) for name, value in (SIZES | dict(iterations=2) | changes).items()
+    ]
     return [word for pair in pairs for word in pair]
 
 
