@@ -194,3 +194,4 @@ def terminate(number: int, frame: object) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, terminate)
     main()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

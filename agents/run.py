@@ -72,6 +72,7 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
             run_folder.save_config(folder, *parts, fingerprints)
             experiment.save_prompts(folder)
             checkpoint.save_checkpoint(folder, trainer)  # the run can be resumed from here on
+            checkpoint.iterations_done(folder)  # raises if something in it cannot be read again
         console.print(f"{_title(config)} {experiment.describe()}\nresults in {folder}/")
         rows = _iterate(folder, console, experiment, trainer)
         summary = _write_results(folder, rows, experiment, trainer, before)

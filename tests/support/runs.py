@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from agents.__main__ import main
+from agents.__main__ import main, terminate
 from agents.checkpoint import FILE
+from agents.reporting import plots
 
 SIZES = dict(rollout_size=8, minibatch_size=4, micro_batch_size=4, epochs=1, evaluation_prompts=2, checkpoint_every=1)
 
@@ -49,3 +52,14 @@ def saved(folder: Path) -> list[Tensor]:
 def rows(folder: Path) -> list[dict]:
     """The metrics of a run."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def start(log: Path, arguments: list[str]) -> None:
+    """`python -m agents` in a process of its own, without pictures; its output goes to `log`."""
+    plots.draw_curves = plots.draw_credit = lambda *_: None
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    signal.signal(signal.SIGTERM, terminate)
+    main(arguments)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
