@@ -89,6 +89,10 @@ def evaluate_command(folder: Annotated[Path, tyro.conf.arg(name="run")], output:
         folder: Run folder written by `train`.
         output: JSON file to write the numbers to, in addition to printing them.
     """
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ValueError(
+            f"--output names a file in {str(output.absolute().parent)!r}, which is no folder; create it first."
+        )
     experiment, policy = run.load_policy(folder)
     _tell_changes(folder, experiment, {TRAINING})
     numbers = experiment.summarize(experiment.evaluate(policy))

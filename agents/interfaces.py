@@ -128,7 +128,7 @@ class Collector(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything besides weights that an exact resume needs: tensors, numbers, texts, and lists and dicts of them."""
+        """Everything besides weights that an exact resume needs: tensors, numbers, texts, lists and dicts of them."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

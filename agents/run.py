@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -159,7 +160,9 @@ def _resumable(folder: Path, resumed: bool) -> Iterator[None]:
         if not reported and not resumed and isinstance(error, Exception):
             shutil.rmtree(folder)
         else:
-            shown.add_note(f"The last checkpoint is good: continue from it with --run {folder} --resume.")
+            shown.add_note(
+                f"The last checkpoint is good: continue from it with --run {shlex.quote(str(folder))} --resume."
+            )
         if shown is not error:
             raise shown from error
         raise

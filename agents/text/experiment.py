@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from agents.text.networks import TextNetworkFactory, language_model_of
 from agents.text.rollout import TextCollector, TextRollout, collect
 from agents.text.samples import make_summary, write_samples
 from agents.trainer import Trainer
+from textenv.config import TextGenConfig
 from textenv.env import TextGenEnv
 from textenv.models.loading import quietly
 from textenv.prompts.tokenized import Prompts
@@ -126,7 +128,7 @@ class TextExperiment:
             f"KL {summary['kl_per_response']:.1f} nats a response, length {summary['length_before']:.0f} → "
             f"{summary['length_after']:.0f} tokens, {summary['tokens']} tokens in {summary['seconds']:.0f} s",
             f"read {folder}/samples.md, look at {folder}/curves.png and credit.png, try: "
-            f'python -m agents generate --run {folder} --prompt "..."',
+            f'python -m agents generate --run {shlex.quote(str(folder))} --prompt "..."',
         ]
         if "gold_before" in summary:
             lines.insert(1, f"gold  {summary['gold_before']:+.2f} → {summary['gold_after']:+.2f}")
@@ -142,16 +144,27 @@ def describe_gain(summary: dict[str, Any]) -> str:
 
 
 def reopen_text(config: TrainConfig, settings: TextConfig, folder: Path) -> TextExperiment:
-    """Open the environment of a run again, to measure its policy, with the prompts in its folder if they are there.
+    """Open the environment of a run again, to measure its policy.
 
-    The prompts that the run trained on are not needed, and may be gone.
+    The evaluation's prompts come from the run's folder, if they are there: those that the run trained on may be gone.
+    So may the device that its settings name.
     """
-    held_out = str(folder / HELD_OUT)
-    if not Path(held_out).is_file():
-        return TextExperiment(config, settings)
-    if config.env_arguments().get("prompts") is not None or gym.spec(id_of(config.env)).kwargs.get("prompts"):
-        config = replace(config, env_arg=(*config.env_arg, f"prompts={json.dumps(held_out)}"))
-    return TextExperiment(config, settings, held_out=held_out)
+    arguments = gym.spec(id_of(config.env)).kwargs | config.env_arguments()
+    held_out, changes = folder / HELD_OUT, {}
+    if held_out.is_file() and arguments.get("prompts") is not None:
+        changes["prompts"] = str(held_out)
+    if not _is_here(arguments.get("device", "auto")):
+        changes["device"] = "auto"
+    items = (f"{name}={json.dumps(value)}" for name, value in changes.items())
+    config = replace(config, env_arg=(*config.env_arg, *items))
+    return TextExperiment(config, settings, held_out=str(held_out) if held_out.is_file() else None)
+
+
+def _is_here(device: str) -> bool:
+    try:
+        return bool(TextGenConfig(device=device).torch_device())
+    except ValueError:
+        return False
 
 
 def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:

@@ -371,6 +371,26 @@ def test_generate_works_from_another_folder(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == here
 
 
+def test_a_run_on_a_device_that_is_not_here_is_measured(folder, capsys):
+    """A run whose settings name a GPU is measured on the CPU of a machine without one; training on is refused."""
+    config = json.loads((folder / "config.json").read_bytes())
+    config["train"]["env_arg"].append("device=cuda:7")
+    run_folder.write_json(folder / "config.json", config)
+    main(["evaluate", "--run", str(folder)])
+    main(["generate", "--run", str(folder), "--prompt", "a", "--samples", "1", "--color", "advantage"])
+    assert "[score" in capsys.readouterr().out
+    message = refused(capsys, "train", "--resume", "--run", str(folder), "--iterations", "2")
+    assert "device must be 'auto', 'cpu' or a 'cuda[:N]' of this machine" in message
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(folder, capsys):
+    """Before anything is measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agents.text.experiment.evaluate", None)
+        message = refused(capsys, "evaluate", "--run", str(folder), "--output", str(folder / "no/numbers.json"))
+    assert "which is no folder; create it first" in message
+
+
 # ---- terminals
 
 
