@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
-
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file larger than the process may write
 
 
@@ -54,10 +52,9 @@ def no_room(error: BaseException | None) -> OSError | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             return error
-        if isinstance(error, SafetensorError):  # has the number in its text alone
-            for number in NO_ROOM:
-                if f"(os error {number})" in str(error):
-                    return OSError(number, os.strerror(number))
+        for number in NO_ROOM:
+            if f"(os error {number})" in str(error):  # from the Rust code of safetensors and tokenizers
+                return OSError(number, os.strerror(number))
         error = error.__cause__ or error.__context__
     return None
 

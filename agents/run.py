@@ -67,9 +67,9 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
             run_folder.lengthen(folder, config)
         else:
             run_folder.create(folder)
-            stack.enter_context(run_folder.locked(folder))
         stack.enter_context(_resumable(folder, config.resume))
         if not config.resume:
+            stack.enter_context(run_folder.locked(folder))
             run_folder.save_config(folder, *parts, fingerprints)
             experiment.save_prompts(folder)
             checkpoint.save_checkpoint(folder, trainer)  # the run can be resumed from here on

@@ -76,7 +76,7 @@ def main(settings: Settings) -> None:
     for key in (*KEYS, "gain_in_deviations", "wall_seconds", "peak_gb"):
         values = [row[key] for row in results]
         spread = stdev(values) if len(values) > 1 else 0.0
-        print(f"{key:20} {mean(values):10.2f} ± {spread:.2f}")
+        print(f"{key:20} {mean(values):10.2f} +- {spread:.2f}")
     print(f"written to {path}")
 
 

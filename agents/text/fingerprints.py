@@ -1,7 +1,7 @@
 """What a run on text was started with: fingerprints of its models and prompts, and the evaluation prompts themselves.
 
 Names in the settings stay the same when the files behind them are overwritten; fingerprints do not. They hash the whole
-content that was loaded, whatever its source. Tensors are hashed on all cores: about 1 s per 5 GB of weights on four.
+content that was loaded, whatever its source. Tensors are hashed on all cores, about a second per GB and core.
 Functions have none, since what they do may depend on anything.
 """
 
@@ -36,9 +36,9 @@ def fingerprints(task: Task, training: Prompts, evaluation: Prompts) -> dict[str
         TRAINING: of_prompts(training),
         EVALUATION: of_prompts(evaluation),
     }
-    for model in reward_models(task.reward):
+    for number, model in enumerate(reward_models(task.reward), 1):
         tokenizer = "" if model.tokenizer is None else of_tokenizer(model.tokenizer)
-        found[f"the reward model {model.name}"] = of_weights(model.model) + tokenizer
+        found[f"reward model {number}"] = of_weights(model.model) + tokenizer
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from agents.checkpoint import FILE, load_checkpoint, load_networks, load_policy, save_checkpoint
-from agents.files import replacing
+from agents.files import no_room, replacing
 from agents.trainer import Trainer
 from tests.support.learning import make_trainer, same, weights
 from tests.support.runs import saved
@@ -148,6 +149,32 @@ def test_an_error_that_is_not_of_the_disk_is_itself(tmp_path):
     with pytest.raises(ZeroDivisionError), replacing(tmp_path / "file"):
         _ = 1 / 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_in_other_words():
+    """Writers in Rust report the system's error in a text, PyTorch's reports another one on top of it."""
+    assert no_room(Exception("No space left on device (os error 28)")).errno == errno.ENOSPC
+    try:
+        try:
+            raise OSError(errno.EDQUOT, "quota")
+        finally:
+            raise RuntimeError("unexpected pos 576 vs 534")
+    except RuntimeError as error:
+        assert no_room(error).errno == errno.EDQUOT
+    assert no_room(OSError(errno.ENOENT, "no file")) is None and no_room(ValueError("(os error 2)")) is None
+
+
+def test_a_mask_policy_is_restored_with_the_policy(settings, tmp_path):
+    """Sampling under the mask of an earlier actor needs that actor's weights too."""
+    masked = settings | dict(action_mask="top_k:5", score_normalization="running")
+    trainer = make_trainer(masked, iterations=2, mask_refresh=1)
+    list(trainer.iterate())
+    save_checkpoint(tmp_path, trainer)
+    other = make_trainer(masked, iterations=2, mask_refresh=1)
+    load_policy(tmp_path, other.algorithm, other.collector)
+    (refreshed,), (restored,) = trainer.collector.mask_policies, other.collector.mask_policies
+    assert same(weights(refreshed.model), weights(restored.model))
+    assert not same(weights(restored.model), weights(make_trainer(masked).collector.mask_policies[0].model))
 
 
 def test_a_replay_buffer_is_saved_without_its_empty_room(settings, tmp_path):

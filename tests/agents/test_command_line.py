@@ -146,6 +146,7 @@ def test_color_by_penalty_needs_a_penalty(settings):
         shaded_responses(trainer.algorithm, collector, collector.prompts.select([0]), torch.Generator(), "penalty")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(trained):
     """A run that is killed after its first checkpoint and resumed ends with the same actor, to the bit."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -153,30 +153,30 @@ def test_an_optimizer_of_ones_own(settings):
 
 def test_changed_models_and_prompts_are_noticed(tmp_path, capsys):
     """The name is the same and the content is not: no resume, and a word before numbers that depend on it."""
-    model, reward, prompts = tmp_path / "model", tmp_path / "reward", tmp_path / "prompts.jsonl"
-    tiny.save(tiny.language_model(), model)
-    tiny.save(tiny.reward_model(), reward)
-    write_prompts(prompts, tiny.PROMPTS)
-    settings = dict(reference=str(model), reward=str(reward), prompts=str(prompts), device="cpu", max_new_tokens=4)
-    train(tmp_path / "run", settings, iterations=1)
-    resuming = ("train", "--resume", "--run", str(tmp_path / "run"), "--iterations", "1")
-    (tmp_path / "run/summary.json").unlink()  # so that there is something to resume
-    for name, overwrite, restore in (
-        ("the reference", lambda: change_one_weight(model), lambda: tiny.save(tiny.language_model(), model)),
-        (f"the reward model {reward}", lambda: tiny.save(tiny.reward_model(seed=5), reward), lambda: tiny.save(tiny.reward_model(), reward)),
-        ("the prompts", lambda: write_prompts(prompts, [*tiny.PROMPTS, "one more"]), lambda: write_prompts(prompts, tiny.PROMPTS)),
-        ("the tokenizer", lambda: tiny.tokenizer("<end>").save_pretrained(model), lambda: tiny.save(tiny.language_model(), model)),
-    ):  # fmt: skip
+    inputs = tmp_path / "inputs"
+    tiny.save(tiny.language_model(), inputs / "model")
+    tiny.save(tiny.reward_model(), inputs / "reward")
+    write_prompts(inputs / "prompts.jsonl", tiny.PROMPTS)
+    names = dict(reference=inputs / "model", reward=inputs / "reward", prompts=inputs / "prompts.jsonl")
+    run = str(tmp_path / "run")
+    train(Path(run), {name: str(path) for name, path in names.items()} | dict(device="cpu", max_new_tokens=4))
+    Path(run, "summary.json").unlink()  # so that there is something to resume
+    shutil.copytree(inputs, tmp_path / "kept")
+    for overwrite, name, told in (
+        (lambda: change_one_weight(inputs / "model"), "the reference", ["evaluate"]),
+        (lambda: exchange_two_tokens(inputs / "model"), "the tokenizer", ["evaluate", "generate"]),
+        (lambda: tiny.save(tiny.reward_model(seed=5), inputs / "reward"), "reward model 1", ["evaluate", "generate"]),
+        (lambda: write_prompts(inputs / "prompts.jsonl", [*tiny.PROMPTS, "more"]), "the prompts", []),
+    ):
         overwrite()
-        if name != "the tokenizer":  # another pad token is no other text
-            assert "another content of: " + name in refused(capsys, *resuming).replace("the evaluation prompts, ", "")
-        main(["evaluate", "--run", str(tmp_path / "run")])
-        told = capsys.readouterr().err
-        assert (f"note: {name} changed since" in told) == (name.startswith("the re"))
-        main(["generate", "--run", str(tmp_path / "run"), "--prompt", "a", "--samples", "1"])
-        assert ("note: " in capsys.readouterr().err) == ("reward" in name)
-        restore()
-    resume(tmp_path / "run")
+        message = refused(capsys, "train", "--resume", "--run", run)
+        assert "with another content of: " in message and name in message
+        for command, *more in (["evaluate"], ["generate", "--prompt", "a", "--samples", "1"]):
+            main([command, "--run", run, *more])
+            assert (f"note: {name} changed since the run" in capsys.readouterr().err) == (command in told)
+        shutil.rmtree(inputs)
+        shutil.copytree(tmp_path / "kept", inputs)
+    resume(Path(run))
 
 
 def write_prompts(path: Path, texts: list[str]) -> None:
@@ -189,6 +189,14 @@ def change_one_weight(folder: Path) -> None:
     weight = model.get_input_embeddings().weight.detach().view(-1)
     weight[7] = torch.nextafter(weight[7], torch.tensor(torch.inf))
     model.save_pretrained(folder)
+
+
+def exchange_two_tokens(folder: Path) -> None:
+    """The ids of x and y, which no prompt has."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["x"], vocabulary["y"] = vocabulary["y"], vocabulary["x"]
+    run_folder.write_json(folder / "tokenizer.json", tokenizer)
 
 
 def test_a_fingerprint_is_of_everything():
@@ -365,7 +373,7 @@ def test_generate_works_from_another_folder(tmp_path, monkeypatch, capsys):
     (home / "prompts.jsonl").unlink()
     monkeypatch.chdir(elsewhere)
     main([*generating, str(home / "run")])
-    assert capsys.readouterr().out == here
+    assert capsys.readouterr() == (here, "")  # and no word of a change
     shutil.move(home / "run", elsewhere / "moved")
     main([*generating, "moved"])
     assert capsys.readouterr().out == here
