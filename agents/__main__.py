@@ -160,11 +160,12 @@ def _responses(
 
 def _tell_changes(folder: Path, experiment: Experiment, unused: set[str]) -> None:
     """Say which models and prompts are not those of the run; unused: those that do not matter here."""
-    for name in run_folder.changed(folder, experiment.fingerprints()):
-        if name not in unused:
-            print(
-                f"note: {name} changed since the run was trained; the numbers below are not the run's.", file=sys.stderr
-            )
+    names = [name for name in run_folder.changed(folder, experiment.fingerprints()) if name not in unused]
+    if names:
+        print(
+            f"note: changed since the run was started: {', '.join(names)}. Numbers that depend on it are not the run's.",
+            file=sys.stderr,
+        )
 
 
 def _with_notes(sentence: str, error: BaseException) -> str:

@@ -45,7 +45,7 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> None:
 
     It does not fit another kind of device either: random numbers there cannot be continued here.
     """
-    state = _read(folder, mmap=False)
+    state = _read(folder, mmap=trainer.device.type != "cpu")  # an optimizer on the CPU keeps the tensors it is given
     if state["device"] != trainer.device.type:
         raise ValueError(
             f"the run in {str(folder)!r} was trained on {state['device']} and would go on on {trainer.device.type}, "

@@ -25,7 +25,7 @@ from textenv.rewards.reward_model import RewardModel
 from textenv.task import Task
 
 HELD_OUT = "held_out.jsonl"  # the evaluation prompts of a run, in its folder
-REFERENCE, TOKENIZER, TRAINING, EVALUATION = "the reference", "the tokenizer", "the prompts", "the evaluation prompts"
+REFERENCE, TOKENIZER, TRAINING, EVALUATION = "reference", "tokenizer", "prompts", "evaluation prompts"  # names
 
 
 def fingerprints(task: Task, training: Prompts, evaluation: Prompts) -> dict[str, str]:

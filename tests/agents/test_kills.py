@@ -159,6 +159,21 @@ def test_a_full_disk_at_random_moments(bench, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_a_real_process_is_terminated(tmp_path):
+    """SIGTERM, as a cluster sends it, ends `python -m agents` with exit code 143 and the way to go on."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "agents", "train", "--run", "a run", *CARTPOLE, "--iterations", "100000"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (tmp_path / "a run/metrics.jsonl").exists():
+        time.sleep(0.1)
+    process.terminate()
+    message = process.communicate()[1].decode()
+    assert process.returncode == 143 and "Traceback" not in message
+    assert "stopped. The last checkpoint is good: continue from it with --run 'a run' --resume." in message
+
+
 ASCII = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="")
 
 
