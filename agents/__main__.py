@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -10,25 +11,30 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from torch import nn
 
 import agents
 import textenv
-from agents import run
-from agents.checkpoint import load_config
+from agents import run, run_folder
 from agents.config import TrainConfig
+from agents.files import as_utf8, never_fail_to_print, write_json
+from agents.interfaces import Experiment
 from agents.presets import defaults
-from agents.reporting import report
 from agents.text.config import GenerateConfig
 from agents.text.experiment import TextExperiment
+from agents.text.fingerprints import EVALUATION, REFERENCE, TRAINING
 from agents.text.networks import language_model_of
 from agents.text.shading import shaded_responses
 from textenv.generation import generate, score_responses
 from textenv.models.sampling import Sampling
+from textenv.prompts.tokenized import Prompts
+from textenv.task import Task
 from textenv.training.reward_model import DEFAULT, RewardConfig, train_reward_model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run the command. Our own ValueErrors end in a one-line message and exit code 1."""
+    never_fail_to_print()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         commands = {
@@ -49,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(_with_notes(f"error: {error}", error)) from error
     except KeyboardInterrupt as stop:
         print(_with_notes("\nstopped.", stop), file=sys.stderr)
-        raise SystemExit(130) from None  # the shell convention: 128 + SIGINT
+        raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None  # the shell's convention
 
 
 def train_command(arguments: Sequence[str]) -> Callable[..., None]:
@@ -59,7 +65,7 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
     """
     folder = _flag(arguments, "run")
     if "--resume" in arguments and folder is not None:
-        config, settings, algorithm_config = load_config(Path(folder))
+        config, settings, algorithm_config = run_folder.load_config(Path(folder))
     else:
         config, settings, algorithm_config = defaults(_flag(arguments, "env"), _flag(arguments, "algorithm"))
 
@@ -76,48 +82,51 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
     return train
 
 
-def evaluate_command(run_folder: Annotated[Path, tyro.conf.arg(name="run")], output: Path | None = None) -> None:
+def evaluate_command(folder: Annotated[Path, tyro.conf.arg(name="run")], output: Path | None = None) -> None:
     """Evaluate a trained policy in the same way as its training run did.
 
     Args:
-        run_folder: Run folder written by `train`.
+        folder: Run folder written by `train`.
         output: JSON file to write the numbers to, in addition to printing them.
     """
-    experiment, trainer = run.load(run_folder)
-    numbers = experiment.summarize(experiment.evaluate(trainer.algorithm.networks.policy))
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ValueError(
+            f"--output names a file in {str(output.absolute().parent)!r}, which is no folder; create it first."
+        )
+    experiment, policy = run.load_policy(folder)
+    _tell_changes(folder, experiment, {TRAINING})
+    numbers = experiment.summarize(experiment.evaluate(policy))
     for name, value in numbers.items():
         print(f"{name:18} {value:.4f}")
     if output is not None:
-        report.write_json(output, numbers)
+        write_json(output, numbers)
 
 
 def generate_command(
-    run_folder: Annotated[Path, tyro.conf.arg(name="run")], config: tyro.conf.OmitArgPrefixes[GenerateConfig]
+    folder: Annotated[Path, tyro.conf.arg(name="run")], config: tyro.conf.OmitArgPrefixes[GenerateConfig]
 ) -> None:
     """Sample responses to your own prompt from a trained policy.
 
     Args:
-        run_folder: Run folder written by `train`.
+        folder: Run folder written by `train`.
         config: The prompt, and how to sample.
     """
-    experiment, trainer = run.load(run_folder)
+    load = run.load_policy if config.color == "none" else run.load_networks
+    experiment, loaded = load(folder)
     if not isinstance(experiment, TextExperiment):
         raise ValueError(
-            f"the run in {str(run_folder)!r} was not trained on text, so it cannot generate any; use evaluate."
+            f"the run in {str(folder)!r} was not trained on text, so it cannot generate any; use evaluate."
         )
-    task, model = experiment.task, language_model_of(trainer.algorithm.networks.policy)
-    prompts = task.read_prompts([config.prompt] * config.samples)
-    generator = torch.Generator(task.device).manual_seed(config.seed)
-    if config.color != "none":
-        scale, texts = shaded_responses(trainer, prompts, generator, config.color)
+    unused = {TRAINING, EVALUATION, REFERENCE} if config.color == "none" else {TRAINING, EVALUATION}
+    _tell_changes(folder, experiment, unused)
+    prompt = as_utf8(config.prompt)
+    prompts = experiment.task.read_prompts([prompt] * config.samples)
+    generator = torch.Generator(experiment.task.device).manual_seed(config.seed)
+    if isinstance(loaded, nn.Module):
+        print(*_responses(experiment.task, loaded, prompts, generator, config), sep="\n")
+    else:
+        scale, texts = shaded_responses(loaded, experiment.collector, prompts, generator, config.color)
         print(f"[{config.color}: blue below zero, red above, full color at {scale:.2g}]", *texts, sep="\n")
-        return
-    temperature = task.config.temperature if config.temperature is None else config.temperature
-    sampling = Sampling(temperature=temperature, top_k=config.top_k, top_p=config.top_p)
-    state = generate(task, model, prompts, sampling, generator).state
-    scored = score_responses(task.without_normalization(), state, prompts.texts, fields=prompts.fields)
-    for score, response in zip(scored.score.tolist(), scored.responses, strict=True):
-        print(f"[score {score:+.2f}] {config.prompt}{response}")
 
 
 def reward_model_command(
@@ -135,6 +144,28 @@ def reward_model_command(
         train_reward_model(base, data, output, config)
     except ImportError as error:
         raise ValueError(f"{error} Install it with: pip install 'textenv[reward-model]'") from error
+
+
+def _responses(
+    task: Task, policy: nn.Module, prompts: Prompts, generator: torch.Generator, config: GenerateConfig
+) -> list[str]:
+    """One response per prompt, with its score."""
+    temperature = task.config.temperature if config.temperature is None else config.temperature
+    sampling = Sampling(temperature=temperature, top_k=config.top_k, top_p=config.top_p)
+    state = generate(task, language_model_of(policy), prompts, sampling, generator).state
+    scored = score_responses(task.without_normalization(), state, prompts.texts, fields=prompts.fields)
+    rows = zip(scored.score.tolist(), prompts.texts, scored.responses, strict=True)
+    return [f"[score {score:+.2f}] {prompt}{response}" for score, prompt, response in rows]
+
+
+def _tell_changes(folder: Path, experiment: Experiment, unused: set[str]) -> None:
+    """Say which models and prompts are not those of the run; unused: those that do not matter here."""
+    names = [name for name in run_folder.changed(folder, experiment.fingerprints()) if name not in unused]
+    if names:
+        print(
+            f"note: changed since the run was started: {', '.join(names)}. Numbers that depend on it are not the run's.",
+            file=sys.stderr,
+        )
 
 
 def _with_notes(sentence: str, error: BaseException) -> str:
@@ -159,5 +190,13 @@ def _flag(arguments: Sequence[str], name: str) -> Any:
     return value
 
 
+def terminate(number: int, frame: object) -> None:
+    """End as with Ctrl-C: with the way to go on. A second signal ends the process at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
     main()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

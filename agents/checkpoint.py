@@ -1,119 +1,118 @@
-"""Run folders: a configuration, written once, and checkpoints from which a run resumes exactly.
+"""The checkpoint of a run: one file, from which the run resumes exactly and its policy is restored.
 
-TorchRL's Checkpoint writes tensors and JSON atomically, without pickles.
+The file is written anew and renamed, and tensors go through ordinary writes: a kill or a full disk leaves the last
+checkpoint as it was. Tensors are read to the CPU and copied from there to where they belong, so the device they were
+saved on need not exist. `torch.load` reads it without running code (`weights_only`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from torchrl.checkpoint import Checkpoint
+import torch
+from torch import nn
 
-from agents.algorithms.registry import find_algorithm
-from agents.config import TrainConfig
-from agents.domains import domain_of
+from agents.files import replacing
+from agents.interfaces import Algorithm, Collector
 from agents.trainer import Trainer
 
-NOT_COMPARED = {"run", "resume", "micro_batch_size"}  # settings that do not change what is learned
-
-
-def refuse(folder: Path) -> None:
-    """Raise the ValueError for a run folder that already exists."""
-    raise ValueError(
-        f"the run folder {str(folder)!r} already exists; choose another --run, or continue it with --resume."
-    )
-
-
-def save_config(folder: Path, config: TrainConfig, settings: Any, algorithm_config: Any) -> None:
-    """Create the run folder and write config.json into it. Raises ValueError if it cannot be created."""
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(
-            f"the run folder {str(folder)!r} cannot be created ({error}); choose another --run."
-        ) from error
-    parts = {"train": config, "settings": settings, "algorithm": algorithm_config}
-    text = json.dumps({name: dataclasses.asdict(part) for name, part in parts.items()}, indent=2)
-    (folder / "config.json").write_text(text + "\n")
-
-
-def load_config(folder: Path) -> tuple[TrainConfig, Any, Any]:
-    """The configuration of a run: shared settings, the domain's and the algorithm's.
-
-    Raises ValueError if there is none, or if this version cannot read it.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"no run in {str(folder)!r} (no config.json); pass a run folder written by train.")
-    try:
-        stored = json.loads(path.read_text())
-        train: dict[str, Any] = _tuples(stored["train"]) | {"run": str(folder)}
-        config = TrainConfig(**train)
-        settings, (algorithm_settings, _) = domain_of(config.env).settings, find_algorithm(config.algorithm)
-        return config, settings(**_tuples(stored["settings"])), algorithm_settings(**_tuples(stored["algorithm"]))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is not a configuration that this version can read ({error}); start a new run."
-        ) from error
-
-
-def check_same(folder: Path, config: TrainConfig, settings: Any, algorithm_config: Any) -> None:
-    """Raise ValueError if a run was started with another configuration; `NOT_COMPARED` settings may differ."""
-    stored, current = load_config(folder), (config, settings, algorithm_config)
-    pairs = [
-        (name, getattr(stored[0], name), getattr(config, name))
-        for name in ("env", "algorithm")
-        if getattr(stored[0], name) != getattr(config, name)
-    ] or [pair for old, new in zip(stored, current, strict=True) for pair in _differences(old, new)]
-    if pairs:
-        listed = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in pairs)
-        raise ValueError(
-            f"the run in {str(folder)!r} was started with another configuration: {listed}. Resume it without "
-            "these flags, or start a new run."
-        )
+FILE = "checkpoint.pt"
 
 
 def save_checkpoint(folder: Path, trainer: Trainer) -> None:
-    """Replace the checkpoint of a run with the current state of the trainer."""
-    _checkpoint(trainer).save(folder / "checkpoint")
+    """Replace the checkpoint of a run with the current state of the trainer. Raises OSError where the disk is full."""
+    networks, collector = trainer.algorithm.networks, trainer.collector
+    state = {
+        "iteration": trainer.iteration,
+        "device": trainer.device.type,
+        "policy": networks.policy.state_dict(),  # also among `trained`; a tensor's bytes are written once
+        "trained": _states(networks.trained),
+        "targets": _states(networks.targets),
+        "collector_modules": _states(collector.modules),
+        "trainer": trainer.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+    }
+    with replacing(folder / FILE) as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> None:
-    """Restore a trainer from the checkpoint of a run. Raises ValueError if there is none or it does not fit."""
-    if not (folder / "checkpoint").exists():
+    """Restore a trainer to resume its run. Raises ValueError if there is no checkpoint or it does not fit.
+
+    It does not fit another kind of device either: random numbers there cannot be continued here.
+    """
+    state = _read(folder, mmap=trainer.device.type != "cpu")  # an optimizer on the CPU keeps the tensors it is given
+    if state["device"] != trainer.device.type:
+        raise ValueError(
+            f"the run in {str(folder)!r} was trained on {state['device']} and would go on on {trainer.device.type}, "
+            "with other random numbers; resume it on a machine like the first, or evaluate and generate here."
+        )
+    with _fitting(folder):
+        _load_networks(state, trainer.algorithm, trainer.collector)
+        trainer.load_state_dict(state["trainer"])
+        trainer.optimizer.load_state_dict(state["optimizer"])
+
+
+def load_policy(folder: Path, algorithm: Algorithm, collector: Collector) -> nn.Module:
+    """Restore what acts: the policy, models of the collector, running statistics. Returns the policy.
+
+    Reads nothing else from the disk, and builds no other network. On any device.
+    """
+    state = _read(folder, mmap=True)
+    with _fitting(folder):
+        algorithm.networks.policy.load_state_dict(state["policy"])
+        _load_states(collector.modules, state["collector_modules"])
+        collector.load_statistics(state["trainer"]["collector"])
+    return algorithm.networks.policy
+
+
+def load_networks(folder: Path, algorithm: Algorithm, collector: Collector) -> None:
+    """Restore all networks and running statistics, but nothing that only training needs. On any device."""
+    state = _read(folder, mmap=True)
+    with _fitting(folder):
+        _load_networks(state, algorithm, collector)
+        collector.load_statistics(state["trainer"]["collector"])
+
+
+def iterations_done(folder: Path) -> int:
+    """Iterations that the checkpoint of a run has behind it."""
+    return int(_read(folder, mmap=True)["iteration"])
+
+
+def _read(folder: Path, mmap: bool) -> dict[str, Any]:
+    """mmap: read tensors when they are copied, for callers that copy a few; they must not keep them."""
+    if not (folder / FILE).is_file():
         raise ValueError(f"no checkpoint in {str(folder)!r}: the run stopped before its first one; start a new run.")
+    with _fitting(folder):
+        return torch.load(folder / FILE, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _states(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    return {name: module.state_dict() for name, module in modules.items()}
+
+
+def _load_states(modules: Mapping[str, nn.Module], states: dict[str, Any]) -> None:
+    for name, module in modules.items():
+        module.load_state_dict(states[name])
+
+
+def _load_networks(state: dict[str, Any], algorithm: Algorithm, collector: Collector) -> None:
+    _load_states(algorithm.networks.trained, state["trained"])
+    _load_states(algorithm.networks.targets, state["targets"])
+    _load_states(collector.modules, state["collector_modules"])
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Turn errors of reading and restoring into a ValueError with the remedy."""
     try:
-        _checkpoint(trainer).load(folder / "checkpoint")
-    except (OSError, KeyError, RuntimeError) as error:
+        yield
+    except (OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
         raise ValueError(
             f"the checkpoint in {str(folder)!r} does not fit this trainer: {error}. Use the same models, prompts and "
             "versions as before, or start a new run."
         ) from error
-
-
-def _checkpoint(trainer: Trainer) -> Checkpoint:
-    parts: Any = {
-        **trainer.algorithm.networks.trained,
-        **{f"target_{name}": module for name, module in trainer.algorithm.networks.targets.items()},
-        **trainer.collector.modules,
-    }
-    return Checkpoint(optimizer=trainer.optimizer, trainer=trainer, **parts)
-
-
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """Lists of JSON back to the tuples of the configurations."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-
-
-def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    names = [field.name for field in dataclasses.fields(new) if field.name not in NOT_COMPARED]
-    pairs = [(name, _compared(old, name), _compared(new, name)) for name in names]
-    return [pair for pair in pairs if pair[1] != pair[2]]
-
-
-def _compared(config: Any, name: str) -> Any:
-    """The value to compare. Environment arguments are compared parsed: order and repeats do not matter."""
-    return config.env_arguments() if name == "env_arg" else getattr(config, name)

@@ -24,7 +24,7 @@ class TrainConfig:
     seed: int = 0  # seed of all random numbers in the run
     run: str | None = None  # run folder to create; default: runs/ENV-ALGORITHM-seedN-DATE
     resume: bool = False  # resume the run in the folder given by --run
-    iterations: int = 30  # number of rollouts, each followed by updates
+    iterations: int = 30  # number of rollouts, each followed by updates; --resume may raise it if schedule is constant
     minibatch_size: int = 32  # responses (control: environment steps) per optimizer step
     learning_rate: float = 1e-4  # learning rate of the actor
     critic_learning_rate: float = 3e-4  # learning rate of critics and Q-networks

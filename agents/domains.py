@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -15,7 +16,7 @@ from agents.control.config import ControlConfig
 from agents.control.experiment import ControlExperiment
 from agents.interfaces import Experiment
 from agents.text.config import TextConfig
-from agents.text.experiment import TextExperiment
+from agents.text.experiment import TextExperiment, reopen_text
 from textenv.env import TextGenEnv
 
 BYPASSED = ("reset", "step", "action_masks")  # methods of TextGenEnv that the learners never call
@@ -23,10 +24,11 @@ BYPASSED = ("reset", "step", "action_masks")  # methods of TextGenEnv that the l
 
 @dataclass(frozen=True)
 class Domain:
-    """A kind of environment: its settings, and the function that opens an environment for learning."""
+    """A kind of environment: its settings, and the functions that open one for learning, and that of a run again."""
 
     settings: type
     open: Callable[[TrainConfig, Any], Experiment]
+    reopen: Callable[[TrainConfig, Any, Path], Experiment]  # Path: the run's folder
 
 
 def open_control(config: TrainConfig, settings: ControlConfig) -> ControlExperiment:
@@ -35,8 +37,8 @@ def open_control(config: TrainConfig, settings: ControlConfig) -> ControlExperim
     return ControlExperiment(config, settings)
 
 
-TEXT = Domain(TextConfig, TextExperiment)
-CONTROL = Domain(ControlConfig, open_control)
+TEXT = Domain(TextConfig, TextExperiment, reopen_text)
+CONTROL = Domain(ControlConfig, open_control, lambda config, settings, folder: open_control(config, settings))
 
 
 def domain_of(env: str) -> Domain:

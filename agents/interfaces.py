@@ -128,11 +128,15 @@ class Collector(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything besides weights that an exact resume needs."""
+        """Everything besides weights that an exact resume needs: tensors, numbers, texts, lists and dicts of them."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
+        ...
+
+    def load_statistics(self, state: dict[str, Any]) -> None:
+        """Restore the part of such a state that measuring a policy needs, and no generator. On any device."""
         ...
 
 
@@ -172,6 +176,14 @@ class Experiment(Protocol):
 
     def describe(self) -> str:
         """The job in a few words, printed at the start."""
+        ...
+
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the models and prompts that the experiment was opened with, by what they are."""
+        ...
+
+    def save_prompts(self, folder: Path) -> None:
+        """Write the evaluation's prompts to the run's folder, from where it is opened again."""
         ...
 
     def evaluate(self, policy: nn.Module) -> Any:

@@ -50,7 +50,8 @@ class Replay:
 
     def state_dict(self) -> dict[str, Any]:
         """The stored rows and the cursor."""
-        return {"cursor": self.cursor, "rows": {name: stored[: self.filled] for name, stored in self.storage.items()}}
+        rows = {name: stored[: self.filled].clone() for name, stored in self.storage.items()}  # without the room beyond
+        return {"cursor": self.cursor, "rows": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
@@ -90,7 +91,7 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     table = Path("/proc/meminfo")  # Linux; counts reclaimable caches as available
     if table.exists():
-        lines = dict(line.split(":") for line in table.read_text().splitlines())
+        lines = dict(line.split(":") for line in table.read_text(encoding="utf-8").splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -92,7 +92,8 @@ class Trainer:
     def _update(self, rows: TensorDict) -> dict[str, float]:
         if self.config.schedule == "linear":
             for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * (1 - self.iteration / self.config.iterations)
+                initial = group.setdefault("initial_lr", group["lr"])  # an optimizer set from Python has none
+                group["lr"] = initial * (1 - self.iteration / self.config.iterations)
         totals: dict[str, list[float]] = defaultdict(list)
         for minibatch in self._minibatches(rows):
             metrics = self._step(minibatch)

@@ -65,7 +65,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Run a job in a process of its own; returns its row."""
     command = [sys.executable, "-m", "benchmarks.control_run", json.dumps(job)]
     started = time.perf_counter()
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=rows.HERE.parent)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, cwd=rows.HERE.parent)
     if result.returncode:
         raise SystemExit(f"{job} failed:\n{result.stderr[-2000:]}")
     row = job | json.loads(result.stdout.splitlines()[-1])

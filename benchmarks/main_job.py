@@ -57,7 +57,7 @@ def run_seed(seed: int, folder: Path) -> dict:
     if process.wait():
         raise SystemExit(f"seed {seed} failed with exit code {process.returncode}.")
     wall = time.perf_counter() - started
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     row = {"seed": seed} | {key: summary[key] for key in KEYS}
     row["gain_in_deviations"] = (row["score_after"] - row["score_before"]) / row["score_std_before"]
     return row | {"wall_seconds": round(wall, 1), "peak_gb": round(peak / 1e9, 2)}
@@ -76,7 +76,7 @@ def main(settings: Settings) -> None:
     for key in (*KEYS, "gain_in_deviations", "wall_seconds", "peak_gb"):
         values = [row[key] for row in results]
         spread = stdev(values) if len(values) > 1 else 0.0
-        print(f"{key:20} {mean(values):10.2f} ± {spread:.2f}")
+        print(f"{key:20} {mean(values):10.2f} +- {spread:.2f}")
     print(f"written to {path}")
 
 

@@ -23,7 +23,7 @@ def commit() -> str:
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=False, cwd=HERE).stdout.strip()
 
     return git("rev-parse", "--short", "HEAD") + (
         "+" if git("status", "--porcelain", "--", ":/", ":(exclude)results") else ""
@@ -39,14 +39,14 @@ def write(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> Pa
     machine_info = machine(TextGenConfig().torch_device())
     machine_info["versions"] |= {name: version(name) for name in PACKAGES if find_spec(name)}
     document = {"commit": COMMIT, "machine": machine_info, "settings": settings, "rows": rows}
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return path
 
 
 def read_rows(name: str) -> list[dict[str, Any]]:
     """The rows of results/NAME.json; empty if there is no file."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
 
 
 def add(name: str, row: dict[str, Any], keys: tuple[str, ...], settings: dict[str, Any]) -> None:

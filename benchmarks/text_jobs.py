@@ -15,7 +15,7 @@ from benchmarks import rows
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Run a job in a process; returns its row, with the job's `name` and `seed`."""
     command = [sys.executable, "-m", "benchmarks.text_run", json.dumps(job)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=rows.HERE.parent)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, cwd=rows.HERE.parent)
     if result.returncode:
         raise SystemExit(f"{job} failed:\n{result.stderr[-2000:]}")
     row = {"name": job["name"], "seed": job["seed"]} | json.loads(result.stdout.splitlines()[-1])

@@ -42,6 +42,7 @@ TEXTENV_ORDER = """
     adapters.whole_penalty adapters.stable_baselines | conformance
 """
 AGENTS_ORDER = """
+    files
     config | reporting.plots | reporting.report
     interfaces
     objectives.advantages objectives.losses objectives.actor_critic objectives.group \
@@ -50,10 +51,10 @@ AGENTS_ORDER = """
         | algorithms.sac
     algorithms.registry
     replay trainer
-    text.config text.networks text.rollout text.evaluation text.samples text.experiment text.shading \
+    text.config text.networks text.rollout text.evaluation text.samples text.fingerprints text.experiment text.shading \
         | control.config control.networks control.environments control.collector control.experiment
     domains
-    presets | checkpoint
+    presets | run_folder | checkpoint
     run
     __main__
 """
@@ -217,6 +218,24 @@ def test_nothing_is_long(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
             assert node.end_lineno - first + 1 <= MOST_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("path", [*FILES, *PROGRAMS], ids=name_of)
+def test_text_files_name_their_encoding(path):
+    """No file is read or written, and no program's output read, in whatever encoding the system has."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and reads_or_writes_text(node):
+            assert "encoding" in {keyword.arg for keyword in node.keywords}, ast.unparse(node)
+
+
+def reads_or_writes_text(call):
+    """Whether it is `open` or a method of Path in text mode, or starts a program whose output is text."""
+    constants = [word.value for word in call.args if isinstance(word, ast.Constant)]
+    if isinstance(call.func, ast.Name):
+        return call.func.id == "open" and not any("b" in str(mode) for mode in constants[-1:])
+    name = getattr(call.func, "attr", "")
+    opens = name == "open" and len(constants) == len(call.args) and not any("b" in str(mode) for mode in constants)
+    return opens or name in ("read_text", "write_text") or "text" in {keyword.arg for keyword in call.keywords}
 
 
 def test_tests_mirror_the_packages():

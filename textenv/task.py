@@ -135,7 +135,8 @@ def _task_prompts(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrained
 
 def _tokenize(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     tokenize_rows = tokenize_chats if config.chat else tokenize
-    return replace(tokenize_rows(rows.prompts, tokenizer, config.max_prompt_tokens, rows.places), fields=rows.fields)
+    prompts = tokenize_rows(rows.prompts, tokenizer, config.max_prompt_tokens, rows.places)
+    return replace(prompts, fields=rows.fields, entries=rows.prompts)
 
 
 def _reference_name(source: Any) -> str:

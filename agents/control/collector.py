@@ -117,6 +117,10 @@ class ControlCollector:
         """Restore the state returned by `state_dict`."""
         self.resets, self.observation = int(state["resets"]), None
         self.generator.set_state(state["generator"].cpu())
+        self.load_statistics(state)
+
+    def load_statistics(self, state: dict[str, Any]) -> None:
+        """Restore the normalization of observations and rewards alone."""
         self.environments.load_state_dict(state["statistics"])
 
     def _metrics(self, data: TensorDict) -> dict[str, float]:

@@ -178,4 +178,4 @@ def make_vector(config: TrainConfig, settings: ControlConfig, num_envs: int) -> 
 
 
 def _to_list(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,10 +40,19 @@ class ActorCritic:
     """An actor and a critic with separate weights."""
 
     def __init__(self, factory: NetworkFactory) -> None:
-        self.actor, self.critic, self.factory = factory.actor(), factory.critic(), factory
+        self.actor, self.factory = factory.actor(), factory
         self.policy: nn.Module = self.actor
-        self.trained: dict[str, Any] = {"actor": self.actor, "critic": self.critic}
         self.targets: dict[str, nn.Module] = {}
+
+    @cached_property
+    def critic(self) -> Any:
+        """Built when it is first asked for: acting needs none."""
+        return self.factory.critic()
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """Both, by name."""
+        return {"actor": self.actor, "critic": self.critic}
 
     def state_values(self, rollout: TensorDict) -> Tensor:
         """V(s_0)..V(s_R) without gradient, [B, R + 1]."""

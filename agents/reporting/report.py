@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from agents.files import write_text
+
 PACKAGES = ("torch", "torchrl", "tensordict", "gymnasium", "transformers")
 
 
@@ -21,31 +24,46 @@ class Scalars:
     """Metrics of every iteration, written to metrics.jsonl and TensorBoard."""
 
     def __init__(self, folder: Path, resume_at: int) -> None:
-        self.path = folder / "metrics.jsonl"
-        self.rows = [row for row in self._read() if row["iteration"] <= resume_at]
-        rewritten = self.path.with_suffix(".new")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        rewritten.replace(self.path)
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
+        """resume_at: the last iteration to keep; later rows were written after the last checkpoint."""
+        self.folder, self.path, self.resume_at = folder, folder / "metrics.jsonl", resume_at
+        read = {row["iteration"]: row for row in self._read()}  # the last row of an iteration counts
+        self.rows = [read[number] for number in sorted(read) if 0 < number <= resume_at]
+        self.lost = resume_at - len(self.rows)  # iterations whose metrics could not be read any more
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    @cached_property
+    def writer(self) -> SummaryWriter:
+        """TensorBoard's writer. It creates its file, so that it waits for the first metrics."""
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.resume_at + 1)
 
     def write(self, iteration: int, metrics: dict[str, float]) -> None:
         """Append the metrics of an iteration."""
         row = {"iteration": iteration} | metrics
         self.rows.append(row)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, iteration)
 
     def close(self) -> None:
         """Flush everything to disk."""
-        self.writer.close()
+        if "writer" in vars(self):
+            self.writer.close()
 
     def _read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
+        """All rows that can be read. A killed run or a full disk may leave a part of a row, a power cut any bytes."""
+        if not self.path.is_file():
             return []
-        # A killed run may leave a partial last line; it is later than any checkpoint.
-        return [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        rows = [_parsed(line) for line in lines]
+        return [row for row in rows if isinstance(row, dict) and type(row.get("iteration")) is int]
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 class Bar:
@@ -90,10 +108,5 @@ def machine(device: torch.device) -> dict[str, Any]:
 def processor() -> str:
     """The CPU's model name, or its architecture where the system does not report one."""
     table = Path("/proc/cpuinfo")  # Linux
-    models = re.findall(r"model name\s*: (.+)", table.read_text()) if table.exists() else []
+    models = re.findall(r"model name\s*: (.+)", table.read_text(encoding="utf-8")) if table.exists() else []
     return models[0] if models else platform.processor() or platform.machine()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON."""
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +14,24 @@ from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from torch import nn
 
 from agents.algorithms.registry import find_algorithm
-from agents.config import TrainConfig
+from agents.config import TrainConfig, id_of
 from agents.reporting import plots
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, ORANGE, RED, Panel
 from agents.text.config import TextConfig
 from agents.text.evaluation import Evaluation, evaluate, find_gold, mean, rate, split_prompts
+from agents.text.fingerprints import HELD_OUT, fingerprints, save_prompts
 from agents.text.networks import TextNetworkFactory, language_model_of
 from agents.text.rollout import TextCollector, TextRollout, collect
 from agents.text.samples import make_summary, write_samples
 from agents.trainer import Trainer
+from textenv.config import TextGenConfig
 from textenv.env import TextGenEnv
 from textenv.models.loading import quietly
 from textenv.prompts.tokenized import Prompts
 from textenv.task import Task
 
 EVALUATION_SEED = 0  # of the responses in every evaluation
+EQUAL = 1e-6  # a smaller standard deviation of float32 scores, relative to their mean, is rounding error
 
 PANELS: tuple[Panel, ...] = (
     (
@@ -44,13 +50,21 @@ PANELS: tuple[Panel, ...] = (
 class TextExperiment:
     """See `agents.interfaces.Experiment`."""
 
-    def __init__(self, config: TrainConfig, settings: TextConfig, task: Task | None = None) -> None:
-        """task: instead of the one that `gym.make` builds from `config.env`."""
+    def __init__(
+        self, config: TrainConfig, settings: TextConfig, task: Task | None = None, held_out: str | None = None
+    ) -> None:
+        """task: instead of the one that `gym.make` builds from `config.env`.
+
+        held_out: file of the prompts to evaluate on, instead of a split of the task's: for a run that has trained.
+        """
         check_minibatch(config, settings)
         check_penalty(config, settings)
         self.config, self.settings = config, settings
         self.task = make_task(config) if task is None else task
-        self.prompts, self.held_out = split_prompts(self.task, settings, config.seed)
+        if held_out is None:
+            self.prompts, self.held_out = split_prompts(self.task, settings, config.seed)
+        else:
+            self.prompts, self.held_out = self.task.prompts, self.task.read_prompts(held_out)
         self.gold = find_gold(self.task, settings)
         self.network_factory = TextNetworkFactory(self.task, settings.critic, settings.micro_batch_size, config.seed)
         self.collector = TextCollector(self.task, self.prompts, settings, config.seed)
@@ -63,6 +77,15 @@ class TextExperiment:
             f"kl_coef {task.config.kl_coef:g} ({describe_kl(self.settings)}); {self.config.iterations} iterations of "
             f"{self.settings.rollout_size} responses."
         )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the reference, the tokenizer, reward models and prompts."""
+        return fingerprints(self.task, self.prompts, self.held_out)
+
+    def save_prompts(self, folder: Path) -> None:
+        """Write held_out.jsonl, except for the embedded task's own prompts."""
+        if self.task.config.prompts is not None or self.settings.held_out is not None:
+            save_prompts(folder / HELD_OUT, self.held_out)
 
     def evaluate(self, policy: nn.Module) -> Evaluation:
         """One response to each held-out prompt, with the same seed every time."""
@@ -100,18 +123,48 @@ class TextExperiment:
 
     def result_lines(self, summary: dict[str, Any], folder: Path) -> list[str]:
         """Score, gold score, KL, and the files to look at."""
-        deviations = (summary["score_after"] - summary["score_before"]) / max(summary["score_std_before"], 1e-8)
         lines = [
-            f"score {summary['score_before']:+.2f} → {summary['score_after']:+.2f} ({deviations:+.1f} standard "
-            "deviations)",
+            f"score {summary['score_before']:+.2f} → {summary['score_after']:+.2f} ({describe_gain(summary)})",
             f"KL {summary['kl_per_response']:.1f} nats a response, length {summary['length_before']:.0f} → "
             f"{summary['length_after']:.0f} tokens, {summary['tokens']} tokens in {summary['seconds']:.0f} s",
             f"read {folder}/samples.md, look at {folder}/curves.png and credit.png, try: "
-            f'python -m agents generate --run {folder} --prompt "..."',
+            f'python -m agents generate --run {shlex.quote(str(folder))} --prompt "..."',
         ]
         if "gold_before" in summary:
             lines.insert(1, f"gold  {summary['gold_before']:+.2f} → {summary['gold_after']:+.2f}")
         return lines
+
+
+def describe_gain(summary: dict[str, Any]) -> str:
+    """The gain of the score in standard deviations of the score before, unless that is a rounding error."""
+    before, std = summary["score_before"], summary["score_std_before"]
+    if std <= EQUAL * max(1.0, abs(before)):
+        return "all scores were equal before"
+    return f"{(summary['score_after'] - before) / std:+.1f} standard deviations"
+
+
+def reopen_text(config: TrainConfig, settings: TextConfig, folder: Path) -> TextExperiment:
+    """Open the environment of a run again, to measure its policy.
+
+    The evaluation's prompts come from the run's folder, if they are there: those that the run trained on may be gone.
+    So may the device that its settings name.
+    """
+    arguments = gym.spec(id_of(config.env)).kwargs | config.env_arguments()
+    held_out, changes = folder / HELD_OUT, {}
+    if held_out.is_file() and arguments.get("prompts") is not None:
+        changes["prompts"] = str(held_out)
+    if not _is_here(arguments.get("device", "auto")):
+        changes["device"] = "auto"
+    items = (f"{name}={json.dumps(value)}" for name, value in changes.items())
+    config = replace(config, env_arg=(*config.env_arg, *items))
+    return TextExperiment(config, settings, held_out=str(held_out) if held_out.is_file() else None)
+
+
+def _is_here(device: str) -> bool:
+    try:
+        return bool(TextGenConfig(device=device).torch_device())
+    except ValueError:
+        return False
 
 
 def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:

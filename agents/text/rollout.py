@@ -248,10 +248,14 @@ class TextCollector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state returned by `state_dict`."""
-        self.controller.load_state_dict(state["kl_controller"])
+        self.load_statistics(state)
         self.sampler.load_state_dict(state["sampler"])
         self.prompt_generator.bit_generator.state = json.loads(state["prompt_generator"])
         self.sampling_generator.set_state(state["sampling_generator"].cpu())
+
+    def load_statistics(self, state: dict[str, Any]) -> None:
+        """Restore β and the statistics of scores alone."""
+        self.controller.load_state_dict(state["kl_controller"])
         if self.task.normalizer is not None:
             self.task.normalizer.statistics.load_state_dict(state["score_statistics"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from agents.files import write_text
 from agents.text.evaluation import Evaluation, mean
 
 
@@ -19,7 +20,7 @@ def write_samples(path: Path, before: Evaluation, after: Evaluation, count: int 
                 numbers += f", gold {evaluation.gold[row]:+.2f}"
             numbers += f", KL {evaluation.kl[row]:.1f}"
             lines += [f"**{name}** ({numbers})", "", f"> {_line(evaluation.responses[row])}", ""]
-    path.write_text("\n".join(lines))
+    write_text(path, "\n".join(lines))
 
 
 def make_summary(before: Evaluation, after: Evaluation) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from agents.interfaces import Algorithm
 from agents.text.networks import language_model_of
 from agents.text.rollout import TextCollector, collect
-from agents.trainer import Trainer
 from textenv.generation import score_responses
 from textenv.prompts.tokenized import Prompts
 from textenv.rendering.text import ansi
@@ -16,22 +16,20 @@ from textenv.state import TextState
 
 
 def shaded_responses(
-    trainer: Trainer, prompts: Prompts, generator: torch.Generator, by: str
+    algorithm: Algorithm, collector: TextCollector, prompts: Prompts, generator: torch.Generator, by: str
 ) -> tuple[float, list[str]]:
-    """Sample one response per prompt from a trainer's policy and color its tokens.
+    """Sample one response per prompt from a learner's policy and color its tokens.
 
     by: `penalty` or `advantage`. Returns the value of full color, and one text per prompt that starts with the score.
     Raises ValueError if the run has no penalty, or its algorithm no advantage per token.
     """
-    collector = trainer.collector
-    assert isinstance(collector, TextCollector)
     task, penalty = collector.task, collector.penalty()
     if by == "penalty" and task.reference is None:
         raise ValueError("the run has kl_coef=0, so tokens have no penalty; color them by advantage.")
-    model = language_model_of(trainer.algorithm.networks.policy)
+    model = language_model_of(algorithm.networks.policy)
     rollout = collect(task.with_frozen_statistics(), model, prompts, generator, len(prompts), penalty)
     data = rollout.data
-    values = penalty.coef * data["kl"] if by == "penalty" else _advantages(trainer, data)
+    values = penalty.coef * data["kl"] if by == "penalty" else _advantages(algorithm, data)
     state = TextState.from_masks(data["input_ids"], data["attention_mask"], data["mask"])
     scale = float(values.where(data["mask"], 0.0).abs().max())
     scores = score_responses(task.without_normalization(), state, prompts.texts, fields=prompts.fields).score.tolist()
@@ -39,8 +37,8 @@ def shaded_responses(
     return scale, [f"[score {score:+.2f}] {text}" for score, text in zip(scores, texts, strict=True)]
 
 
-def _advantages(trainer: Trainer, data: TensorDict) -> Tensor:
-    trainer.algorithm.prepare(data)
+def _advantages(algorithm: Algorithm, data: TensorDict) -> Tensor:
+    algorithm.prepare(data)
     raw = data.get("raw_advantage", None)
     if raw is None:
         raise ValueError("this run's algorithm computes no advantage per token; color them by penalty.")

@@ -95,7 +95,7 @@ def _write(settings: Settings, scale: Scale, rows: list[Row]) -> None:
         "settings": {key: str(value) for key, value in (asdict(settings) | vars(scale)).items()},
         "rows": rows,
     }
-    (settings.output / "cuda.json").write_text(json.dumps(document, indent=2) + "\n")
+    (settings.output / "cuda.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents import checkpoint
+from agents import checkpoint, run_folder
 from agents.algorithms.registry import ALGORITHMS
 from agents.presets import defaults
-from agents.run import build, load
+from agents.run import build
 from agents.text.networks import language_model_of
 from agents.trainer import Trainer
 from benchmarks import rows as result_rows
@@ -101,7 +101,7 @@ def main_job(scale: Scale) -> Iterator[Row]:
             if process.returncode:
                 yield {"case": f"seed {seed}", "error": output[-400:]}
                 continue
-            summary = json.loads((folder / "summary.json").read_text())
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             keys = ("score_before", "score_after", "gold_before", "gold_after", "kl_per_response", "seconds")
             yield {"case": f"seed {seed}"} | {key: summary[key] for key in keys}
     for row in result_rows.read_rows("main_job"):
@@ -113,12 +113,13 @@ def resume(scale: Scale) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "run"
         parts = _configuration("ppo", scale, iterations=4)
-        _, trainer = build(*parts)
-        checkpoint.save_config(folder, *parts)
+        experiment, trainer = build(*parts)
+        run_folder.create(folder)
+        run_folder.save_config(folder, *parts, experiment.fingerprints())
         for iteration in trainer.iterate():
             if iteration.number == 2:
                 checkpoint.save_checkpoint(folder, trainer)
-        yield from _resumed(folder, trainer)
+        yield from _resumed(folder, trainer, parts)
         for case, flags in (
             ("evaluated on a CPU", ("evaluate", "--run", str(folder))),
             ("generates on a CPU", ("generate", "--run", str(folder), "--prompt", "The kettle")),
@@ -128,9 +129,10 @@ def resume(scale: Scale) -> Iterator[Row]:
             yield {"case": case, "works": process.returncode == 0, "output": output[-300:]}
 
 
-def _resumed(folder: Path, trainer: Trainer) -> Iterator[Row]:
+def _resumed(folder: Path, trainer: Trainer, parts: tuple[Any, Any, Any]) -> Iterator[Row]:
     try:
-        _, other = load(folder)
+        _, other = build(*parts)
+        checkpoint.load_checkpoint(folder, other)
         for _ in other.iterate():
             pass
         uninterrupted, resumed = _weights(trainer), _weights(other)
@@ -202,5 +204,5 @@ def _weights(trainer: Trainer) -> dict[str, Tensor]:
 def _start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "agents", *arguments]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=os.environ | environment
     )

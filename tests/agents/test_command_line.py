@@ -142,15 +142,17 @@ def test_color_by_penalty_needs_a_penalty(settings):
     """Coloring by penalty is refused with kl_coef=0; the remedy is to color by advantage."""
     trainer = make_trainer(settings | dict(kl_coef=0))
     with pytest.raises(ValueError, match=r"kl_coef=0.*color them by advantage"):
-        shaded_responses(trainer, trainer.collector.prompts.select([0]), torch.Generator(), "penalty")
+        collector = trainer.collector
+        shaded_responses(trainer.algorithm, collector, collector.prompts.select([0]), torch.Generator(), "penalty")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(trained):
     """A run that is killed after its first checkpoint and resumed ends with the same actor, to the bit."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "agents", "train", "--run", "runs/killed", *SHRUNK]
     process = subprocess.Popen(command, cwd=trained, env=environment, stdout=subprocess.DEVNULL)
-    while not (trained / "runs/killed/checkpoint").exists() and process.poll() is None:
+    while not (trained / "runs/killed/checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -246,7 +248,7 @@ def test_a_stopped_run_says_how_to_resume(tmp_path, monkeypatch, capsys, stop, c
         main(["train", "--env", "CartPole-v1", "--run", "run", "--iterations", "2", "--evaluation-episodes", "1"])
     output = f"{end.value.code} {capsys.readouterr().err}"
     assert str(end.value.code).startswith(str(code)) and message in output and resume in output
-    assert (tmp_path / "run/checkpoint").exists()
+    assert (tmp_path / "run/checkpoint.pt").exists()
 
 
 @pytest.mark.filterwarnings("error")  # from TensorBoard's thread, if its file is not closed before it is removed
@@ -270,7 +272,7 @@ def test_only_new_runs_are_removed_when_they_fail(tmp_path, monkeypatch):
     failure = ValueError("again")
     with pytest.raises(SystemExit, match="again The last checkpoint is good"):
         main(["train", "--run", "kept", "--resume"])
-    assert (tmp_path / "kept/checkpoint").exists()
+    assert (tmp_path / "kept/checkpoint.pt").exists()
 
 
 def test_a_run_whose_first_report_fails_leaves_no_folder(tmp_path, monkeypatch):

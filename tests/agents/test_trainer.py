@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from agents.checkpoint import check_same, load_checkpoint, save_checkpoint, save_config
+from agents.checkpoint import FILE, load_checkpoint, save_checkpoint
 from agents.config import TrainConfig
+from agents.run_folder import check_same, create, save_config
 from agents.text.config import TextConfig
 from agents.text.evaluation import rate, split_prompts
 from agents.text.experiment import check_minibatch, make_task
@@ -199,7 +200,8 @@ def test_a_nan_gradient_changes_nothing(settings):
 def test_another_configuration_is_not_resumed(settings, tmp_path):
     """Resuming under another configuration is refused, and the differences are named."""
     trainer = make_trainer(settings)
-    save_config(tmp_path / "run", trainer.config, trainer.collector.config, trainer.algorithm.config)
+    create(tmp_path / "run")
+    save_config(tmp_path / "run", trainer.config, trainer.collector.config, trainer.algorithm.config, {})
     check_same(tmp_path / "run", trainer.config, trainer.collector.config, trainer.algorithm.config)
     other = make_trainer(settings, learning_rate=5e-4, algorithm=dict(clip=0.3))
     with pytest.raises(ValueError, match=r"learning_rate was 0\.001 and is now 0\.0005.*clip was 0\.2"):
@@ -216,16 +218,19 @@ def test_a_checkpoint_that_does_not_fit(settings, tmp_path):
     """A truncated configuration, one with other fields, and an incomplete checkpoint are refused with a remedy."""
     trainer = make_trainer(settings)
     config = trainer.config, trainer.collector.config, trainer.algorithm.config
-    save_config(tmp_path / "run", *config)
+    create(tmp_path / "run")
+    save_config(tmp_path / "run", *config, {})
     save_checkpoint(tmp_path / "run", trainer)
     written = (tmp_path / "run/config.json").read_text()
     for broken in (written[:40], written.replace('"clip"', '"clipping"'), "{}"):
         (tmp_path / "run/config.json").write_text(broken)
         with pytest.raises(ValueError, match=r"not a configuration that this version can read.*start a new run"):
             check_same(tmp_path / "run", *config)
-    next((tmp_path / "run/checkpoint").glob("*manifest*")).unlink()
-    with pytest.raises(ValueError, match=r"does not fit this trainer.*start a new run"):
-        load_checkpoint(tmp_path / "run", trainer)
+    written = (tmp_path / "run" / FILE).read_bytes()
+    for broken in (b"", written[:1000], written[:-1000]):
+        (tmp_path / "run" / FILE).write_bytes(broken)
+        with pytest.raises(ValueError, match=r"does not fit this trainer.*start a new run"):
+            load_checkpoint(tmp_path / "run", trainer)
 
 
 def test_environment_arguments_are_compared_by_value(settings, tmp_path):
@@ -233,7 +238,8 @@ def test_environment_arguments_are_compared_by_value(settings, tmp_path):
     trainer = make_trainer(settings)
     parts = trainer.collector.config, trainer.algorithm.config
     original = TrainConfig(env_arg=("kl_coef=0.1", "device=cpu"))
-    save_config(tmp_path / "run", original, *parts)
+    create(tmp_path / "run")
+    save_config(tmp_path / "run", original, *parts, {})
     check_same(tmp_path / "run", TrainConfig(env_arg=("device=cpu", "kl_coef=0.10", "device=cpu")), *parts)
     with pytest.raises(ValueError, match="env_arg was"):
         check_same(tmp_path / "run", TrainConfig(env_arg=("device=cpu",)), *parts)

@@ -25,13 +25,14 @@ class Prompts:
     input_ids: Tensor  # int64 [N, P]
     attention_mask: Tensor  # bool [N, P]
     fields: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # further fields by name, N values each
+    entries: tuple[Prompt, ...] = ()  # texts and chats as they were given; empty if they were not kept
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def to(self, device: torch.device) -> Prompts:
         """The same prompts with their tensors on `device`."""
-        return Prompts(self.texts, self.input_ids.to(device), self.attention_mask.to(device), self.fields)
+        return Prompts(self.texts, self.input_ids.to(device), self.attention_mask.to(device), self.fields, self.entries)
 
     def select(self, indices: Sequence[int]) -> Prompts:
         """The prompts at these indices, in this order."""
@@ -41,6 +42,7 @@ class Prompts:
             self.input_ids[rows],
             self.attention_mask[rows],
             {name: tuple(values[index] for index in indices) for name, values in self.fields.items()},
+            tuple(self.entries[index] for index in indices) if self.entries else (),
         )
 
 

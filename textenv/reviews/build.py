@@ -62,7 +62,7 @@ def build(config: BuildConfig) -> dict[str, float]:
     record = {"settings": {key: value for key, value in asdict(config).items() if key != "output"}}
     model, tokenizer, stage = train_supervised(config)
     record |= stage | train_reward(config, model, tokenizer)
-    (config.output / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    (config.output / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return measure(config.output)
 
 

@@ -80,7 +80,7 @@ def measure(folder: Path = Path(__file__).parent) -> dict[str, float]:
     Args:
         folder: The output of a build: supervised/, reward_model/ and training.json. README.md is overwritten.
     """
-    record = json.loads((folder / RECORD).read_text())
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     figures, samples = measure_at(folder, TEMPERATURE, record["settings"]["noise"])
     hot, _ = measure_at(folder, 1.0, record["settings"]["noise"])
     figures |= {f"{name}_hot": value for name, value in hot.items()}

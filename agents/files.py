@@ -1,0 +1,71 @@
+"""Files of a run: UTF-8 whatever the system's locale, replaced as a whole, and a full disk named as such."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file larger than the process may write
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` when the block ends; if it fails, `path` stays as it was.
+
+    Whenever the process is killed, `path` is the old file or the new one, never a part. Raises OSError where the disk
+    is full, also for writers that report something else.
+    """
+    new = path.with_name(f"{path.name}.new")
+    try:
+        with new.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # otherwise a power cut could leave the new name without its content
+        new.replace(path)
+    except BaseException as error:
+        new.unlink(missing_ok=True)
+        if (reason := no_room(error)) is not None and reason is not error:
+            raise reason from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by a text."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a value as indented JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def no_room(error: BaseException | None) -> OSError | None:
+    """The error of a full disk behind an error, if there is one."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return error
+        for number in NO_ROOM:
+            if f"(os error {number})" in str(error):  # from the Rust code of safetensors and tokenizers
+                return OSError(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def never_fail_to_print() -> None:
+    r"""Let standard output and error write characters that the terminal's encoding lacks as escapes, such as \u2192."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def as_utf8(argument: str) -> str:
+    """A text from the command line. In a locale without UTF-8 Python passes its bytes as surrogates."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

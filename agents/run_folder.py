@@ -1,0 +1,213 @@
+"""The folder of a run: what it was started with, and who may write to it.
+
+`config.json` holds the settings as they were given, the directory that relative names are read from, and fingerprints
+of the models and prompts. A run folder is trusted like a program: its settings name functions that are imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from agents.algorithms.registry import find_algorithm
+from agents.config import TrainConfig
+from agents.domains import domain_of
+from agents.files import write_json
+
+NOT_COMPARED = {"run", "resume", "micro_batch_size", "iterations"}  # do not change what is learned, or checked apart
+NAMES = ("reference", "reward", "prompts")  # environment arguments that may name files
+
+
+def refuse(folder: Path) -> None:
+    """Raise the ValueError for a run folder that already exists."""
+    raise ValueError(
+        f"the run folder {str(folder)!r} already exists; choose another --run, or continue it with --resume."
+    )
+
+
+def create(folder: Path) -> None:
+    """Create the run folder. Raises ValueError if it cannot be created."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        refuse(folder)
+    except OSError as error:
+        raise ValueError(
+            f"the run folder {str(folder)!r} cannot be created ({error}); choose another --run."
+        ) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises ValueError while another process trains in it.
+    """
+    try:
+        with FileLock(folder / ".lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"another process is training in {str(folder)!r}; wait until it ends, or stop it, and then --resume."
+        ) from error
+
+
+def save_config(
+    folder: Path, config: TrainConfig, settings: Any, algorithm_config: Any, fingerprints: Mapping[str, str]
+) -> None:
+    """Write config.json. fingerprints: of models and prompts, see `Experiment.fingerprints`."""
+    parts = {"train": config, "settings": settings, "algorithm": algorithm_config}
+    stored: dict[str, Any] = {name: dataclasses.asdict(part) for name, part in parts.items()}
+    write_json(folder / "config.json", stored | {"directory": os.getcwd(), "fingerprints": dict(fingerprints)})
+
+
+def load_config(folder: Path) -> tuple[TrainConfig, Any, Any]:
+    """The configuration of a run: shared settings, the domain's and the algorithm's.
+
+    Raises ValueError if there is none, or if this version cannot read it.
+    """
+    with _readable(folder):
+        stored = _read(folder)
+        train: dict[str, Any] = _tuples(stored["train"]) | {"run": str(folder)}
+        config = TrainConfig(**train)
+        _import_from(Path(stored["directory"]))
+        settings, (algorithm_settings, _) = domain_of(config.env).settings, find_algorithm(config.algorithm)
+        return config, settings(**_tuples(stored["settings"])), algorithm_settings(**_tuples(stored["algorithm"]))
+
+
+def check_same(folder: Path, config: TrainConfig, settings: Any, algorithm_config: Any) -> None:
+    """Raise ValueError if a run was started with another configuration.
+
+    `NOT_COMPARED` settings may differ. `iterations` may grow, unless the learning rates were scheduled by it.
+    """
+    stored, current = load_config(folder), (config, settings, algorithm_config)
+    pairs = [
+        (name, getattr(stored[0], name), getattr(config, name))
+        for name in ("env", "algorithm")
+        if getattr(stored[0], name) != getattr(config, name)
+    ] or [pair for old, new in zip(stored, current, strict=True) for pair in _differences(old, new)]
+    if pairs:
+        listed = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in pairs)
+        raise ValueError(
+            f"the run in {str(folder)!r} was started with another configuration: {listed}. Resume it without "
+            "these flags, or start a new run."
+        )
+    _check_iterations(folder, stored[0], config)
+
+
+def lengthen(folder: Path, config: TrainConfig) -> None:
+    """Write a larger number of iterations into config.json, so that it counts from now on."""
+    stored = _read(folder)
+    if stored["train"]["iterations"] != config.iterations:
+        stored["train"]["iterations"] = config.iterations
+        write_json(folder / "config.json", stored)
+
+
+def finished_summary(folder: Path, iterations: int) -> dict[str, Any] | None:
+    """The summary of a run that has ended after this many iterations; None if it has not, or has lost its summary."""
+    try:
+        summary = json.loads((folder / "summary.json").read_bytes())
+        return summary if summary["iterations"] == iterations else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def changed(folder: Path, fingerprints: Mapping[str, str]) -> list[str]:
+    """What is not what it was when the run started, by the names of its fingerprints."""
+    with _readable(folder):
+        stored = _read(folder)["fingerprints"]
+        return sorted(
+            name for name in stored.keys() | fingerprints.keys() if stored.get(name) != fingerprints.get(name)
+        )
+
+
+def check_unchanged(folder: Path, fingerprints: Mapping[str, str]) -> None:
+    """Raise ValueError if a model or the prompts are not those that the run was started with."""
+    if names := changed(folder, fingerprints):
+        raise ValueError(
+            f"the run in {str(folder)!r} was started with another content of: {', '.join(names)}. Their names are the "
+            "same, but a file or a function behind them has changed; restore it, or start a new run."
+        )
+
+
+def located(folder: Path, config: TrainConfig, settings: Any) -> tuple[TrainConfig, Any]:
+    """The settings with names of files that exist only where the run was started made absolute."""
+    directory = Path(_read(folder)["directory"])
+    arguments = config.env_arguments()
+    found = {name: _found(arguments[name], directory) for name in NAMES if name in arguments}
+    items = tuple(f"{name}={json.dumps(value)}" for name, value in found.items() if value != arguments[name])
+    held_out = getattr(settings, "held_out", None)
+    if held_out is not None:
+        settings = dataclasses.replace(settings, held_out=_found(held_out, directory))
+    return dataclasses.replace(config, env_arg=(*config.env_arg, *items)), settings
+
+
+def _found(name: Any, directory: Path) -> Any:
+    if isinstance(name, Mapping):
+        return {_found(key, directory): weight for key, weight in name.items()}
+    if not isinstance(name, str) or not name or Path(name).exists() or not (directory / name).exists():
+        return name
+    return str(directory / name)
+
+
+def _import_from(directory: Path) -> None:
+    """Let functions be imported from where the run was started; the present directory comes first."""
+    if directory.is_dir() and str(directory) not in sys.path:
+        sys.path.append(str(directory))
+
+
+def _check_iterations(folder: Path, old: TrainConfig, new: TrainConfig) -> None:
+    if new.iterations < old.iterations:
+        raise ValueError(
+            f"the run in {str(folder)!r} has {old.iterations} iterations, which can only grow, got --iterations "
+            f"{new.iterations}; leave it out."
+        )
+    if new.iterations > old.iterations and old.schedule == "linear":
+        raise ValueError(
+            f"the learning rates of the run in {str(folder)!r} fall linearly to zero at iteration {old.iterations}: "
+            f"with --iterations {new.iterations} all of them would have been others. Start a new run, with --schedule "
+            "constant if it may be lengthened."
+        )
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"no run in {str(folder)!r} (no config.json); pass a run folder written by train.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turn the errors of a damaged configuration into a ValueError with the remedy."""
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{str(folder / 'config.json')!r} is not a configuration that this version can read ({error}); start a new "
+            "run."
+        ) from error
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """Lists of JSON back to the tuples of the configurations."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    names = [field.name for field in dataclasses.fields(new) if field.name not in NOT_COMPARED]
+    pairs = [(name, _compared(old, name), _compared(new, name)) for name in names]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def _compared(config: Any, name: str) -> Any:
+    """The value to compare. Environment arguments are compared parsed: order and repeats do not matter."""
+    return config.env_arguments() if name == "env_arg" else getattr(config, name)

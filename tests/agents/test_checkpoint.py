@@ -1,0 +1,188 @@
+"""The checkpoint file: whole whenever the process dies or the disk is full, and readable on any device."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from agents.checkpoint import FILE, load_checkpoint, load_networks, load_policy, save_checkpoint
+from agents.files import no_room, replacing
+from agents.trainer import Trainer
+from tests.support.learning import make_trainer, same, weights
+from tests.support.runs import saved
+
+
+@pytest.fixture
+def kind() -> str:
+    """One architecture is enough here."""
+    return "gpt2"
+
+
+@pytest.fixture
+def trained(settings) -> Trainer:
+    """A trainer with an iteration behind it, and statistics of scores."""
+    trainer = make_trainer(settings | dict(score_normalization="running"), iterations=2)
+    next(trainer.iterate())
+    return trainer
+
+
+def again(settings, **changes) -> Trainer:
+    """The same trainer at its start."""
+    return make_trainer(settings | dict(score_normalization="running"), iterations=2, **changes)
+
+
+@pytest.fixture
+def from_cuda(trained, tmp_path, monkeypatch):
+    """The checkpoint of a trainer as a CUDA machine writes it: tensors tagged cuda:0, a generator state of 16 bytes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        patch.setattr(Trainer, "device", torch.device("cuda", 0))
+        patch.setattr(trained.collector, "sampling_generator", CudaGenerator())
+        save_checkpoint(tmp_path, trained)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(tmp_path / FILE, weights_only=True)  # so it really names a device that is not here
+    return tmp_path
+
+
+class CudaGenerator:
+    """A CUDA generator's state is its seed and its offset."""
+
+    def get_state(self):
+        return torch.zeros(16, dtype=torch.uint8)
+
+
+def test_a_policy_from_a_device_that_is_not_here(settings, trained, from_cuda):
+    """A run trained on CUDA gives its policy, and all its networks, to a machine without: nothing asks for the device."""
+    other = again(settings)
+    policy = load_policy(from_cuda, other.algorithm, other.collector)
+    assert same(weights(policy), weights(trained.algorithm.networks.policy))
+    other = again(settings)
+    load_networks(from_cuda, other.algorithm, other.collector)
+    assert same(weights(other.algorithm.networks.critic), weights(trained.algorithm.networks.critic))
+    assert other.collector.task.normalizer.statistics.mean == trained.collector.task.normalizer.statistics.mean != 0
+
+
+def test_no_resume_on_another_kind_of_device(settings, from_cuda):
+    """Random numbers of a CUDA generator cannot be continued on a CPU: the resume is refused, and says what works."""
+    with pytest.raises(ValueError, match=r"was trained on cuda and would go on on cpu.*evaluate and generate here"):
+        load_checkpoint(from_cuda, again(settings))
+
+
+def test_the_policy_is_restored_alone(settings, trained, tmp_path):
+    """A checkpoint without critic, optimizer, replay and generators has all that acting needs, and no critic is built."""
+    save_checkpoint(tmp_path, trained)
+    state = torch.load(tmp_path / FILE, weights_only=True)
+    collector = {name: state["trainer"]["collector"][name] for name in ("kl_controller", "score_statistics")}
+    kept = {name: state[name] for name in ("policy", "collector_modules")} | {"trainer": {"collector": collector}}
+    torch.save(kept, tmp_path / FILE)
+    other = again(settings)
+    algorithm = type(other.algorithm)(other.algorithm.config, other.algorithm.networks.factory)
+    policy = load_policy(tmp_path, algorithm, other.collector)
+    assert same(weights(policy), weights(trained.algorithm.networks.policy))
+    assert "critic" not in vars(algorithm.networks)
+
+
+def test_a_run_that_dies_while_it_saves_keeps_a_checkpoint(settings, trained, tmp_path):
+    """Whatever the last call to the system was before the process was killed, a whole checkpoint is there."""
+    save_checkpoint(tmp_path, trained)
+    before = saved(tmp_path)
+    list(trained.iterate())
+    for function in ("replace", "fsync"):
+        for call in (1, 2):
+            if child := os.fork():
+                os.waitpid(child, 0)
+            else:
+                _die_at(function, call)
+                save_checkpoint(tmp_path, trained)
+                os._exit(0)
+            load_checkpoint(tmp_path, again(settings))
+            written = saved(tmp_path)
+            done = len(written) == len(before) and same(written, before)
+            assert done or int(torch.load(tmp_path / FILE)["iteration"]) == 2
+    save_checkpoint(tmp_path, trained)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE]  # what the killed ones left is gone
+
+
+def _die_at(function: str, call: int) -> None:
+    """Kill this process when it calls a function of `os` for the n-th time."""
+    original, calls = getattr(os, function), iter(range(1, 100))
+
+    def dying(*arguments, **options):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(os, function, dying)
+
+
+@contextmanager
+def full_disk(room: int):
+    """No file may grow beyond this many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_full_disk_keeps_the_last_checkpoint(settings, trained, tmp_path, share):
+    """Where there is no room, saving raises OSError, and the checkpoint is the one before, byte for byte."""
+    save_checkpoint(tmp_path, trained)
+    before = (tmp_path / FILE).read_bytes()
+    list(trained.iterate())
+    with full_disk(int(share * len(before))), pytest.raises(OSError, match="File too large"):
+        save_checkpoint(tmp_path, trained)
+    assert (tmp_path / FILE).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_an_error_that_is_not_of_the_disk_is_itself(tmp_path):
+    """Only a full disk is named as one."""
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "file"):
+        _ = 1 / 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_in_other_words():
+    """Writers in Rust report the system's error in a text, PyTorch's reports another one on top of it."""
+    assert no_room(Exception("No space left on device (os error 28)")).errno == errno.ENOSPC
+    try:
+        try:
+            raise OSError(errno.EDQUOT, "quota")
+        finally:
+            raise RuntimeError("unexpected pos 576 vs 534")
+    except RuntimeError as error:
+        assert no_room(error).errno == errno.EDQUOT
+    assert no_room(OSError(errno.ENOENT, "no file")) is None and no_room(ValueError("(os error 2)")) is None
+
+
+def test_a_mask_policy_is_restored_with_the_policy(settings, tmp_path):
+    """Sampling under the mask of an earlier actor needs that actor's weights too."""
+    masked = settings | dict(action_mask="top_k:5", score_normalization="running")
+    trainer = make_trainer(masked, iterations=2, mask_refresh=1)
+    list(trainer.iterate())
+    save_checkpoint(tmp_path, trainer)
+    other = make_trainer(masked, iterations=2, mask_refresh=1)
+    load_policy(tmp_path, other.algorithm, other.collector)
+    (refreshed,), (restored,) = trainer.collector.mask_policies, other.collector.mask_policies
+    assert same(weights(refreshed.model), weights(restored.model))
+    assert not same(weights(restored.model), weights(make_trainer(masked).collector.mask_policies[0].model))
+
+
+def test_a_replay_buffer_is_saved_without_its_empty_room(settings, tmp_path):
+    """A buffer of 200 times the rows collected so far makes no checkpoint of 200 times the size."""
+    sizes = []
+    for size in (8, 1600):
+        trainer = make_trainer(settings, learner="dqn", algorithm=dict(buffer_size=size, learning_starts=8))
+        next(trainer.iterate())
+        save_checkpoint(tmp_path, trainer)
+        sizes.append((tmp_path / FILE).stat().st_size)
+    assert sizes[1] < 1.01 * sizes[0]
