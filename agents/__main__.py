@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import sys
-import traceback
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ import textenv
 from agents import run
 from agents.checkpoint import load_config
 from agents.config import TrainConfig
-from agents.presets import defaults
+from agents.presets import defaults, describe_defaults
 from agents.reporting import report
 from agents.text.config import GenerateConfig
 from agents.text.experiment import TextExperiment
@@ -28,7 +29,9 @@ from textenv.training.reward_model import DEFAULT, RewardConfig, train_reward_mo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and run the command. Our own ValueErrors end in a one-line message and exit code 1."""
+    """Parse the command line and run the command. Errors that our own code raises end in a one-line message and exit
+    code 1; all others keep their traceback.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         commands = {
@@ -43,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prog="python -m agents",
             description="Train a policy by reinforcement learning, evaluate it, and generate from it.",
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         if not _is_ours(error):
             raise
         raise SystemExit(_with_notes(f"error: {error}", error)) from error
@@ -61,11 +64,14 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
     if "--resume" in arguments and folder is not None:
         config, settings, algorithm_config = load_config(Path(folder))
     else:
-        config, settings, algorithm_config = defaults(_flag(arguments, "env"), _flag(arguments, "algorithm"))
+        env, name, env_arg = _flag(arguments, "env"), _flag(arguments, "algorithm"), _flags(arguments, "env_arg")
+        given = TrainConfig(env=env, algorithm=name, env_arg=tuple(env_arg))
+        config, settings, algorithm_config = defaults(env, name, given.env_arguments())
 
     def train(shared: TrainConfig = config, environment: Any = settings, algorithm: Any = algorithm_config) -> None:
-        """Train a policy and write the results to the run folder."""
         run.train(shared, environment, algorithm)
+
+    train.__doc__ = f"Train a policy and write the results to the run folder.\n\n{describe_defaults(config)}"
 
     train.__annotations__ = {
         "shared": tyro.conf.OmitArgPrefixes[tyro.conf.UseAppendAction[TrainConfig]],
@@ -142,21 +148,33 @@ def _with_notes(sentence: str, error: BaseException) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether our own code raised it, with a message that names the remedy. Other errors keep their traceback."""
-    ours = {Path(package.__file__).parent for package in (agents, textenv) if package.__file__}
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(folder in raised_in.parents for folder in ours)
+    """Whether a `raise` in our own code raised it, with a message that names the remedy.
+
+    Python's own errors come from other instructions, even where the line is ours.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    code, ours = trace.tb_frame.f_code, [Path(str(package.__file__)).parent for package in (agents, textenv)]
+    raises = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+    return raises and any(folder in Path(code.co_filename).parents for folder in ours)
 
 
 def _flag(arguments: Sequence[str], name: str) -> Any:
-    """The last value of a flag, read before parsing because it decides which other flags exist."""
-    value = getattr(TrainConfig, name)
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument == f"--{name}" and following is not None:
-            value = following
-        elif argument.startswith(f"--{name}="):
-            value = argument.partition("=")[2]
-    return value
+    """The last value of a flag, or its default; read before parsing because it decides which other flags exist."""
+    return [getattr(TrainConfig, name), *_flags(arguments, name)][-1]
+
+
+def _flags(arguments: Sequence[str], name: str) -> list[str]:
+    """All values of a flag, in either spelling: `--env-arg A --env_arg=B`."""
+    values = []
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        flag, equals, value = argument.partition("=")
+        if flag.replace("-", "_") == f"__{name}" and (equals or following is not None):
+            values.append(value if equals else following)
+    return values
 
 
 if __name__ == "__main__":

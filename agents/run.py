@@ -16,15 +16,19 @@ from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.domains import domain_of
 from agents.interfaces import Experiment
+from agents.presets import describe_defaults
 from agents.reporting import plots, report
 from agents.trainer import Trainer
+from agents.unread import Job, check_settings
 
 
 def build(config: TrainConfig, settings: Any, algorithm_config: Any) -> tuple[Experiment, Trainer]:
     """The experiment for an environment, and a trainer at iteration 0."""
     experiment = domain_of(config.env).open(config, settings)
     _, algorithm = find_algorithm(config.algorithm)
-    return experiment, Trainer(config, algorithm(algorithm_config, experiment.network_factory), experiment.collector)
+    learner = algorithm(algorithm_config, experiment.network_factory)
+    check_settings(Job(config, settings, algorithm_config, experiment, learner))
+    return experiment, Trainer(config, learner, experiment.collector)
 
 
 def load(folder: Path) -> tuple[Experiment, Trainer]:
@@ -50,7 +54,7 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
         checkpoint.save_config(folder, config, settings, algorithm_config)
         checkpoint.save_checkpoint(folder, trainer)  # the run can be resumed from here on
     title = f"{config.algorithm} on {config.env}"
-    console.print(f"{title} {experiment.describe()}\nresults in {folder}/")
+    console.print(f"{title} {experiment.describe()}\n{describe_defaults(config)}\nresults in {folder}/")
     with (
         _resumable(folder, config.resume),
         closing(report.Scalars(folder, trainer.iteration)) as scalars,
@@ -60,6 +64,8 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
             metrics = iteration.metrics | experiment.report_metrics(iteration.rollout)
             scalars.write(iteration.number, metrics)
             bar.show(iteration.number, experiment.progress_line(metrics))
+            for line in experiment.warnings(iteration.number, metrics):
+                console.print(line)
             if iteration.number % config.checkpoint_every == 0 or iteration.number == config.iterations:
                 checkpoint.save_checkpoint(folder, trainer)
     after = experiment.evaluate(trainer.algorithm.networks.policy)

@@ -53,6 +53,7 @@ AGENTS_ORDER = """
         | control.config control.networks control.environments control.collector control.experiment
     domains
     presets | checkpoint
+    unread
     run
     __main__
 """

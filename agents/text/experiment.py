@@ -47,7 +47,6 @@ class TextExperiment:
     def __init__(self, config: TrainConfig, settings: TextConfig, task: Task | None = None) -> None:
         """task: instead of the one that `gym.make` builds from `config.env`."""
         check_minibatch(config, settings)
-        check_penalty(config, settings)
         self.config, self.settings = config, settings
         self.task = make_task(config) if task is None else task
         self.prompts, self.held_out = split_prompts(self.task, settings, config.seed)
@@ -167,17 +166,6 @@ def check_minibatch(config: TrainConfig, settings: TextConfig) -> None:
         raise ValueError(
             f"minibatch_size must divide rollout_size, so that every optimizer step sees as many responses; got "
             f"rollout_size={settings.rollout_size} and minibatch_size={config.minibatch_size}."
-        )
-
-
-def check_penalty(config: TrainConfig, settings: TextConfig) -> None:
-    """Raise ValueError for penalty settings without effect: learners from replay use the environment's reward."""
-    algorithm: Any = find_algorithm(config.algorithm)[1]
-    if not algorithm.on_policy and (settings.kl_estimator != "k1" or settings.kl_controller != "fixed"):
-        raise ValueError(
-            f"{config.algorithm} learns from a replay buffer, with the environment's own kl_coef and the exact KL of "
-            f"its policy; got kl_estimator={settings.kl_estimator!r} and kl_controller={settings.kl_controller!r}, "
-            "which would have no effect. Please leave kl_estimator and kl_controller at their defaults."
         )
 
 
