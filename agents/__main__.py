@@ -63,15 +63,17 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
     folder = _flag(arguments, "run")
     if "--resume" in arguments and folder is not None:
         config, settings, algorithm_config = load_config(Path(folder))
+        source = "Defaults: the settings of the run."
     else:
         env, name, env_arg = _flag(arguments, "env"), _flag(arguments, "algorithm"), _flags(arguments, "env_arg")
         given = TrainConfig(env=env, algorithm=name, env_arg=tuple(env_arg))
         config, settings, algorithm_config = defaults(env, name, given.env_arguments())
+        source = describe_defaults(given)
 
     def train(shared: TrainConfig = config, environment: Any = settings, algorithm: Any = algorithm_config) -> None:
         run.train(shared, environment, algorithm)
 
-    train.__doc__ = f"Train a policy and write the results to the run folder.\n\n{describe_defaults(config)}"
+    train.__doc__ = f"Train a policy and write the results to the run folder.\n\n{source}"
 
     train.__annotations__ = {
         "shared": tyro.conf.OmitArgPrefixes[tyro.conf.UseAppendAction[TrainConfig]],

@@ -145,9 +145,7 @@ CONTROL: dict[str, Preset] = {
 }
 
 
-def defaults(
-    env: str, algorithm: str, env_arguments: Mapping[str, Any] | None = None
-) -> tuple[TrainConfig, Any, Any]:
+def defaults(env: str, algorithm: str, env_arguments: Mapping[str, Any] | None = None) -> tuple[TrainConfig, Any, Any]:
     """Shared settings, the domain's and the algorithm's, for an environment and an algorithm by name.
 
     env_arguments: keyword arguments of gym.make that decide which preset applies; they are not part of the result.
@@ -179,4 +177,4 @@ def describe_defaults(config: TrainConfig) -> str:
     task, preset = find_preset(config.env, config.algorithm, config.env_arguments())
     rates = {name: value for name, value in preset.train.items() if name.endswith("learning_rate")}
     listed = "".join(f", {name} {value:g}" for name, value in rates.items())
-    return f"defaults: {config.algorithm} on {task}{listed}."
+    return f"Defaults: {config.algorithm} on {task}{listed}."

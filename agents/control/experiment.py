@@ -58,7 +58,8 @@ class ControlExperiment:
         kind = f"{self.network_factory.outputs} actions" if self.network_factory.discrete else f"actions {action.shape}"
         return (
             f"(cpu): {self.network_factory.inputs} observations, {kind}; {self.config.iterations} iterations of "
-            f"{settings.num_envs} environments × {settings.steps} steps, {frames:,} frames."
+            f"{settings.num_envs} environments × {settings.steps} steps, up to {frames:,} frames: a step that only resets "
+            "an environment is none."
         )
 
     def evaluate(self, policy: Any) -> Evaluation:
@@ -105,9 +106,15 @@ class ControlExperiment:
         return [
             f"return {summary['return_before']:+.1f} → {summary['return_after']:+.1f} ± "
             f"{summary['return_std_after']:.1f} over {summary['evaluation_episodes']} deterministic episodes",
-            f"{summary['frames']:,} frames in {summary['seconds']:.0f} s, {summary['frames_per_second']:,.0f} frames/s",
+            f"{summary['frames']:,} frames{self._resets(summary)} in {summary['seconds']:.0f} s, "
+            f"{summary['frames_per_second']:,.0f} frames/s",
             f"see {folder}/curves.png; evaluate again: python -m agents evaluate --run {folder}",
         ]
+
+    def _resets(self, summary: dict[str, Any]) -> str:
+        """How many steps were no frames: an environment resets in a step of its own."""
+        resets = summary["iterations"] * self.settings.num_envs * self.settings.steps - summary["frames"]
+        return f" (and {resets:,} steps that reset an environment)" if resets else ""
 
 
 def check_checkpoints(config: TrainConfig, settings: ControlConfig, limit: int | None) -> None:
