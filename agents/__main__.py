@@ -1,4 +1,4 @@
-"""`python -m agents train | evaluate | generate | reward-model`: the command line, where names become objects."""
+"""`python -m agents train | evaluate | generate | play | reward-model`: the command line makes objects of names."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import textenv
 from agents import run
 from agents.checkpoint import load_config
 from agents.config import TrainConfig
+from agents.play import PlayConfig, show
 from agents.presets import defaults, describe_defaults
 from agents.reporting import report
 from agents.text.config import GenerateConfig
@@ -27,10 +28,13 @@ from textenv.generation import generate, score_responses
 from textenv.models.sampling import Sampling
 from textenv.training.reward_model import DEFAULT, RewardConfig, train_reward_model
 
+EPISODES = PlayConfig()
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and run the command. Errors that our own code raises end in a one-line message and exit
-    code 1; all others keep their traceback.
+    """Parse the command line and run the command.
+
+    Errors that our own code raises end in a one-line message and exit code 1; all others keep their traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -38,13 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "train": train_command(arguments),
             "evaluate": evaluate_command,
             "generate": generate_command,
+            "play": play_command,
             "reward-model": reward_model_command,
         }
         tyro.extras.subcommand_cli_from_dict(
             commands,
             args=arguments,
             prog="python -m agents",
-            description="Train a policy by reinforcement learning, evaluate it, and generate from it.",
+            description="Train a policy by reinforcement learning, evaluate it, generate from it, and play it.",
         )
     except (ValueError, TypeError) as error:
         if not _is_ours(error):
@@ -126,6 +131,18 @@ def generate_command(
     scored = score_responses(task.without_normalization(), state, prompts.texts, fields=prompts.fields)
     for score, response in zip(scored.score.tolist(), scored.responses, strict=True):
         print(f"[score {score:+.2f}] {config.prompt}{response}")
+
+
+def play_command(
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")], config: tyro.conf.OmitArgPrefixes[PlayConfig] = EPISODES
+) -> None:
+    """Watch or record the policy of a finished run.
+
+    Args:
+        run_folder: Run folder written by `train`.
+        config: How many episodes, and where they are shown.
+    """
+    show(run_folder, config)
 
 
 def reward_model_command(

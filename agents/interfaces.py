@@ -190,6 +190,10 @@ class Experiment(Protocol):
         """An iteration in a few words, for the progress bar."""
         ...
 
+    def remarks(self, number: int, metrics: dict[str, float]) -> list[str]:
+        """What a user should know of iteration `number`, as lines for the terminal; usually none."""
+        ...
+
     def write_results(self, folder: Path, trainer: Any, before: Any, after: Any) -> dict[str, Any]:
         """Write the policy, pictures and tables to the run's folder; returns entries for the summary."""
         ...

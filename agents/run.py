@@ -64,7 +64,7 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
             metrics = iteration.metrics | experiment.report_metrics(iteration.rollout)
             scalars.write(iteration.number, metrics)
             bar.show(iteration.number, experiment.progress_line(metrics))
-            for line in experiment.warnings(iteration.number, metrics):
+            for line in experiment.remarks(iteration.number, metrics):
                 console.print(line)
             if iteration.number % config.checkpoint_every == 0 or iteration.number == config.iterations:
                 checkpoint.save_checkpoint(folder, trainer)

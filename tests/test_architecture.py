@@ -49,11 +49,12 @@ AGENTS_ORDER = """
         | algorithms.sac
     algorithms.registry
     replay trainer
-    text.config text.networks text.rollout text.evaluation text.samples text.experiment text.shading \
-        | control.config control.networks control.environments control.collector control.experiment
+    text.config text.networks text.rollout text.evaluation text.samples text.policy \
+        text.experiment text.shading \
+        | control.config control.networks control.environments control.collector control.policy control.experiment
     domains
     presets | checkpoint
-    unread
+    unread | play
     run
     __main__
 """

@@ -92,8 +92,8 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     Gymnasium copies arguments for `env.spec` and for every wrapper; `textenv.shared(model)` passes a model uncopied.
 
     `reference`, `reward` and `prompts` are set together; without any it is the embedded task. Beside parts of your own,
-    `"reviews"` names the embedded task's, as in `reference="reviews", reward=helpful, prompts="reviews"`. A setting that
-    would do nothing, such as `score_mean` without normalization, is refused.
+    `"reviews"` names the embedded task's, as in `reference="reviews", reward=helpful, prompts="reviews"`. A setting
+    that would do nothing, such as `score_mean` without normalization, is refused.
 
     * `reference=None`: the folder or hub name of a causal language model, or `textenv.shared(LanguageModel(...))`. The
       model consists of attention layers and has safetensors weights and an end token.

@@ -119,6 +119,12 @@ class Environments:
             self.observations.obs_rms = other.observations.obs_rms
             self.observations.update_running_mean = False
 
+    def observation_statistics(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean and variance of the observations so far, [D] each; None if they are not normalized."""
+        if self.observations is None:
+            return None
+        return self.observations.obs_rms.mean, self.observations.obs_rms.var
+
     def state_dict(self) -> dict[str, Any]:
         """Running statistics as lists of numbers."""
         return {name: {key: _to_list(value) for key, value in vars(rms).items()} for name, rms in self._statistics()}

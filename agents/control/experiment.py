@@ -14,6 +14,7 @@ from agents.control.collector import ControlCollector, clip_action
 from agents.control.config import ControlConfig
 from agents.control.environments import Environments
 from agents.control.networks import ControlNetworkFactory
+from agents.control.policy import export_policy
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, RED, Panel
 from agents.trainer import Trainer
 
@@ -58,8 +59,8 @@ class ControlExperiment:
         kind = f"{self.network_factory.outputs} actions" if self.network_factory.discrete else f"actions {action.shape}"
         return (
             f"(cpu): {self.network_factory.inputs} observations, {kind}; {self.config.iterations} iterations of "
-            f"{settings.num_envs} environments × {settings.steps} steps, up to {frames:,} frames: a step that only resets "
-            "an environment is none."
+            f"{settings.num_envs} environments × {settings.steps} steps, up to {frames:,} frames (a step that only "
+            "resets an environment is none)."
         )
 
     def evaluate(self, policy: Any) -> Evaluation:
@@ -87,12 +88,17 @@ class ControlExperiment:
         returns = f"return {metrics['return']:+.1f}" if "return" in metrics else "no episode ended"
         return f"{returns}  {metrics['frames_per_second']:.0f} frames/s"
 
+    def remarks(self, number: int, metrics: dict[str, float]) -> list[str]:
+        """Nothing."""
+        return []
+
     def panels(self) -> tuple[Panel, ...]:
         """Panels of the learning curves."""
         return PANELS
 
     def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
-        """Returns before and after training. Writes no files: the policy is in the checkpoint."""
+        """The policy, which `agents.play` reads, and returns before and after training."""
+        export_policy(trainer.algorithm.networks.policy, self.environments.observation_statistics(), folder / "actor")
         first, last = self.summarize(before), self.summarize(after)
         return {
             "return_before": first["return"],
@@ -108,7 +114,7 @@ class ControlExperiment:
             f"{summary['return_std_after']:.1f} over {summary['evaluation_episodes']} deterministic episodes",
             f"{summary['frames']:,} frames{self._resets(summary)} in {summary['seconds']:.0f} s, "
             f"{summary['frames_per_second']:,.0f} frames/s",
-            f"see {folder}/curves.png; evaluate again: python -m agents evaluate --run {folder}",
+            f"see {folder}/curves.png; watch the policy: python -m agents play --run {folder}",
         ]
 
     def _resets(self, summary: dict[str, Any]) -> str:

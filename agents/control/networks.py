@@ -31,7 +31,7 @@ class MLP(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], activation: str, gain: float) -> None:
         super().__init__()
-        self.outputs = sizes[-1]
+        self.sizes, self.outputs, self.activation_name = sizes, sizes[-1], activation
         layer, self.activation = LAYERS[activation]
         layers: list[nn.Module] = []
         for index, (inputs, outputs) in enumerate(pairwise(sizes)):

@@ -17,15 +17,16 @@ from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, ORANGE, RE
 from agents.text.config import TextConfig
 from agents.text.evaluation import Evaluation, evaluate, find_gold, mean, rate, split_prompts
 from agents.text.networks import TextNetworkFactory, language_model_of
+from agents.text.policy import export_policy
 from agents.text.rollout import TextCollector, TextRollout, collect
 from agents.text.samples import make_summary, write_samples
 from agents.trainer import Trainer
 from textenv.env import TextGenEnv
-from textenv.models.loading import quietly
 from textenv.prompts.tokenized import Prompts
-from textenv.task import Task
+from textenv.task import Task, is_embedded
 
 EVALUATION_SEED = 0  # of the responses in every evaluation
+FAR = 1.0  # nats a response; two iterations that wreck a model of 135M weights move it by six
 
 PANELS: tuple[Panel, ...] = (
     (
@@ -84,11 +85,29 @@ class TextExperiment:
         kl = f"  KL {metrics['kl_per_response']:.1f}" if "kl_per_response" in metrics else ""
         return f"score {metrics['score']:+.2f}{gold}{kl}  {metrics['tokens_per_second']:.0f} tokens/s"
 
+    def remarks(self, number: int, metrics: dict[str, float]) -> list[str]:
+        """A line if the first update has moved the policy far.
+
+        Measured by the next rollout's KL to the reference, or without one by the KL between the updates of the first
+        iteration, which is less than that of the whole.
+        """
+        if self.task.reference is not None:
+            moved = metrics["kl_per_response"] if number == 2 else 0.0
+        else:
+            moved = metrics.get("approx_kl", 0.0) * metrics["length"] if number == 1 else 0.0
+        if moved <= FAR or is_embedded(self.task.config.reference):
+            return []
+        config = self.config
+        rates = f"learning_rate={config.learning_rate:g}, critic_learning_rate={config.critic_learning_rate:g}"
+        return [
+            f"The first iteration has moved the policy by {moved:.1f} nats a response. Beyond about {FAR:g}, a "
+            f"pretrained model soon forgets how to write; watch the responses, or lower the learning rates ({rates}; "
+            "for the language model 1e-6 is usual)."
+        ]
+
     def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
         """The language model with its tokenizer, samples before and after, and the credit of one response."""
-        with quietly():
-            language_model_of(trainer.algorithm.networks.policy).save_pretrained(folder / "actor")
-            self.task.tokenizer.save_pretrained(folder / "actor")
+        export_policy(language_model_of(trainer.algorithm.networks.policy), self.task, folder / "actor")
         write_samples(folder / "samples.md", before, after)
         plots.draw_credit(folder / "credit.png", assign_credit(trainer, self.held_out))
         return make_summary(before, after)
