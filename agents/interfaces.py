@@ -69,8 +69,12 @@ class NetworkFactory(Protocol):
     """Builds the networks that an algorithm asks for; every call returns a new one."""
 
     discrete: bool  # actions come from a finite set
-    group_size: int | None  # adjacent rows that start from the same state; None where the environment has no groups
     alpha: float  # weight of the entropy for maximum-entropy learners: the KL penalty's β; 0 without a penalty
+
+    @property
+    def group_size(self) -> int | None:
+        """Adjacent rows that start from the same state; None where the environment has no groups."""
+        ...
 
     def actor(self) -> Any:
         """An `Actor`."""

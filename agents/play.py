@@ -129,7 +129,8 @@ def open_shown(train: TrainConfig, video: Path | None) -> gym.Env:
 
 
 def _make(train: TrainConfig, render_mode: str | None) -> gym.Env:
-    rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment takes the argument
+    # Not every environment takes the argument.
+    rendering: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
     try:
         return gym.make(train.env, **train.env_arguments(), **rendering)
     except (gym.error.Error, TypeError) as error:

@@ -199,7 +199,7 @@ class QNetwork(DiscreteActor):
 class ControlNetworkFactory:
     """NetworkFactory for an environment's spaces: see `agents.interfaces.NetworkFactory`."""
 
-    group_size = None
+    group_size: int | None = None  # episodes cannot be started from the same state
     alpha = 0.0
 
     def __init__(self, observation: gym.Space, action: Any, config: ControlConfig, seed: int) -> None:

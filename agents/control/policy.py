@@ -56,7 +56,7 @@ class ControlPlayer:
     @torch.no_grad()
     def __call__(self, observation: Any, info: dict[str, Any]) -> Any:
         """The action for one observation."""
-        row = flatten(self.observations, observation)[None]  # [1, D]
+        row = np.asarray(flatten(self.observations, observation))[None]  # [1, D]
         if self.mean is not None and self.variance is not None:
             mean, variance = self.mean.numpy(), self.variance.numpy()
             row = clip_observation(((row - mean) / np.sqrt(variance + EPSILON)).astype(np.float32))

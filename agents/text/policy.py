@@ -37,9 +37,9 @@ class TextPlayer:
         self.temperature = float(GenerationConfig.from_pretrained(folder).temperature or 1.0)
         self.generator = torch.Generator().manual_seed(seed)
         actions, observations = env.action_space, env.observation_space
-        fits = isinstance(actions, Discrete) and isinstance(observations, Dict) and "input_ids" in observations.spaces
         width = self.model.config.get_text_config().vocab_size
-        if not fits or actions.n != width:
+        reads = isinstance(observations, Dict) and "input_ids" in observations.spaces
+        if not (reads and isinstance(actions, Discrete) and actions.n == width):
             raise ValueError(
                 f"the policy in {str(folder)!r} writes one of {width} tokens, from input_ids and attention_mask; the "
                 f"environment has {observations} and {actions}. Make the environment of the run, with its arguments."

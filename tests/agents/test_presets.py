@@ -98,7 +98,7 @@ def far_run(folders, tmp_path, capsys, rate, *more, algorithm="ppo"):
 WARNING = "The first iteration has moved the policy by"
 
 
-@pytest.mark.parametrize("more", [(), ("kl_coef=0",)], ids=["penalty", "free"])
+@pytest.mark.parametrize("more", [(), pytest.param(("kl_coef=0",), marks=pytest.mark.slow)], ids=["penalty", "free"])
 def test_a_large_first_step_says_so(folders, tmp_path, capsys, more):
     """A rate that moves another model by nats is named with the remedy, with and without a reference in memory."""
     printed = far_run(folders, tmp_path, capsys, 1e-2, *more)
@@ -107,6 +107,7 @@ def test_a_large_first_step_says_so(folders, tmp_path, capsys, more):
     )
 
 
+@pytest.mark.slow
 def test_the_fields_rate_moves_little(folders, tmp_path, capsys):
     """The preset's own rate raises no warning, and the run names its defaults."""
     printed = far_run(folders, tmp_path, capsys, 1e-6)
