@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import sys
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -12,11 +11,10 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-import agents
-import textenv
 from agents import run
 from agents.checkpoint import load_config
 from agents.config import TrainConfig
+from agents.errors import is_ours
 from agents.play import PlayConfig, show
 from agents.presets import defaults, describe_defaults
 from agents.reporting import report
@@ -52,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             description="Train a policy by reinforcement learning, evaluate it, generate from it, and play it.",
         )
     except (ValueError, TypeError) as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             raise
         raise SystemExit(_with_notes(f"error: {error}", error)) from error
     except KeyboardInterrupt as stop:
@@ -164,21 +162,6 @@ def reward_model_command(
 
 def _with_notes(sentence: str, error: BaseException) -> str:
     return " ".join([sentence, *getattr(error, "__notes__", [])])
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether a `raise` in our own code raised it, with a message that names the remedy.
-
-    Python's own errors come from other instructions, even where the line is ours.
-    """
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return False
-    code, ours = trace.tb_frame.f_code, [Path(str(package.__file__)).parent for package in (agents, textenv)]
-    raises = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
-    return raises and any(folder in Path(code.co_filename).parents for folder in ours)
 
 
 def _flag(arguments: Sequence[str], name: str) -> Any:

@@ -133,7 +133,7 @@ def _make(train: TrainConfig, render_mode: str | None) -> gym.Env:
     rendering: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
     try:
         return gym.make(train.env, **train.env_arguments(), **rendering)
-    except (gym.error.Error, TypeError) as error:
+    except gym.error.Error as error:
         raise ValueError(f"gym.make cannot make {train.env!r}: {error}") from error
 
 

@@ -14,7 +14,7 @@ def check_group_size(factory: NetworkFactory) -> int:
     if factory.group_size is None:
         raise ValueError(
             "this algorithm compares several episodes from one starting state, which this environment does not offer; "
-            "choose an algorithm with a critic, such as ppo, or with a replay buffer."
+            "choose an algorithm with a critic or a replay buffer."
         )
     if factory.group_size < 2:
         raise ValueError(

@@ -12,6 +12,7 @@ from torch import nn
 
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
+from agents.errors import is_ours
 from agents.reporting import plots
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, ORANGE, RED, Panel
 from agents.text.config import TextConfig
@@ -170,8 +171,12 @@ def make_task(config: TrainConfig) -> Task:
     """The task of the environment that the configuration names."""
     try:
         env = gym.make(config.env, **config.env_arguments())
-    except (gym.error.Error, TypeError) as error:
+    except gym.error.Error as error:
         raise ValueError(f"gym.make cannot make {config.env!r}: {error}") from error
+    except TypeError as error:  # Gymnasium raises the constructor's again
+        if error.__cause__ is None or not is_ours(error.__cause__):
+            raise
+        raise ValueError(f"gym.make cannot make {config.env!r}: {error.__cause__}") from error
     core: Any = env.unwrapped
     assert isinstance(core, TextGenEnv)
     _refuse_wrappers(env)

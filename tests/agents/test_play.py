@@ -220,6 +220,15 @@ def test_only_our_own_sentences_are_sentences(monkeypatch, package):
             main(["play", "--run", "x"])
 
 
+def test_a_bug_in_make_keeps_its_traceback(monkeypatch):
+    """Gymnasium raises a TypeError of the constructor again: ours is a sentence, Python's own is not."""
+    monkeypatch.setattr("textenv.env.build_task", raised_in("textenv", "def fail(*_):\n    None + 1"))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        main(["train"])
+    with pytest.raises(SystemExit, match="no argument 'kl_coeff'; did you mean"):
+        main(["train", "--env-arg", "kl_coeff=1"])
+
+
 @pytest.mark.parametrize("arguments", [[], ["--env"], ["train", "--env"], ["train", "--env-arg"]])
 def test_incomplete_commands_are_usage_errors(arguments, capsys):
     """No subcommand, or a flag without its value: exit code 2, as for every mistake in the words themselves."""
