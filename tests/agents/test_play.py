@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,6 +16,7 @@ from agents import play as playing
 from agents import run
 from agents.__main__ import main
 from agents.checkpoint import load_config
+from agents.config import TrainConfig
 from agents.control.experiment import EVALUATION_SEED
 from agents.play import load_player, play
 from agents.presets import defaults
@@ -178,6 +180,48 @@ def test_the_actor_of_text_says_how_it_samples(text_run):
     config = GenerationConfig.from_pretrained(text_run / "actor")
     assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.8, 0, 1.0)
     assert config.eos_token_id == [tiny.END]
+
+
+class Shown(gym.Env):
+    """An environment that can be shown and drawn."""
+
+    metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 10}  # noqa: RUF012
+    action_space, observation_space = gym.spaces.Discrete(2), gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        """Start."""
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        """One step."""
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+    def render(self):
+        """A picture."""
+        return np.zeros((32, 32, 3), np.uint8)
+
+
+gym.register("Shown-v0", Shown, max_episode_steps=3)
+
+
+@pytest.mark.parametrize(("display", "mode"), [(":0", "human"), ("", None)])
+def test_a_window_opens_where_there_is_a_display(monkeypatch, display, mode):
+    """Gymnasium's own window, and none on a machine without a display."""
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert playing.open_shown(TrainConfig(env="Shown-v0"), None).render_mode == mode
+
+
+def test_recording_needs_moviepy(monkeypatch, tmp_path, text_run):
+    """The sentence says what to install."""
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    with pytest.raises(SystemExit, match=r"error: the episodes cannot be shown: MoviePy is not installed.*pip install"):
+        main(["play", "--run", str(text_run), "--video", str(tmp_path / "video")])
 
 
 def test_an_unfinished_run_has_no_policy(tmp_path):
