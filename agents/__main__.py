@@ -1,11 +1,11 @@
-"""`python -m agents train | evaluate | generate | reward-model`: the command line, where names become objects."""
+"""`python -m agents train | evaluate | generate | play | reward-model`: the command line makes objects of names."""
 
 from __future__ import annotations
 
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +13,13 @@ import torch
 import tyro
 from torch import nn
 
-import agents
-import textenv
 from agents import run, run_folder
 from agents.config import TrainConfig
+from agents.errors import is_ours
 from agents.files import as_utf8, never_fail_to_print, write_json
 from agents.interfaces import Experiment
-from agents.presets import defaults
+from agents.play import PlayConfig, show
+from agents.presets import defaults, describe_defaults
 from agents.text.config import GenerateConfig
 from agents.text.experiment import TextExperiment
 from agents.text.fingerprints import EVALUATION, REFERENCE, TRAINING
@@ -31,9 +31,14 @@ from textenv.prompts.tokenized import Prompts
 from textenv.task import Task
 from textenv.training.reward_model import DEFAULT, RewardConfig, train_reward_model
 
+EPISODES = PlayConfig()
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and run the command. Our own ValueErrors end in a one-line message and exit code 1."""
+    """Parse the command line and run the command.
+
+    Errors that our own code raises end in a one-line message and exit code 1; all others keep their traceback.
+    """
     never_fail_to_print()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -41,16 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "train": train_command(arguments),
             "evaluate": evaluate_command,
             "generate": generate_command,
+            "play": play_command,
             "reward-model": reward_model_command,
         }
         tyro.extras.subcommand_cli_from_dict(
             commands,
             args=arguments,
             prog="python -m agents",
-            description="Train a policy by reinforcement learning, evaluate it, and generate from it.",
+            description="Train a policy by reinforcement learning, evaluate it, generate from it, and play it.",
         )
-    except ValueError as error:
-        if not _is_ours(error):
+    except (ValueError, TypeError) as error:
+        if not is_ours(error):
             raise
         raise SystemExit(_with_notes(f"error: {error}", error)) from error
     except KeyboardInterrupt as stop:
@@ -66,12 +72,17 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
     folder = _flag(arguments, "run")
     if "--resume" in arguments and folder is not None:
         config, settings, algorithm_config = run_folder.load_config(Path(folder))
+        source = "Defaults: the settings of the run."
     else:
-        config, settings, algorithm_config = defaults(_flag(arguments, "env"), _flag(arguments, "algorithm"))
+        env, name, env_arg = _flag(arguments, "env"), _flag(arguments, "algorithm"), _flags(arguments, "env_arg")
+        given = TrainConfig(env=env, algorithm=name, env_arg=tuple(env_arg))
+        config, settings, algorithm_config = defaults(env, name, given.env_arguments())
+        source = describe_defaults(given)
 
     def train(shared: TrainConfig = config, environment: Any = settings, algorithm: Any = algorithm_config) -> None:
-        """Train a policy and write the results to the run folder."""
         run.train(shared, environment, algorithm)
+
+    train.__doc__ = f"Train a policy and write the results to the run folder.\n\n{source}"
 
     train.__annotations__ = {
         "shared": tyro.conf.OmitArgPrefixes[tyro.conf.UseAppendAction[TrainConfig]],
@@ -129,6 +140,18 @@ def generate_command(
         print(f"[{config.color}: blue below zero, red above, full color at {scale:.2g}]", *texts, sep="\n")
 
 
+def play_command(
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")], config: tyro.conf.OmitArgPrefixes[PlayConfig] = EPISODES
+) -> None:
+    """Watch or record the policy of a finished run.
+
+    Args:
+        run_folder: Run folder written by `train`.
+        config: How many episodes, and where they are shown.
+    """
+    show(run_folder, config)
+
+
 def reward_model_command(
     base: str, data: Path, output: Path, config: tyro.conf.OmitArgPrefixes[RewardConfig] = DEFAULT
 ) -> None:
@@ -163,7 +186,8 @@ def _tell_changes(folder: Path, experiment: Experiment, unused: set[str]) -> Non
     names = [name for name in run_folder.changed(folder, experiment.fingerprints()) if name not in unused]
     if names:
         print(
-            f"note: changed since the run was started: {', '.join(names)}. Numbers that depend on it are not the run's.",
+            f"note: changed since the run was started: {', '.join(names)}. Numbers that depend on it differ from the "
+            "run's.",
             file=sys.stderr,
         )
 
@@ -172,22 +196,19 @@ def _with_notes(sentence: str, error: BaseException) -> str:
     return " ".join([sentence, *getattr(error, "__notes__", [])])
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether our own code raised it, with a message that names the remedy. Other errors keep their traceback."""
-    ours = {Path(package.__file__).parent for package in (agents, textenv) if package.__file__}
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(folder in raised_in.parents for folder in ours)
-
-
 def _flag(arguments: Sequence[str], name: str) -> Any:
-    """The last value of a flag, read before parsing because it decides which other flags exist."""
-    value = getattr(TrainConfig, name)
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument == f"--{name}" and following is not None:
-            value = following
-        elif argument.startswith(f"--{name}="):
-            value = argument.partition("=")[2]
-    return value
+    """The last value of a flag, or its default; read before parsing because it decides which other flags exist."""
+    return [getattr(TrainConfig, name), *_flags(arguments, name)][-1]
+
+
+def _flags(arguments: Sequence[str], name: str) -> list[str]:
+    """All values of a flag, in either spelling: `--env-arg A --env_arg=B`."""
+    values = []
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        flag, equals, value = argument.partition("=")
+        if flag.replace("-", "_") == f"__{name}" and (equals or following is not None):
+            values.append(value if equals else following)
+    return values
 
 
 def terminate(number: int, frame: object) -> None:

@@ -6,7 +6,9 @@ import ast
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from textenv.unread import Unread
 
 SCHEDULES = ("linear", "constant")
 
@@ -15,7 +17,8 @@ SCHEDULES = ("linear", "constant")
 class TrainConfig:
     """Environment, algorithm, run length, optimizer and run folder.
 
-    Algorithms, text (`TextConfig`) and other environments (`ControlConfig`) have their own settings.
+    Algorithms, text (`TextConfig`) and other environments (`ControlConfig`) have their own settings. The `UNREAD` of
+    all these classes are cases of an `agents.unread.Job` in which a setting would do nothing.
     """
 
     env: str = "TextGen-v0"  # Gymnasium id, or module:id where importing the module registers it
@@ -31,6 +34,24 @@ class TrainConfig:
     schedule: str = "linear"  # schedule of the learning rates: linear (decays to zero) or constant
     max_grad_norm: float = 1.0  # gradient clipping: maximum norm of each network's gradient
     checkpoint_every: int = 10  # iterations between checkpoints; the last iteration always saves one
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread(
+            ("learning_rate",),
+            lambda job: "actor" not in job.trained,
+            "the algorithm trains no actor, and its networks learn at critic_learning_rate; set that.",
+        ),
+        Unread(
+            ("critic_learning_rate",),
+            lambda job: job.trained == {"actor"},
+            "the algorithm trains no critic and no Q-network; leave it out.",
+        ),
+        Unread(
+            ("render_mode",),  # of env_arg
+            lambda job: job.on_text or job.train.env_arguments()["render_mode"] != "human",
+            "training shows nothing; watch the policy with `python -m agents play --run ...`.",
+        ),
+    )
 
     def __post_init__(self) -> None:
         check_counts(self, ("iterations", "minibatch_size", "checkpoint_every"))

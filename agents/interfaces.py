@@ -69,8 +69,12 @@ class NetworkFactory(Protocol):
     """Builds the networks that an algorithm asks for; every call returns a new one."""
 
     discrete: bool  # actions come from a finite set
-    group_size: int  # adjacent rows that start from the same state; 1 where there are no groups
     alpha: float  # weight of the entropy for maximum-entropy learners: the KL penalty's β; 0 without a penalty
+
+    @property
+    def group_size(self) -> int | None:
+        """Adjacent rows that start from the same state; None where the environment has no groups."""
+        ...
 
     def actor(self) -> Any:
         """An `Actor`."""
@@ -200,6 +204,10 @@ class Experiment(Protocol):
 
     def progress_line(self, metrics: dict[str, float]) -> str:
         """An iteration in a few words, for the progress bar."""
+        ...
+
+    def remarks(self, number: int, metrics: dict[str, float]) -> list[str]:
+        """What a user should know of iteration `number`, as lines for the terminal; usually none."""
         ...
 
     def write_results(self, folder: Path, trainer: Any, before: Any, after: Any) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Default settings by environment and algorithm, which the command line overrides.
+"""Default settings by task and algorithm, which the command line overrides.
+
+A task of text is the embedded one if its reference is, whatever the id. Those of the embedded task suit a model of a
+few million weights; another model gets the rates that the field uses for pretrained ones (TRL, OpenRLHF and verl: 1e-6
+to 3e-6 for the actor, 1e-5 for the critic).
 
 Those of classic control start from RL Baselines3 Zoo's tuned hyperparameters (Raffin 2020,
 https://github.com/DLR-RM/rl-baselines3-zoo); `benchmarks/classic_control.py` measures them with the learners here.
@@ -6,12 +10,16 @@ https://github.com/DLR-RM/rl-baselines3-zoo); `benchmarks/classic_control.py` me
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import gymnasium as gym
 
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig, id_of
 from agents.domains import TEXT, domain_of
+from textenv.task import is_embedded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +38,25 @@ def _rates(rate: float, **others: Any) -> dict[str, Any]:
 
 NORMALIZED = {"normalize_observation": True, "normalize_reward": True}
 
+GROUPS = {"env_arg": ("group_size=4",)}  # for learners that compare the responses to a prompt
+
+# Text, by algorithm: the embedded task, and any other reference.
+REVIEWS: dict[str, Preset] = {
+    "a2c": Preset(train={"learning_rate": 5e-4, "critic_learning_rate": 1e-3, "minibatch_size": 16}),
+    "reinforce": Preset(train={"learning_rate": 5e-4, "critic_learning_rate": 1e-3, "minibatch_size": 16}),
+    "rloo": Preset(train={"learning_rate": 5e-4, "minibatch_size": 16, **GROUPS}, algorithm={"epochs": 2}),
+    "grpo": Preset(train={"learning_rate": 5e-4, "minibatch_size": 16, **GROUPS}),
+}
+PRETRAINED = Preset(train={"learning_rate": 1e-6, "critic_learning_rate": 1e-5})
+ANY_REFERENCE: dict[str, Preset] = {
+    "rloo": Preset(train={"learning_rate": 1e-6, **GROUPS}),
+    "grpo": Preset(train={"learning_rate": 1e-6, **GROUPS}),
+    "dqn": Preset(train={"critic_learning_rate": 1e-6}),  # its Q-network is the language model
+    "sac": Preset(train=_rates(1e-6)),  # likewise
+}
+
+# Control, by id and algorithm.
 PRESETS: dict[str, dict[str, Preset]] = {
-    "TextGen-v0": {
-        "a2c": Preset(train={"learning_rate": 5e-4, "critic_learning_rate": 1e-3, "minibatch_size": 16}),
-        "reinforce": Preset(train={"learning_rate": 5e-4, "critic_learning_rate": 1e-3, "minibatch_size": 16}),
-        "rloo": Preset(
-            train={"learning_rate": 5e-4, "minibatch_size": 16, "env_arg": ("group_size=4",)}, algorithm={"epochs": 2}
-        ),
-        "grpo": Preset(train={"learning_rate": 5e-4, "minibatch_size": 16, "env_arg": ("group_size=4",)}),
-    },
     "CartPole-v1": {
         "ppo": Preset(  # 99,840 frames
             train=_rates(1e-3, iterations=390, minibatch_size=256, max_grad_norm=0.5, checkpoint_every=50),
@@ -127,16 +145,36 @@ CONTROL: dict[str, Preset] = {
 }
 
 
-def defaults(env: str, algorithm: str) -> tuple[TrainConfig, Any, Any]:
+def defaults(env: str, algorithm: str, env_arguments: Mapping[str, Any] | None = None) -> tuple[TrainConfig, Any, Any]:
     """Shared settings, the domain's and the algorithm's, for an environment and an algorithm by name.
 
+    env_arguments: keyword arguments of gym.make that decide which preset applies; they are not part of the result.
     Raises ValueError for unknown names.
     """
     (algorithm_settings, _), domain = find_algorithm(algorithm), domain_of(env)
-    fallback = Preset() if domain is TEXT else CONTROL.get(algorithm, Preset())
-    preset = PRESETS.get(id_of(env), {}).get(algorithm, fallback)
+    _, preset = find_preset(env, algorithm, env_arguments or {})
     return (
         TrainConfig(env=env, algorithm=algorithm, **preset.train),
         domain.settings(**preset.settings),
         algorithm_settings(**preset.algorithm),
     )
+
+
+def find_preset(env: str, algorithm: str, env_arguments: Mapping[str, Any]) -> tuple[str, Preset]:
+    """The preset of a task and an algorithm, and the task's name in words."""
+    if domain_of(env) is TEXT:
+        reference = ({**gym.spec(id_of(env)).kwargs, **env_arguments}).get("reference")
+        if reference is None or is_embedded(reference):
+            return "the embedded task", REVIEWS.get(algorithm, Preset())
+        return "a pretrained model", ANY_REFERENCE.get(algorithm, PRETRAINED)
+    if algorithm in PRESETS.get(id_of(env), {}):
+        return id_of(env), PRESETS[id_of(env)][algorithm]
+    return "any environment of vectors", CONTROL.get(algorithm, Preset())
+
+
+def describe_defaults(config: TrainConfig) -> str:
+    """Which preset the defaults come from, in a line."""
+    task, preset = find_preset(config.env, config.algorithm, config.env_arguments())
+    rates = {name: value for name, value in preset.train.items() if name.endswith("learning_rate")}
+    listed = "".join(f", {name} {value:g}" for name, value in rates.items())
+    return f"Defaults: {config.algorithm} on {task}{listed}."

@@ -19,15 +19,19 @@ from agents.config import TrainConfig
 from agents.domains import domain_of
 from agents.files import never_fail_to_print, no_room, write_json
 from agents.interfaces import Algorithm, Experiment
+from agents.presets import describe_defaults
 from agents.reporting import plots, report
 from agents.trainer import Trainer
+from agents.unread import Job, check_settings
 
 
 def build(config: TrainConfig, settings: Any, algorithm_config: Any) -> tuple[Experiment, Trainer]:
     """The experiment for an environment, and a trainer at iteration 0."""
     experiment = domain_of(config.env).open(config, settings)
     _, algorithm = find_algorithm(config.algorithm)
-    return experiment, Trainer(config, algorithm(algorithm_config, experiment.network_factory), experiment.collector)
+    learner = algorithm(algorithm_config, experiment.network_factory)
+    check_settings(Job(config, settings, algorithm_config, experiment, learner))
+    return experiment, Trainer(config, learner, experiment.collector)
 
 
 def load_policy(folder: Path) -> tuple[Experiment, nn.Module]:
@@ -74,7 +78,7 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
             experiment.save_prompts(folder)
             checkpoint.save_checkpoint(folder, trainer)  # the run can be resumed from here on
             checkpoint.iterations_done(folder)  # raises if something in it cannot be read again
-        console.print(f"{_title(config)} {experiment.describe()}\nresults in {folder}/")
+        console.print(f"{_title(config)} {experiment.describe()}\n{describe_defaults(config)}\nresults in {folder}/")
         rows = _iterate(folder, console, experiment, trainer)
         summary = _write_results(folder, rows, experiment, trainer, before)
         console.print("\n".join(experiment.result_lines(summary, folder)))
@@ -113,6 +117,8 @@ def _iterate(folder: Path, console: Console, experiment: Experiment, trainer: Tr
             metrics = iteration.metrics | experiment.report_metrics(iteration.rollout)
             scalars.write(iteration.number, metrics)
             bar.show(iteration.number, experiment.progress_line(metrics))
+            for line in experiment.remarks(iteration.number, metrics):
+                console.print(line)
             if iteration.number % config.checkpoint_every == 0 or iteration.number == config.iterations:
                 checkpoint.save_checkpoint(folder, trainer)
     return scalars.rows

@@ -21,6 +21,7 @@ from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.domains import domain_of
 from agents.files import write_json
+from textenv.task import is_embedded
 
 NOT_COMPARED = {"run", "resume", "micro_batch_size", "iterations"}  # do not change what is learned, or checked apart
 NAMES = ("reference", "reward", "prompts")  # environment arguments that may name files
@@ -153,7 +154,13 @@ def located(folder: Path, config: TrainConfig, settings: Any) -> tuple[TrainConf
 def _found(name: Any, directory: Path) -> Any:
     if isinstance(name, Mapping):
         return {_found(key, directory): weight for key, weight in name.items()}
-    if not isinstance(name, str) or not name or Path(name).exists() or not (directory / name).exists():
+    if (
+        not isinstance(name, str)
+        or not name
+        or is_embedded(name)
+        or Path(name).exists()
+        or not (directory / name).exists()
+    ):
         return name
     return str(directory / name)
 

@@ -16,7 +16,8 @@ def says_because(prompts: list[str], responses: list[str]) -> list[float]:
     return [float("because" in response) for response in responses]
 
 
-task = build_task(TextGenConfig(reward=says_because, kl_coef=0.02, max_new_tokens=32))
+embedded = {"reference": "reviews", "prompts": "reviews"}  # the language model and the prompts of the embedded task
+task = build_task(TextGenConfig(**embedded, reward=says_because, kl_coef=0.02, max_new_tokens=32))
 config = TrainConfig(iterations=15)
 experiment = TextExperiment(config, TextConfig(rollout_size=64), task)
 trainer = Trainer(config, PPO(PPOConfig(), experiment.network_factory), experiment.collector)

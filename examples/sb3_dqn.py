@@ -41,7 +41,8 @@ class Bags(BaseFeaturesExtractor):
 
 def main(steps: int = 40_000, rows: int = 16, episodes: int = 128, seed: int = 0) -> Comparison:
     """Train on `steps` tokens, with `rows` episodes in parallel."""
-    settings = dict(reward=named_share, kl_coef=0, max_new_tokens=4, device="cpu")
+    parts = dict(reference="reviews", reward=named_share, prompts="reviews")
+    settings = dict(**parts, kl_coef=0, max_new_tokens=4, device="cpu")
     env = gym.make_vec("TextGen-v0", num_envs=rows, autoreset_mode="SameStep", **settings)
     ids = np.array([env.task.tokenizer(f" {word}").input_ids[0] for word in WORDS] + [*env.task.stop_token_ids])
     choices = gym.spaces.Discrete(len(ids))

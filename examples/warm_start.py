@@ -29,7 +29,10 @@ from textenv.state import left_aligned
 # client says what stands for the policy's half. Everything runs on the CPU: models this small gain nothing on a GPU,
 # and clients differ in where they put their networks.
 HELD_OUT = "textenv.reviews.prompts:held_out_prompts"
-SETTINGS: dict[str, Any] = {"max_new_tokens": 24, "kl_coef": 0.05, "device": "cpu"}
+SETTINGS: dict[str, Any] = {
+    **dict.fromkeys(("reference", "reward", "prompts"), "reviews"),  # the embedded task, part by part
+    **{"max_new_tokens": 24, "kl_coef": 0.05, "device": "cpu"},
+}
 
 
 class Backbone(nn.Module):
@@ -37,7 +40,7 @@ class Backbone(nn.Module):
 
     def __init__(self, trainable: int = 1) -> None:
         super().__init__()
-        config = textenv.TextGenConfig(**SETTINGS, prompts=["unread"])
+        config = textenv.TextGenConfig(**{**SETTINGS, "prompts": ["unread"]})
         reference: Any = textenv.build_task(config).load_reference().model
         self.body = copy.deepcopy(reference.transformer).requires_grad_(False)
         self.body.h[len(self.body.h) - trainable :].requires_grad_(True)

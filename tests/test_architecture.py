@@ -24,7 +24,7 @@ MOST_FUNCTION_LINES = 60
 # A module may import those of earlier lines, and those before it on its own line as far back as the bar: what stands
 # on the two sides of a bar knows nothing of each other.
 TEXTENV_ORDER = """
-    state | kl | config
+    state | kl | config | unread
     models.sampling | models.token_texts | models.loading | models.language_model models.comparison \
         models.decoding models.probe
     prompts.tokenized prompts.sources prompts.reset_options prompts.samplers | rewards.calling rewards.base \
@@ -43,7 +43,7 @@ TEXTENV_ORDER = """
 """
 AGENTS_ORDER = """
     files
-    config | reporting.plots | reporting.report
+    config | errors | reporting.plots | reporting.report
     interfaces
     objectives.advantages objectives.losses objectives.actor_critic objectives.group \
         objectives.soft_q
@@ -51,10 +51,12 @@ AGENTS_ORDER = """
         | algorithms.sac
     algorithms.registry
     replay trainer
-    text.config text.networks text.rollout text.evaluation text.samples text.fingerprints text.experiment text.shading \
-        | control.config control.networks control.environments control.collector control.experiment
+    text.config text.networks text.rollout text.evaluation text.samples text.policy text.fingerprints \
+        text.experiment text.shading \
+        | control.config control.networks control.environments control.collector control.policy control.experiment
     domains
     presets | run_folder | checkpoint
+    unread | play
     run
     __main__
 """

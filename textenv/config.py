@@ -16,7 +16,10 @@ PROMPT_SAMPLING = ("uniform", "shuffle", "weighted", "prioritized")
 
 @dataclass(frozen=True, kw_only=True)
 class TextGenConfig:
-    """The settings that define the decision process. None is the embedded task's own model, reward or prompts.
+    """The settings that define the decision process.
+
+    `reference`, `reward` and `prompts` are set together. Without any it is the embedded task, product reviews; beside
+    parts of your own, "reviews" names the embedded task's.
 
     `help("textenv.env.TextGenEnv")` explains each setting at length.
     """
@@ -103,11 +106,6 @@ def _check_scores(config: TextGenConfig) -> None:
     if config.score_normalization not in ("none", "fixed", "running"):
         raise ValueError(
             f"score_normalization must be 'none', 'fixed' or 'running', got {config.score_normalization!r}."
-        )
-    if config.score_normalization != "fixed" and (config.score_mean, config.score_std) != (0, 1):
-        raise ValueError(
-            f"score_mean={config.score_mean} and score_std={config.score_std} have an effect only with "
-            f"score_normalization='fixed', got {config.score_normalization!r}; set it, or leave them out."
         )
 
 

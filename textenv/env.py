@@ -91,9 +91,12 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     Arguments are names and numbers, so that `env.spec` can be saved as JSON. Live objects work too, but not in JSON.
     Gymnasium copies arguments for `env.spec` and for every wrapper; `textenv.shared(model)` passes a model uncopied.
 
+    `reference`, `reward` and `prompts` are set together; without any it is the embedded task. Beside parts of your own,
+    `"reviews"` names the embedded task's, as in `reference="reviews", reward=helpful, prompts="reviews"`. A setting
+    that would do nothing, such as `score_mean` without normalization, is refused.
+
     * `reference=None`: the folder or hub name of a causal language model, or `textenv.shared(LanguageModel(...))`. The
-      model consists of attention layers and has safetensors weights and an end token. None is the embedded task's, as
-      for `reward` and `prompts`.
+      model consists of attention layers and has safetensors weights and an end token.
     * `reward=None`: scores a response. One of: the folder or hub name of a sequence-classification model, whose
       tokenizer may differ from the reference's; `"module:function"`, or a function
       `f(prompts, responses) -> list of floats`; `"evaluate:METRIC:KEY"`, a metric of Hugging Face's evaluate; or

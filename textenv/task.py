@@ -21,8 +21,43 @@ from textenv.prompts.tokenized import Prompts, pad_token_id, tokenize, tokenize_
 from textenv.reviews.prompts import train_prompts
 from textenv.reviews.weights import REWARD_MODEL, SUPERVISED
 from textenv.rewards.base import Reward
-from textenv.rewards.build import RewardContext, build_reward, check_fields
+from textenv.rewards.build import RewardContext, build_reward, built_parts, check_fields
 from textenv.rewards.normalization import Normalizer, make_normalizer, paid_part_names
+from textenv.unread import Unread, refuse_unread
+
+EMBEDDED = "reviews"  # names a part of the embedded task
+PARTS = ("reference", "reward", "prompts")  # of a task
+
+# Cases of (settings, the parts of the reward) in which settings are not read.
+UNREAD: tuple[Unread, ...] = (
+    Unread(
+        ("score_mean", "score_std"),
+        lambda job: job[0].score_normalization != "fixed",
+        "scores are normalized by them with score_normalization='fixed' alone; set it, or leave them out.",
+    ),
+    Unread(
+        ("score_normalization", "score_mean", "score_std", "score_clip"),
+        lambda job: job[1].pays_only_tokens,
+        "it applies to the score at the end of a response, and this reward pays at its tokens alone; scale the "
+        "function's own numbers instead.",
+    ),
+    Unread(
+        ("reward_label",),
+        lambda job: not job[1].with_label,
+        "the reward is no classifier of several labels that is loaded here; leave it out, or pass "
+        "shared(RewardModel(model, label=...)).",
+    ),
+    Unread(
+        ("reward_timeout",),
+        lambda job: not job[1].with_timeout,
+        "it limits the calls of reward functions, and the reward has none; leave it out.",
+    ),
+    Unread(
+        ("dtype",),
+        lambda job: isinstance(unwrap(job[0].reference), LanguageModel) and not job[1].with_dtype,
+        "the reference is a live model, which keeps its own dtype, and the reward loads no model; leave it out.",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +114,9 @@ class Task:
 
 
 def build_task(config: TextGenConfig) -> Task:
-    """Load models and prompts. Raises ValueError for settings that would fail later."""
-    rows = read_prompts(train_prompts if config.prompts is None else config.prompts)
+    """Load models and prompts. Raises ValueError for settings that would fail later, or do nothing."""
+    config = name_parts(config)
+    rows = read_prompts(train_prompts if is_embedded(config.prompts) else config.prompts)
     make_sampler(config.prompt_sampling or "uniform", len(rows.prompts), rows.fields.get("weight"), 1)  # may raise
     source = unwrap(config.reference)
     device = config.torch_device()
@@ -97,8 +133,9 @@ def build_task(config: TextGenConfig) -> Task:
         check_room("reference", model_config, config.width)
         reference = None
     _check_stop_token_ids(stops, vocabulary)
-    default = (str(REWARD_MODEL), "reviews")
-    reward = build_reward(config.reward, RewardContext(config, tokenizer, vocabulary, device, default))
+    embedded = {EMBEDDED: str(REWARD_MODEL)}
+    reward = build_reward(config.reward, RewardContext(config, tokenizer, vocabulary, device, embedded))
+    refuse_unread(UNREAD, vars(config), [vars(TextGenConfig())], (config, built_parts(config.reward, reward)))
     normalizer = make_normalizer(config)
     paid_part_names(reward, normalizer)  # raises for names that collide
     check_fields(reward, rows.fields)
@@ -120,16 +157,39 @@ def build_task(config: TextGenConfig) -> Task:
     )
 
 
+def name_parts(config: TextGenConfig) -> TextGenConfig:
+    """The settings with the embedded task's parts named, if none is set. Raises ValueError if some are set, not all.
+
+    A part of the embedded task beside parts of the user's own is rarely meant: its reward model, for instance, would
+    score any text as a product review.
+    """
+    missing = [name for name in PARTS if getattr(config, name) is None]
+    if len(missing) == len(PARTS):
+        return replace(config, **dict.fromkeys(PARTS, EMBEDDED))
+    if missing:
+        given, by_name = [name for name in PARTS if name not in missing], [f"{name}={EMBEDDED!r}" for name in missing]
+        raise ValueError(
+            f"a task of your own needs reference, reward and prompts, got {' and '.join(given)} alone; give "
+            f"{' and '.join(missing)} too, or take the embedded task's by name: {', '.join(by_name)}."
+        )
+    return config
+
+
+def is_embedded(part: Any) -> bool:
+    """Whether the value of `reference`, `reward` or `prompts` names the embedded task's."""
+    return isinstance(part, str) and part == EMBEDDED
+
+
 def _task_prompts(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    """Tokenize; an error names the embedded prompts if the user set a reference and no prompts."""
+    """Tokenize; an error says that the prompts are the embedded ones, if the reference is not."""
     try:
         return _tokenize(rows, config, tokenizer)
     except ValueError as error:
-        if config.prompts is not None or config.reference is None:
+        if not is_embedded(config.prompts) or is_embedded(config.reference):
             raise
         raise ValueError(
-            f"{error} These are the embedded task's prompts, because prompts was not set; set your own with "
-            "prompts=... (--env-arg prompts=... on the command line)."
+            f"{error} These are the embedded task's prompts, prompts={EMBEDDED!r}; give your own with prompts=... "
+            "(--env-arg prompts=... on the command line)."
         ) from error
 
 
@@ -140,7 +200,7 @@ def _tokenize(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedToke
 
 
 def _reference_name(source: Any) -> str:
-    if source is None:
+    if is_embedded(source):
         return str(SUPERVISED)
     if isinstance(source, str):
         return source

@@ -33,7 +33,8 @@ class TextGenVectorEnv(VectorEnv):
 
     ## Arguments
     * `num_envs=1`: parallel episodes.
-    * `autoreset_mode="NextStep"`: when a row restarts after its end; also `"SameStep"` or `"Disabled"`, or the enum.
+    * `autoreset_mode="NextStep"`: when a row restarts after its end; also `"SameStep"` or `"Disabled"`, in any spelling
+      (`"same_step"`), or the enum.
     * `max_episode_steps=None`: steps after which an episode is truncated without a score, as by Gymnasium's `TimeLimit`
       in single environments; None or -1 is no limit.
     * `render_mode=None`: `"ansi"` or `"rgb_array"`; `render` returns a tuple with one text or image per row.
@@ -199,12 +200,13 @@ def _step_limit(limit: int | None) -> float:
 
 
 def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
-    modes = {mode.value: mode for mode in AutoresetMode} | {mode.name: mode for mode in AutoresetMode}
     if isinstance(mode, AutoresetMode):
         return mode
-    if not isinstance(mode, str) or mode not in modes:
-        raise ValueError(f"autoreset_mode must be one of {sorted(modes)}, got {mode!r}.")
-    return modes[mode]
+    modes = {known.value.lower(): known for known in AutoresetMode}
+    spelling = mode.replace("_", "").lower() if isinstance(mode, str) else None  # same_step, SAME_STEP and SameStep
+    if spelling not in modes:
+        raise ValueError(f"autoreset_mode must be one of {[known.value for known in AutoresetMode]}, got {mode!r}.")
+    return modes[spelling]
 
 
 def _seeds(seed: int | Sequence[int | None] | None, rows: int) -> list[int | None]:

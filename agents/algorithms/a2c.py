@@ -17,6 +17,7 @@ from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import ActorCritic, add_advantages, add_penalized_reward
 from agents.objectives.advantages import token_weights
 from agents.objectives.losses import policy_gradient, value_loss
+from textenv.unread import Unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class A2CConfig:
     gamma: float = 1.0  # discount per step
     lmbda: float = 0.95  # GAE's mix of TD errors (0) and whole returns (1)
     whiten: bool = True  # standardize the advantages of a rollout
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = ()  # all are read
 
     def __post_init__(self) -> None:
         check_not_negative(self, ("entropy_coef",))

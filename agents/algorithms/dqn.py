@@ -7,6 +7,7 @@ penalty. With α = 0 it is standard DQN.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from tensordict import TensorDict
@@ -25,6 +26,7 @@ from agents.objectives.soft_q import (
     soft_value,
     value_of,
 )
+from textenv.unread import Unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,16 @@ class DQNConfig(ReplayConfig):
     epsilon_start: float = 1.0  # initial share of random actions; at alpha 0 alone
     epsilon_end: float = 0.05  # final share of random actions
     epsilon_updates: int = 10_000  # optimizer steps from the initial to the final share
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        *ReplayConfig.UNREAD,
+        Unread(
+            ("epsilon_start", "epsilon_end", "epsilon_updates"),
+            lambda job: job.learner.alpha > 0,
+            "the policy is softmax(Q / alpha), and actions are epsilon-greedy at alpha=0 alone; leave it out, or "
+            "change alpha.",
+        ),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,6 +9,7 @@ deviation (Dr. GRPO: Liu et al. 2025, who also divide by a constant length where
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tensordict import TensorDict
 from torch import Tensor
@@ -18,7 +19,8 @@ from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import ActorOnly, add_penalized_reward
 from agents.objectives.advantages import group_centered, group_normalized, sequence_weights, token_weights
 from agents.objectives.group import add_response_advantages, check_group_size, group_metrics, undiscounted_returns
-from agents.objectives.losses import KL_LOSSES, available_kl_loss, clipped_terms
+from agents.objectives.losses import KL_LOSS_UNREAD, KL_LOSSES, available_kl_loss, clipped_terms
+from textenv.unread import Unread
 
 AGGREGATIONS = {"sequence": sequence_weights, "token": token_weights}
 
@@ -32,6 +34,8 @@ class GRPOConfig:
     aggregation: str = "sequence"  # equal weight in a minibatch for each sequence (response), or for each token
     normalize: bool = True  # divide by the standard deviation of a group's returns
     kl_loss: str = "k3"  # none: the KL is in the reward; k2 or k3: this estimator of it is in the loss
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (KL_LOSS_UNREAD,)
 
     def __post_init__(self) -> None:
         check_counts(self, ("epochs",))

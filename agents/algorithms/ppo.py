@@ -7,6 +7,7 @@ value loss  = ½ mean over steps of max((V − target)², (V_old ± c clip − t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tensordict import TensorDict
 from torch import Tensor
@@ -16,6 +17,7 @@ from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import ActorCritic, add_advantages, add_penalized_reward
 from agents.objectives.advantages import token_weights
 from agents.objectives.losses import (
+    KL_LOSS_UNREAD,
     KL_LOSSES,
     available_kl_loss,
     clipped_terms,
@@ -23,6 +25,7 @@ from agents.objectives.losses import (
     dual_clipped,
     value_loss,
 )
+from textenv.unread import Unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class PPOConfig:
     lmbda: float = 0.95  # GAE's mix of TD errors (0) and whole returns (1)
     whiten: bool = True  # standardize the advantages of a rollout
     kl_loss: str = "none"  # none: the KL is in the reward; k2 or k3: this estimator of it is in the loss
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (KL_LOSS_UNREAD,)
 
     def __post_init__(self) -> None:
         check_counts(self, ("epochs",))

@@ -18,6 +18,7 @@ from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import ActorCritic, add_advantages, add_penalized_reward
 from agents.objectives.advantages import token_weights
 from agents.objectives.losses import policy_gradient, value_loss
+from textenv.unread import Unread
 
 WHOLE_RETURNS = 1.0  # GAE's λ: advantages are returns minus values
 
@@ -29,6 +30,8 @@ class ReinforceConfig:
     epochs: ClassVar[int] = 1  # there is no ratio to correct a second pass
     gamma: float = 1.0  # discount per step
     whiten: bool = True  # standardize the advantages of a rollout
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = ()  # all are read
 
     def __post_init__(self) -> None:
         check_shares(self, ("gamma",))

@@ -9,6 +9,7 @@ in a single pass they stay so close to 1 that the clip hardly acts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tensordict import TensorDict
 from torch import Tensor
@@ -18,7 +19,8 @@ from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import ActorOnly, add_penalized_reward
 from agents.objectives.advantages import leave_one_out, token_weights
 from agents.objectives.group import add_response_advantages, check_group_size, group_metrics, undiscounted_returns
-from agents.objectives.losses import KL_LOSSES, available_kl_loss, clipped_terms
+from agents.objectives.losses import KL_LOSS_UNREAD, KL_LOSSES, available_kl_loss, clipped_terms
+from textenv.unread import Unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class RLOOConfig:
     epochs: int = 1  # passes over each rollout
     clip: float = 0.2  # the ratio of new to old probability is clipped to 1 ± clip
     kl_loss: str = "none"  # none: the KL is in the reward; k2 or k3: this estimator of it is in the loss
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (KL_LOSS_UNREAD,)
 
     def __post_init__(self) -> None:
         check_counts(self, ("epochs",))

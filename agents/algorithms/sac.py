@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from tensordict import TensorDict
@@ -27,6 +28,7 @@ from agents.objectives.soft_q import (
     expected_value,
     value_of,
 )
+from textenv.unread import Unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,15 @@ class SACConfig(ReplayConfig):
 
     alpha: float | None = None  # weight of the entropy; default: the KL penalty's β, or learned without one
     target_entropy: float = 0.5  # a learned alpha holds the entropy at this share of the largest possible
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        *ReplayConfig.UNREAD,
+        Unread(
+            ("target_entropy",),
+            lambda job: "alpha" not in job.trained,
+            "alpha is fixed, by the setting or by the environment's kl_coef, and not learned; leave it out.",
+        ),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

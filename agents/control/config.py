@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from agents.config import check_choice, check_counts, check_shares
+from textenv.unread import Unread
 
 ACTIVATIONS = ("tanh", "relu")
 DISTRIBUTIONS = ("gaussian", "tanh")
@@ -27,6 +29,20 @@ class ControlConfig:
     normalize_reward: bool = False  # divide rewards by the running standard deviation of discounted returns
     reward_gamma: float = 0.99  # discount of the returns for normalize_reward
     evaluation_episodes: int = 20  # deterministic episodes before and after training
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread(
+            ("distribution", "initial_log_std"),
+            lambda job: job.factory.discrete,
+            "it is for continuous actions, and the environment's are discrete; leave it out.",
+        ),
+        Unread(
+            ("reward_gamma",),
+            lambda job: not job.settings.normalize_reward,
+            "it is the discount of the returns by which rewards are normalized; set normalize_reward, or leave it out. "
+            "The learner's discount is gamma.",
+        ),
+    )
 
     def __post_init__(self) -> None:
         check_counts(self, ("num_envs", "steps", "evaluation_episodes"))

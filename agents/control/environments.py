@@ -13,6 +13,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 
 from agents.config import TrainConfig, id_of
 from agents.control.config import ControlConfig
+from agents.control.networks import check_observation_space
 
 CLIP = 10.0  # bound of normalized observations and rewards, as in Stable-Baselines3
 
@@ -118,6 +119,12 @@ class Environments:
             self.observations.obs_rms = other.observations.obs_rms
             self.observations.update_running_mean = False
 
+    def observation_statistics(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean and variance of the observations so far, [D] each; None if they are not normalized."""
+        if self.observations is None:
+            return None
+        return self.observations.obs_rms.mean, self.observations.obs_rms.var
+
     def state_dict(self) -> dict[str, Any]:
         """Running statistics as lists of numbers."""
         return {name: {key: _to_list(value) for key, value in vars(rms).items()} for name, rms in self._statistics()}
@@ -155,26 +162,25 @@ def make_vector(config: TrainConfig, settings: ControlConfig, num_envs: int) -> 
     So the observation that a step returns is always the true successor of the previous one. The step after an episode's
     last one belongs to no episode, and the rollout's mask leaves it out.
 
-    Raises ValueError for environments that cannot be made, reset in another way, or have observations that cannot be
-    flattened.
+    Raises ValueError for environments that cannot be made, reset in another way, or have observations that the networks
+    do not take.
     """
     mode = None if settings.vectorization == "auto" else settings.vectorization
     try:
         env = gym.make_vec(config.env, num_envs=num_envs, vectorization_mode=mode, **config.env_arguments())
-    except (gym.error.Error, TypeError, ImportError, LookupError) as error:
+    except (gym.error.Error, TypeError, ValueError, ImportError, LookupError) as error:
         raise ValueError(f"gym.make_vec cannot make {config.env!r}: {error}") from error
     if env.metadata.get("autoreset_mode") != AutoresetMode.NEXT_STEP:
         raise ValueError(
             f"{config.env!r} has the vector environment {type(env.unwrapped).__name__}, which does not reset in the "
-            "step after an episode ends (autoreset_mode NEXT_STEP); set vectorization to sync."
+            "step after an episode ends (autoreset_mode NextStep); leave autoreset_mode out of its arguments, or set "
+            "vectorization to sync."
         )
     space = env.single_observation_space
+    check_observation_space(config.env, space)
     if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
         return env
-    try:
-        return wrappers.FlattenObservation(env)
-    except (NotImplementedError, ValueError) as error:
-        raise ValueError(f"the observations of {config.env!r}, {space}, cannot be flattened: {error}") from error
+    return wrappers.FlattenObservation(env)
 
 
 def _to_list(value: Any) -> Any:

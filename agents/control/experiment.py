@@ -15,6 +15,7 @@ from agents.control.collector import ControlCollector, clip_action
 from agents.control.config import ControlConfig
 from agents.control.environments import Environments
 from agents.control.networks import ControlNetworkFactory
+from agents.control.policy import export_policy
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, RED, Panel
 from agents.trainer import Trainer
 
@@ -59,7 +60,8 @@ class ControlExperiment:
         kind = f"{self.network_factory.outputs} actions" if self.network_factory.discrete else f"actions {action.shape}"
         return (
             f"(cpu): {self.network_factory.inputs} observations, {kind}; {self.config.iterations} iterations of "
-            f"{settings.num_envs} environments × {settings.steps} steps, {frames:,} frames."
+            f"{settings.num_envs} environments × {settings.steps} steps, up to {frames:,} frames (a step that only "
+            "resets an environment is none)."
         )
 
     def fingerprints(self) -> dict[str, str]:
@@ -94,12 +96,17 @@ class ControlExperiment:
         returns = f"return {metrics['return']:+.1f}" if "return" in metrics else "no episode ended"
         return f"{returns}  {metrics['frames_per_second']:.0f} frames/s"
 
+    def remarks(self, number: int, metrics: dict[str, float]) -> list[str]:
+        """Nothing."""
+        return []
+
     def panels(self) -> tuple[Panel, ...]:
         """Panels of the learning curves."""
         return PANELS
 
     def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
-        """Returns before and after training. Writes no files: the policy is in the checkpoint."""
+        """The policy, which `agents.play` reads, and returns before and after training."""
+        export_policy(trainer.algorithm.networks.policy, self.environments.observation_statistics(), folder / "actor")
         first, last = self.summarize(before), self.summarize(after)
         return {
             "return_before": first["return"],
@@ -113,9 +120,15 @@ class ControlExperiment:
         return [
             f"return {summary['return_before']:+.1f} → {summary['return_after']:+.1f} ± "
             f"{summary['return_std_after']:.1f} over {summary['evaluation_episodes']} deterministic episodes",
-            f"{summary['frames']:,} frames in {summary['seconds']:.0f} s, {summary['frames_per_second']:,.0f} frames/s",
-            f"see {folder}/curves.png; evaluate again: python -m agents evaluate --run {shlex.quote(str(folder))}",
+            f"{summary['frames']:,} frames{self._resets(summary)} in {summary['seconds']:.0f} s, "
+            f"{summary['frames_per_second']:,.0f} frames/s",
+            f"see {folder}/curves.png; watch the policy: python -m agents play --run {shlex.quote(str(folder))}",
         ]
+
+    def _resets(self, summary: dict[str, Any]) -> str:
+        """How many steps were no frames: an environment resets in a step of its own."""
+        resets = summary["iterations"] * self.settings.num_envs * self.settings.steps - summary["frames"]
+        return f" (and {resets:,} steps that reset an environment)" if resets else ""
 
 
 def check_checkpoints(config: TrainConfig, settings: ControlConfig, limit: int | None) -> None:

@@ -31,7 +31,7 @@ class MLP(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], activation: str, gain: float) -> None:
         super().__init__()
-        self.outputs = sizes[-1]
+        self.sizes, self.outputs, self.activation_name = sizes, sizes[-1], activation
         layer, self.activation = LAYERS[activation]
         layers: list[nn.Module] = []
         for index, (inputs, outputs) in enumerate(pairwise(sizes)):
@@ -199,7 +199,7 @@ class QNetwork(DiscreteActor):
 class ControlNetworkFactory:
     """NetworkFactory for an environment's spaces: see `agents.interfaces.NetworkFactory`."""
 
-    group_size = 1
+    group_size: int | None = None  # episodes cannot be started from the same state
     alpha = 0.0
 
     def __init__(self, observation: gym.Space, action: Any, config: ControlConfig, seed: int) -> None:
@@ -252,6 +252,30 @@ class ControlNetworkFactory:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1_000_003 * self.seed + self.made)
             yield
+
+
+def check_observation_space(env: str, space: gym.Space) -> None:
+    """Raise ValueError for observations that these networks do not take: those without a fixed width, and images."""
+    if not space.is_np_flattenable:
+        raise ValueError(
+            f"the learners read vectors of one width, and the observations of {env!r}, {space}, have none; wrap the "
+            "environment, for instance in gymnasium.wrappers.TransformObservation with a Box."
+        )
+    images = [part for part in _boxes(space) if len(part.shape) == 3 or (len(part.shape) == 2 and part.dtype == "u1")]
+    if images:
+        raise ValueError(
+            f"the observations of {env!r} hold images, {images[0]}, and the networks here are small MLPs on vectors, "
+            "which learn little from pixels; extract features in a wrapper of the environment, or state that flat "
+            "pixels are meant by gymnasium.wrappers.FlattenObservation."
+        )
+
+
+def _boxes(space: gym.Space) -> list[gym.spaces.Box]:
+    """All boxes in a space of Dicts and Tuples."""
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        parts = space.values() if isinstance(space, gym.spaces.Dict) else space
+        return [box for part in parts for box in _boxes(part)]
+    return [space] if isinstance(space, gym.spaces.Box) else []
 
 
 def check_action_space(space: Any, config: ControlConfig) -> Any:

@@ -10,11 +10,16 @@ from agents.objectives.advantages import in_groups
 
 
 def check_group_size(factory: NetworkFactory) -> int:
-    """Responses per prompt. Raises ValueError for fewer than two."""
+    """Rows that start from the same state. Raises ValueError for fewer than two."""
+    if factory.group_size is None:
+        raise ValueError(
+            "this algorithm compares several episodes from one starting state, which this environment does not offer; "
+            "choose an algorithm with a critic or a replay buffer."
+        )
     if factory.group_size < 2:
         raise ValueError(
             "this algorithm compares several responses to one prompt, and the environment gives each prompt "
-            f"{factory.group_size}; on text give --env-arg group_size=4, elsewhere choose an algorithm with a critic."
+            f"{factory.group_size}; give --env-arg group_size=4."
         )
     return factory.group_size
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from agents.config import check_choice, check_counts, check_shares
 from agents.interfaces import NetworkFactory
 from agents.objectives.advantages import Ends, next_values, packed
+from textenv.unread import Unread
 
 LOSSES = {"l2": nn.functional.mse_loss, "smooth_l1": nn.functional.smooth_l1_loss}
 
@@ -38,6 +39,14 @@ class ReplayConfig:
     target_update_interval: int = 1  # optimizer steps between updates of the target networks
     tau: float = 0.05  # share of the online weights in such an update
     loss_function: str = "l2"  # of TD errors: l2 (square) or smooth_l1 (linear above 1)
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread(
+            ("lmbda",),
+            lambda job: not job.on_text,
+            "the rows of the buffer are single steps here, so targets are one-step; leave it out.",
+        ),
+    )
 
     def __post_init__(self) -> None:
         check_counts(self, ("buffer_size", "learning_starts", "gradient_steps", "target_update_interval"))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
 from agents.config import check_choice, check_counts
 from textenv.kl import ESTIMATORS, EXACT, UNITS
+from textenv.unread import Unread, refuse_unread
 
 CRITICS = ("auto", "reward-model", "reference", "scratch")
 
@@ -32,6 +33,39 @@ class TextConfig:
     # module:function(prompts, responses) giving gold scores, reported but not optimized; default: the embedded task's
     gold: str | None = None
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread(
+            ("mask_refresh",),
+            lambda job: not job.experiment.collector.mask_policies,
+            "no mask of the environment has a policy that could be refreshed; give --env-arg action_mask=top_k:20 or "
+            "so, or leave it out.",
+        ),
+        Unread(("critic",), lambda job: "critic" not in job.trained, "the algorithm has no critic; leave it out."),
+        Unread(
+            ("kl_estimator", "kl_controller"),
+            lambda job: not job.learner.on_policy,
+            "the algorithm learns from a replay buffer, with the environment's own kl_coef and the exact KL of its "
+            "policy; leave kl_estimator and kl_controller at their defaults.",
+        ),
+        Unread(
+            ("kl_estimator", "kl_controller"),
+            lambda job: job.factory.alpha == 0,
+            "the environment's kl_coef is 0, so there is no reference and no KL; give --env-arg kl_coef=0.1 or so, or "
+            "leave them out.",
+        ),
+        Unread(
+            ("kl_estimator",),
+            lambda job: job.settings.kl_controller == "fixed" and vars(job.algorithm).get("kl_loss", "none") != "none",
+            "the KL is in the loss, by the estimator that kl_loss names; set kl_loss=none for a KL in the reward, or "
+            "leave kl_estimator out.",
+        ),
+        Unread(
+            ("kl_target", "kl_horizon", "kl_unit"),
+            lambda job: job.settings.kl_controller == "fixed",
+            "the weight of the KL is fixed; set kl_controller=adaptive, or leave them out.",
+        ),
+    )
+
     def __post_init__(self) -> None:
         self._check_kl()
         check_counts(self, ("rollout_size", "micro_batch_size", "evaluation_prompts", "kl_horizon"))
@@ -43,10 +77,6 @@ class TextConfig:
         check_choice(self, "kl_estimator", (*ESTIMATORS, EXACT))
         check_choice(self, "kl_controller", ("fixed", "adaptive"))
         check_choice(self, "kl_unit", UNITS)
-        if self.kl_controller == "fixed" and self.kl_target is not None:
-            raise ValueError(
-                f"kl_target={self.kl_target} needs kl_controller=adaptive; set it, or leave kl_target out."
-            )
         if self.kl_controller == "adaptive" and not (self.kl_target is not None and 0 < self.kl_target < math.inf):
             raise ValueError(
                 f"an adaptive kl_controller needs a kl_target above 0, in nats per {self.kl_unit} (kl_unit), got "
@@ -66,9 +96,19 @@ class GenerateConfig:
     seed: int = 0  # seed of the sampling
     color: Literal["none", "penalty", "advantage"] = "none"  # color tokens by KL penalty or advantage
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread(
+            ("temperature", "top_k", "top_p"),
+            lambda config: config.color != "none",
+            "--color uses the sampling of the training run; leave out --temperature, --top-k and --top-p.",
+        ),
+        Unread(
+            ("temperature", "top_p", "seed"),
+            lambda config: config.top_k == 1,
+            "top_k=1 takes the likeliest token; leave them out, or raise top_k.",
+        ),
+    )
+
     def __post_init__(self) -> None:
         check_counts(self, ("samples",))
-        if self.color != "none" and (self.temperature, self.top_k, self.top_p) != (None, 0, 1.0):
-            raise ValueError(
-                "--color uses the sampling of the training run; leave out --temperature, --top-k and --top-p."
-            )
+        refuse_unread(self.UNREAD, vars(self), [{field.name: field.default for field in fields(self)}], self)

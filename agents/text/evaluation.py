@@ -19,7 +19,7 @@ from textenv.prompts.tokenized import Prompts
 from textenv.reviews.gold import gold as gold_of_reviews
 from textenv.reviews.prompts import held_out_prompts
 from textenv.state import STOP
-from textenv.task import Task
+from textenv.task import Task, is_embedded
 
 Gold = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -116,7 +116,7 @@ def split_prompts(task: Task, config: TextConfig, seed: int = 0) -> tuple[Prompt
     Evaluation prompts come from `held_out`; without it from the embedded task if its prompts are used, else they are a
     random part of the environment's prompts, at most a fifth, drawn from the seed. Raises ValueError if one is empty.
     """
-    if config.held_out is not None or task.config.prompts is None:
+    if config.held_out is not None or is_embedded(task.config.prompts):
         source = held_out_prompts if config.held_out is None else config.held_out
         held_out = task.read_prompts(source)
         held_out = held_out.select(range(min(config.evaluation_prompts, len(held_out))))
@@ -145,7 +145,7 @@ def find_gold(task: Task, config: TextConfig) -> Gold | None:
     """The gold rater, whose scores are reported and never optimized: --gold, the embedded task's, or None."""
     if config.gold is not None:
         return load_function(config.gold)
-    embedded = task.config.prompts is None and task.config.reference is None
+    embedded = is_embedded(task.config.prompts) and is_embedded(task.config.reference)
     return gold_of_reviews if embedded else None
 
 

@@ -15,23 +15,25 @@ from torch import nn
 
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig, id_of
+from agents.errors import is_ours
 from agents.reporting import plots
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, ORANGE, RED, Panel
 from agents.text.config import TextConfig
 from agents.text.evaluation import Evaluation, evaluate, find_gold, mean, rate, split_prompts
 from agents.text.fingerprints import HELD_OUT, fingerprints, save_prompts
 from agents.text.networks import TextNetworkFactory, language_model_of
+from agents.text.policy import export_policy
 from agents.text.rollout import TextCollector, TextRollout, collect
 from agents.text.samples import make_summary, write_samples
 from agents.trainer import Trainer
 from textenv.config import TextGenConfig
 from textenv.env import TextGenEnv
-from textenv.models.loading import quietly
 from textenv.prompts.tokenized import Prompts
-from textenv.task import Task
+from textenv.task import Task, is_embedded
 
 EVALUATION_SEED = 0  # of the responses in every evaluation
 EQUAL = 1e-6  # a smaller standard deviation of float32 scores, relative to their mean, is rounding error
+FAR = 1.0  # nats a response; two iterations that wreck a model of 135M weights move it by six
 
 PANELS: tuple[Panel, ...] = (
     (
@@ -58,7 +60,6 @@ class TextExperiment:
         held_out: file of the prompts to evaluate on, instead of a split of the task's: for a run that has trained.
         """
         check_minibatch(config, settings)
-        check_penalty(config, settings)
         self.config, self.settings = config, settings
         self.task = make_task(config) if task is None else task
         if held_out is None:
@@ -84,7 +85,7 @@ class TextExperiment:
 
     def save_prompts(self, folder: Path) -> None:
         """Write held_out.jsonl, except for the embedded task's own prompts."""
-        if self.task.config.prompts is not None or self.settings.held_out is not None:
+        if not is_embedded(self.task.config.prompts) or self.settings.held_out is not None:
             save_prompts(folder / HELD_OUT, self.held_out)
 
     def evaluate(self, policy: nn.Module) -> Evaluation:
@@ -108,11 +109,29 @@ class TextExperiment:
         kl = f"  KL {metrics['kl_per_response']:.1f}" if "kl_per_response" in metrics else ""
         return f"score {metrics['score']:+.2f}{gold}{kl}  {metrics['tokens_per_second']:.0f} tokens/s"
 
+    def remarks(self, number: int, metrics: dict[str, float]) -> list[str]:
+        """A line if the first update has moved the policy far.
+
+        Measured by the next rollout's KL to the reference, or without one by the KL between the updates of the first
+        iteration, which is less than that of the whole.
+        """
+        if self.task.reference is not None:
+            moved = metrics["kl_per_response"] if number == 2 else 0.0
+        else:
+            moved = metrics.get("approx_kl", 0.0) * metrics["length"] if number == 1 else 0.0
+        if moved <= FAR or is_embedded(self.task.config.reference):
+            return []
+        config = self.config
+        rates = f"learning_rate={config.learning_rate:g}, critic_learning_rate={config.critic_learning_rate:g}"
+        return [
+            f"The first iteration has moved the policy by {moved:.1f} nats a response. Beyond about {FAR:g}, a "
+            f"pretrained model soon forgets how to write; watch the responses, or lower the learning rates ({rates}; "
+            "for the language model 1e-6 is usual)."
+        ]
+
     def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
         """The language model with its tokenizer, samples before and after, and the credit of one response."""
-        with quietly():
-            language_model_of(trainer.algorithm.networks.policy).save_pretrained(folder / "actor")
-            self.task.tokenizer.save_pretrained(folder / "actor")
+        export_policy(language_model_of(trainer.algorithm.networks.policy), self.task, folder / "actor")
         write_samples(folder / "samples.md", before, after)
         plots.draw_credit(folder / "credit.png", assign_credit(trainer, self.held_out))
         return make_summary(before, after)
@@ -150,8 +169,8 @@ def reopen_text(config: TrainConfig, settings: TextConfig, folder: Path) -> Text
     So may the device that its settings name.
     """
     arguments = gym.spec(id_of(config.env)).kwargs | config.env_arguments()
-    held_out, changes = folder / HELD_OUT, {}
-    if held_out.is_file() and arguments.get("prompts") is not None:
+    held_out, prompts, changes = folder / HELD_OUT, arguments.get("prompts"), {}
+    if held_out.is_file() and prompts is not None and not is_embedded(prompts):
         changes["prompts"] = str(held_out)
     if not _is_here(arguments.get("device", "auto")):
         changes["device"] = "auto"
@@ -205,8 +224,12 @@ def make_task(config: TrainConfig) -> Task:
     """The task of the environment that the configuration names."""
     try:
         env = gym.make(config.env, **config.env_arguments())
-    except (gym.error.Error, TypeError) as error:
+    except gym.error.Error as error:
         raise ValueError(f"gym.make cannot make {config.env!r}: {error}") from error
+    except TypeError as error:  # Gymnasium raises the constructor's again
+        if error.__cause__ is None or not is_ours(error.__cause__):
+            raise
+        raise ValueError(f"gym.make cannot make {config.env!r}: {error.__cause__}") from error
     core: Any = env.unwrapped
     assert isinstance(core, TextGenEnv)
     _refuse_wrappers(env)
@@ -220,17 +243,6 @@ def check_minibatch(config: TrainConfig, settings: TextConfig) -> None:
         raise ValueError(
             f"minibatch_size must divide rollout_size, so that every optimizer step sees as many responses; got "
             f"rollout_size={settings.rollout_size} and minibatch_size={config.minibatch_size}."
-        )
-
-
-def check_penalty(config: TrainConfig, settings: TextConfig) -> None:
-    """Raise ValueError for penalty settings without effect: learners from replay use the environment's reward."""
-    algorithm: Any = find_algorithm(config.algorithm)[1]
-    if not algorithm.on_policy and (settings.kl_estimator != "k1" or settings.kl_controller != "fixed"):
-        raise ValueError(
-            f"{config.algorithm} learns from a replay buffer, with the environment's own kl_coef and the exact KL of "
-            f"its policy; got kl_estimator={settings.kl_estimator!r} and kl_controller={settings.kl_controller!r}, "
-            "which would have no effect. Please leave kl_estimator and kl_controller at their defaults."
         )
 
 

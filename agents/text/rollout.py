@@ -146,13 +146,7 @@ def kl_metrics(data: TensorDict) -> dict[str, float]:
 
 def make_controller(config: TextConfig, kl_coef: float) -> Controller:
     """The controller of β, which starts at the environment's `kl_coef`."""
-    if kl_coef == 0 and (config.kl_estimator != "k1" or config.kl_controller != "fixed"):
-        raise ValueError(
-            f"the environment's kl_coef is 0, so there is no reference and no KL for kl_estimator="
-            f"{config.kl_estimator!r} and kl_controller={config.kl_controller!r}; give --env-arg kl_coef=0.1 or so, "
-            "or leave both at their defaults."
-        )
-    if config.kl_controller == "fixed":
+    if config.kl_controller == "fixed" or kl_coef == 0:  # a run with an adaptive β of 0 is refused: TextConfig.UNREAD
         return FixedKL(kl_coef)
     assert config.kl_target is not None  # TextConfig checks it
     return AdaptiveKL(kl_coef, config.kl_target, config.kl_horizon, config.kl_unit)

@@ -48,6 +48,7 @@ SHRUNK = [
     "5",
 ]
 ROOT = Path(__file__).parents[2]
+REVIEWS = ["--env-arg", "reference=reviews", "--env-arg", "reward=reviews"]
 
 
 def agents(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
@@ -201,7 +202,11 @@ def test_values_of_env_arg(text, value):
         (["train", "--env", "Nowhere-v0"], "gym.make cannot make 'Nowhere-v0'"),
         (["train", "--env-arg", "max_episode_steps=5"], "use max_new_tokens=N"),
         (["train", "--env-arg", "kl_coef=-1"], "kl_coef must be 0 or more"),
-        (["train", "--env-arg", "prompts=none.jsonl"], "no prompts file at 'none.jsonl'"),
+        (["train", *REVIEWS, "--env-arg", "prompts=none.jsonl"], "no prompts file at 'none.jsonl'"),
+        (["train", "--env-arg", "prompts=none.jsonl"], "got prompts alone; give reference and reward too"),
+        (["train", "--env-arg", "kl_coeff=1"], "TextGen-v0 has no argument 'kl_coeff'; did you mean 'kl_coef'?"),
+        (["train", "--kl-horizon", "9"], "kl_horizon=9 would do nothing"),
+        (["play", "--run", "runs/none"], "no run in 'runs/none'"),
         (["evaluate", "--run", "runs/none"], "no run in 'runs/none'"),
         (
             ["reward-model", "--base", "x/y", "--data", "none.jsonl", "--output", "runs/rm"],
@@ -243,7 +248,7 @@ def test_a_stopped_run_says_how_to_resume(tmp_path, monkeypatch, capsys, stop, c
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Trainer, "_iterate", stopped)
-    monkeypatch.setattr("agents.__main__._is_ours", lambda error: True)
+    monkeypatch.setattr("agents.__main__.is_ours", lambda error: True)
     with pytest.raises(SystemExit) as end:
         main(["train", "--env", "CartPole-v1", "--run", "run", "--iterations", "2", "--evaluation-episodes", "1"])
     output = f"{end.value.code} {capsys.readouterr().err}"
@@ -261,7 +266,7 @@ def test_only_new_runs_are_removed_when_they_fail(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Trainer, "_iterate", stopped)
-    monkeypatch.setattr("agents.__main__._is_ours", lambda error: True)
+    monkeypatch.setattr("agents.__main__.is_ours", lambda error: True)
     failure = ValueError("too early")
     with pytest.raises(SystemExit, match="too early"):
         main([*arguments, "--run", "new"])
@@ -283,7 +288,7 @@ def test_a_run_whose_first_report_fails_leaves_no_folder(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("agents.control.experiment.ControlExperiment.report_metrics", fail)
-    monkeypatch.setattr("agents.__main__._is_ours", lambda error: True)
+    monkeypatch.setattr("agents.__main__.is_ours", lambda error: True)
     with pytest.raises(SystemExit, match="no gold"):
         main(["train", "--env", "CartPole-v1", "--iterations", "1", "--evaluation-episodes", "1", "--run", "new"])
     assert not (tmp_path / "new").exists()

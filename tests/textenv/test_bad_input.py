@@ -227,10 +227,10 @@ def test_stop_tokens_of_a_live_model(settings):
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-def test_prompts_that_nobody_gave(settings):
+def test_embedded_prompts_that_do_not_fit(settings):
     """Where a foreign reference cannot take the embedded task's prompts, the error says whose they are."""
-    nobodys = r"prompt number 0 has .*These are the embedded task's prompts, because prompts was not set; set your own.*prompts="
-    refuse(settings, nobodys, prompts=None)
+    whose = r"prompt number 0 has .*These are the embedded task's prompts, prompts='reviews'; give your own.*prompts="
+    refuse(settings, whose, prompts="reviews")
     with pytest.raises(ValueError, match="prompt number 0 has") as raised:
         build_task(TextGenConfig(**{**settings, "prompts": ["x" * 17]}))
     assert "embedded" not in str(raised.value)

@@ -86,3 +86,11 @@ def test_partial_resets_leave_the_mask_to_the_caller(quick):
     env.reset(options={"reset_mask": np.array([False, True])})
     _, _, ended, _, info = env.step(np.array([STOPS[0], STOPS[0]]))
     assert ended.all() and info["episode"]["l"].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("spelling", ["same_step", "SAME_STEP", "SameStep", "samestep"])
+def test_autoreset_modes_in_any_spelling(quick, spelling):
+    """Gymnasium has a name and a value for each mode; all spellings of either are taken."""
+    assert TextGenVectorEnv(2, autoreset_mode=spelling, **quick).autoreset_mode is AutoresetMode.SAME_STEP
+    with pytest.raises(ValueError, match=r"one of \['NextStep', 'SameStep', 'Disabled'\], got 'sometimes'"):
+        TextGenVectorEnv(2, autoreset_mode="sometimes", **quick)

@@ -4,7 +4,7 @@
 
 | `prompts` | source |
 |---|---|
-| `None` | the prompts of the embedded task |
+| `"reviews"` | the prompts of the embedded task; so is `None`, where `reference` and `reward` are None too |
 | a list or tuple | its entries; `textenv.shared(entries)` passes it through `gym.make` without a copy |
 | `"path.jsonl"` | a UTF-8 file, one JSON object per line, the prompt in its field `prompt`; blank lines are skipped |
 | `"module:function"`, a function | the list that it returns, called without arguments |

@@ -2,7 +2,7 @@
 
 `gym.make("TextGen-v0", reward=...)` and `python -m agents train --env-arg reward=...` accept:
 
-- None: the reward model of the embedded task.
+- "reviews": the reward model of the embedded task; None, where reference and prompts are None too.
 - A folder or hub name: a sequence-classification model, with the policy's tokenizer or another one. With several
   labels, `reward_label` names the label whose log-odds are the score.
 - `"module:function"`: a Python function of prompts and responses, for instance `my_rewards:helpful`. functions.py lists
@@ -52,17 +52,16 @@ class RewardContext:
     tokenizer: PreTrainedTokenizerBase  # the policy's
     vocabulary: int  # V
     device: torch.device
-    default: tuple[str, str]  # folder and name of the reward model for reward=None
+    embedded: Mapping[str, str]  # folders of the embedded task's reward models, by the names that settings use
 
 
 def build_reward(reward: Any, context: RewardContext) -> Reward:
     """Build a reward from a value of `TextGenConfig.reward`. Raises ValueError for any other value."""
     reward = unwrap(reward)
-    if reward is None:
-        folder, name = context.default
-        return _load_reward_model(folder, context, name)
     if isinstance(reward, Mapping):
         return _build_sum(reward, context)
+    if isinstance(reward, str) and reward in context.embedded:
+        return _load_reward_model(context.embedded[reward], context, reward)
     if isinstance(reward, str) and reward.startswith(METRIC_PREFIX):
         return function_reward(metric_function(reward), reward, context)
     if isinstance(reward, str) and ":" in reward:
@@ -99,6 +98,31 @@ def check_fields(reward: Reward, present: Collection[str]) -> None:
             check_fields(member, present)
     if isinstance(reward, FunctionReward | TokenFunctionReward):
         reward.fields.check(present, reward.name)
+
+
+@dataclass(frozen=True)
+class BuiltParts:
+    """What building a reward has read of the settings, and how it pays."""
+
+    with_label: bool  # `reward_label` has chosen the score of a classifier
+    with_timeout: bool  # `reward_timeout` limits a function
+    with_dtype: bool  # a model was loaded in `dtype`
+    pays_only_tokens: bool  # nothing is paid for the whole response
+
+
+def built_parts(setting: Any, reward: Reward) -> BuiltParts:
+    """What `build_reward` has read for this value of the setting, whose result was `reward`."""
+    setting = unwrap(setting)
+    members = [member for _, member in reward.members] if isinstance(reward, WeightedSum) else [reward]
+    names = [unwrap(name) for name in setting] if isinstance(setting, Mapping) else [setting] * len(members)
+    built = [member for name, member in zip(names, members, strict=True) if not isinstance(name, Reward)]
+    loaded = [member for name, member in zip(names, members, strict=True) if isinstance(name, str)]
+    return BuiltParts(
+        with_label=any(isinstance(member, RewardModel) and member.label is not None for member in built),
+        with_timeout=any(isinstance(member, FunctionReward | TokenFunctionReward) for member in built),
+        with_dtype=any(isinstance(member, RewardModel) for member in loaded),
+        pays_only_tokens=all(isinstance(member, TokenFunctionReward) for member in members),
+    )
 
 
 def _build_sum(weights: Mapping[Any, Any], context: RewardContext) -> WeightedSum:

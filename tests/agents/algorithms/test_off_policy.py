@@ -10,9 +10,6 @@ import torch
 from agents.algorithms.dqn import DQN, DQNConfig
 from agents.algorithms.sac import SAC, SACConfig
 from agents.checkpoint import load_checkpoint, save_checkpoint
-from agents.config import TrainConfig
-from agents.text.config import TextConfig
-from agents.text.experiment import TextExperiment
 from agents.text.networks import language_model_of
 from agents.text.rollout import trim
 from tests.support import tiny
@@ -302,10 +299,3 @@ def test_epsilon_falls_with_the_updates():
         learner.after_step({})
         found.append(float(learner.networks.policy.epsilon))
     assert found == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1, 0.1])
-
-
-@pytest.mark.parametrize("setting", [dict(kl_estimator="k3"), dict(kl_controller="adaptive", kl_target=1.0)])
-def test_the_penalty_is_the_environments_own(setting):
-    """A penalty that these learners would not pay is refused, and the remedy named."""
-    with pytest.raises(ValueError, match=r"learns from a replay buffer.*leave kl_estimator and kl_controller"):
-        TextExperiment(TrainConfig(algorithm="dqn", env_arg=("device=cpu",)), TextConfig(**setting))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -375,10 +376,8 @@ def test_every_algorithm_learns_cartpole(name):
 
 @pytest.mark.parametrize("name", ["rloo", "grpo"])
 def test_groups_are_of_text(name):
-    """RLOO and GRPO, which compare responses to one prompt, refuse other environments."""
-    with pytest.raises(
-        ValueError, match=r"compares several responses to one prompt.*choose an algorithm with a critic"
-    ):
+    """RLOO and GRPO, which compare responses to one prompt, refuse other environments, and speak of no prompts."""
+    with pytest.raises(ValueError, match=r"^(?!.*prompt).*from one starting state.*choose an algorithm with a critic"):
         run.build(*defaults("CartPole-v1", name))
 
 
@@ -415,6 +414,41 @@ class Odd(gym.Env):
 
 gym.register("Odd-v0", Odd)
 
+IMAGE = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+SEEN = {
+    "sequence": gym.spaces.Sequence(gym.spaces.Box(-1, 1, (2,))),
+    "graph": gym.spaces.Graph(gym.spaces.Box(-1, 1, (2,)), None),
+    "image": IMAGE,
+    "gray": gym.spaces.Box(0, 255, (8, 8), np.uint8),
+    "inside": gym.spaces.Dict(camera=IMAGE, speed=gym.spaces.Box(-1, 1, (1,))),
+    "matrix": gym.spaces.Box(-1, 1, (2, 3)),
+    "mixed": gym.spaces.Dict(phase=gym.spaces.Discrete(3), flags=gym.spaces.MultiBinary(4)),
+}
+IMAGES = ("image", "gray", "inside")
+SYNC = dict(vectorization="sync")
+
+
+class Seen(gym.Env):
+    """An environment with observations of many kinds, and no episode of interest."""
+
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, kind="matrix"):
+        self.observation_space = SEEN[kind]
+
+    def reset(self, *, seed=None, options=None):
+        """Start."""
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        """End at once."""
+        return self.observation_space.sample(), 0.0, True, False, {}
+
+
+gym.register("Seen-v0", Seen)
+gym.register("FlatPixels-v0", lambda: gym.wrappers.FlattenObservation(Seen("image")))
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -429,6 +463,19 @@ gym.register("Odd-v0", Odd)
         ),
         (dict(env="CartPole-v1", env_arg=("gravity=1",)), "gym.make_vec cannot make 'CartPole-v1'.*gravity"),
         (dict(env="Nowhere-v3"), "cannot make 'Nowhere-v3'"),
+        (
+            dict(env="CartPole-v1", env_arg=('vector_kwargs={"autoreset_mode": "same_step"}',), settings=SYNC),
+            "gym.make_vec cannot make 'CartPole-v1': 'same_step' is not a valid AutoresetMode",
+        ),
+        (
+            dict(env="CartPole-v1", env_arg=('vector_kwargs={"autoreset_mode": "SameStep"}',), settings=SYNC),
+            "does not reset in the step after an episode ends.*leave autoreset_mode out",
+        ),
+        *(
+            (dict(env="Seen-v0", env_arg=(f"kind={kind}",)), "read vectors of one width")
+            for kind in ("sequence", "graph")
+        ),
+        *((dict(env="Seen-v0", env_arg=(f"kind={kind}",)), "hold images.*FlattenObservation") for kind in IMAGES),
     ],
 )
 def test_environments_that_cannot_be_learned_on(arguments, message):
@@ -453,3 +500,23 @@ def test_bad_settings(changes, message):
     """Bad settings are refused with the value and the valid range."""
     with pytest.raises(ValueError, match=message):
         ControlConfig(**changes)
+
+
+@pytest.mark.parametrize(("env", "inputs"), [("Seen-v0", 6), ("FlatPixels-v0", 192)])
+def test_what_is_a_vector_is_flattened(env, inputs):
+    """A small matrix is flattened, and pixels are where a wrapper says so."""
+    experiment, trainer = build(env, dict(num_envs=1, steps=4))
+    assert experiment.network_factory.inputs == inputs
+    next(trainer.iterate())
+
+
+def test_frames_and_resets_add_up():
+    """The first line promises at most as many frames as there are steps; the last says how many only reset."""
+    experiment, trainer = build("Seen-v0", dict(num_envs=2, steps=8), iterations=2)
+    assert "up to 32 frames (a step that only resets an environment is none)" in experiment.describe()
+    list(trainer.iterate())
+    summary = dict(return_before=0.0, return_after=0.0, return_std_after=0.0, evaluation_episodes=1, seconds=1.0)
+    summary |= dict(frames=trainer.steps, iterations=2, frames_per_second=1.0)
+    assert trainer.steps == 16  # every other step resets
+    lines = experiment.result_lines(summary, Path("run"))
+    assert "16 frames (and 16 steps that reset an environment)" in lines[1]

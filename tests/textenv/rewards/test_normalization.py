@@ -166,8 +166,8 @@ def test_rows_per_pass_do_not_matter(settings):
         (dict(score_clip=0), "score_clip must be above 0, or None for no limit, got 0"),
         (dict(score_clip=math.inf), "score_clip must be a finite number or None, got inf"),
         (dict(score_clip=True), "score_clip must be a finite number or None, got True"),
-        (dict(score_mean=1.0), "only with score_normalization='fixed', got 'none'"),
-        (dict(score_normalization="running", score_std=2.0), "only with score_normalization='fixed'"),
+        (dict(score_mean=1.0), "score_mean=1.0 would do nothing: .*score_normalization='fixed' alone; set it"),
+        (dict(score_normalization="running", score_std=2.0), "score_std=2.0 would do nothing"),
     ],
 )
 def test_bad_settings(settings, changes, says):

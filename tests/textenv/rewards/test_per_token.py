@@ -139,7 +139,11 @@ def test_a_retried_step_counts_its_scores_once(settings):
         assert not (broken and any(len(row) == 2 and row[-1] == "b" for row in tokens))
         return [[0.5] * len(row) for row in tokens]
 
-    changes = dict(score_normalization="running", prompt_sampling="prioritized", reward=pays, kl_coef=0)
+    def nothing(prompts, responses):  # running statistics normalize what is paid at the end
+        return [0.0] * len(responses)
+
+    reward = {pays: 1.0, nothing: 1.0}
+    changes = dict(score_normalization="running", prompt_sampling="prioritized", reward=reward, kl_coef=0)
     task = build_task(TextGenConfig(**{**settings, **changes}))
     dynamics = TextDynamics(task, 2)
     dynamics.reset([0, 1], [0, 1])
