@@ -25,7 +25,7 @@ MOST_FUNCTION_LINES = 60
 # on the two sides of a bar knows nothing of each other.
 TEXTENV_ORDER = """
     state | kl | config
-    models.sampling | models.token_texts | models.loading | models.language_model
+    models.sampling | models.token_texts | models.encoding | models.loading | models.language_model
     prompts.tokenized prompts.sources prompts.reset_options prompts.samplers | rewards.calling rewards.base \
         rewards.reward_model rewards.functions rewards.per_token rewards.library rewards.metrics \
         rewards.normalization rewards.build

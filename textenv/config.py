@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -34,6 +35,7 @@ class TextGenConfig:
     # caller choose: the environments sample uniformly, the learners in shuffled rounds
     group_size: int = 1  # G, consecutive episodes on the same prompt
     chat: bool = False  # format prompts with the tokenizer's chat template
+    chat_template_kwargs: Mapping[str, Any] | None = None  # variables of the template, as in {"enable_thinking": False}
     kl_coef: float = 0.1  # β, weight of the penalty; 0 runs no reference
     max_prompt_tokens: int = 24  # P; prompts are left-padded to it
     max_new_tokens: int = 48  # R; the token budget of a response
@@ -67,6 +69,7 @@ class TextGenConfig:
             )
         if not isinstance(self.chat, bool):
             raise ValueError(f"chat must be True or False, got {self.chat!r}.")
+        _check_template_arguments(self)
         stops = self.stop_token_ids
         if stops is not None and (isinstance(stops, str) or not isinstance(stops, Sequence)):
             raise ValueError(f"stop_token_ids must be a list of token ids, or None for the model's own, got {stops!r}.")
@@ -89,6 +92,27 @@ class TextGenConfig:
             raise ValueError(
                 f"device must be 'auto', 'cpu' or a 'cuda[:N]' of this machine, got {self.device!r}."
             ) from error
+
+
+def _check_template_arguments(config: TextGenConfig) -> None:
+    arguments = config.chat_template_kwargs
+    if arguments is None:
+        return
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise ValueError(
+            f"chat_template_kwargs must be a mapping of names to values, or None, got {arguments!r}; write for "
+            'instance {"enable_thinking": False}.'
+        )
+    if not config.chat:
+        raise ValueError(
+            f"chat_template_kwargs={dict(arguments)!r} has an effect only with chat=True; set it, or leave them out."
+        )
+    try:
+        json.dumps(dict(arguments), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"chat_template_kwargs must hold what JSON can, so that env.spec can be saved, got {arguments!r} ({error})."
+        ) from error
 
 
 def _check_scores(config: TextGenConfig) -> None:

@@ -16,7 +16,7 @@ from textenv.models.language_model import LanguageModel
 from textenv.models.loading import check_room, load_causal_lm, load_config, load_tokenizer, unwrap
 from textenv.prompts.samplers import PromptSampler, make_sampler
 from textenv.prompts.sources import PromptRows, read_prompts
-from textenv.prompts.tokenized import Prompts, pad_token_id, tokenize, tokenize_chats
+from textenv.prompts.tokenized import Prompts, PromptTokenizer, pad_token_id
 from textenv.reviews.prompts import train_prompts
 from textenv.reviews.weights import REWARD_MODEL, SUPERVISED
 from textenv.rewards.base import Reward
@@ -69,7 +69,7 @@ class Task:
         """
         rows = read_prompts(source)
         check_fields(self.reward, rows.fields)
-        return _tokenize(rows, self.config, self.tokenizer).to(self.device)
+        return _tokenize(rows, self.config, self.tokenizer, self.vocabulary).to(self.device)
 
     def prompt_sampler(self, prompts: Prompts, default: str) -> PromptSampler:
         """A sampler of these prompts: the strategy in the settings, or `default` if they name none."""
@@ -110,20 +110,22 @@ def build_task(config: TextGenConfig) -> Task:
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         stop_token_ids=stops,
-        pad_token_id=pad_token_id(tokenizer),
+        pad_token_id=pad_token_id(tokenizer, vocabulary),
         reference=reference if config.kl_coef > 0 else None,
         reward=reward,
         normalizer=normalizer,
-        prompts=_task_prompts(rows, config, tokenizer).to(device),
+        prompts=_task_prompts(rows, config, tokenizer, vocabulary).to(device),
         device=device,
         masks=build_masks(config.action_mask, mask_context),
     )
 
 
-def _task_prompts(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+def _task_prompts(
+    rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> Prompts:
     """Tokenize; an error names the embedded prompts if the user set a reference and no prompts."""
     try:
-        return _tokenize(rows, config, tokenizer)
+        return _tokenize(rows, config, tokenizer, vocabulary)
     except ValueError as error:
         if config.prompts is not None or config.reference is None:
             raise
@@ -133,9 +135,11 @@ def _task_prompts(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrained
         ) from error
 
 
-def _tokenize(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    tokenize_rows = tokenize_chats if config.chat else tokenize
-    return replace(tokenize_rows(rows.prompts, tokenizer, config.max_prompt_tokens, rows.places), fields=rows.fields)
+def _tokenize(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Prompts:
+    tokenize = PromptTokenizer(
+        tokenizer, vocabulary, config.max_prompt_tokens, config.chat, config.chat_template_kwargs or {}
+    )
+    return replace(tokenize(rows.prompts, rows.places), fields=rows.fields)
 
 
 def _reference_name(source: Any) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textenv.models.encoding import added_tokens, check_ids, encode, end_with
 from textenv.rewards.base import ResponseBatch, Scores
 from textenv.state import position_ids
 
@@ -13,8 +14,9 @@ from textenv.state import position_ids
 class RewardModel:
     """A frozen classifier as a reward. The score is its only output, or the log-odds of one label.
 
-    With `tokenizer=None` the model takes the policy's token ids. With its own tokenizer it takes the decoded text, and
-    a response that ended with a stop token gets the reward model's end token.
+    With `tokenizer=None` the model takes the policy's token ids. With its own tokenizer it takes the decoded text.
+    Decoders then see the reward model's end token where the response ended with a stop token, and only there. Encoders
+    see the tokens that their tokenizer puts around a text at every response, as in their training.
     """
 
     def __init__(
@@ -32,11 +34,11 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, batch: ResponseBatch) -> Scores:
         """Scores of B finished responses."""
-        if self.tokenizer is None:
-            state = batch.state
+        state = batch.state
+        if self.tokenizer is None and reads_every_position(self.model):
             outputs = self._outputs(state.input_ids, state.attention_mask)
         else:
-            outputs = self._outputs(*self._encode(batch, self.tokenizer))
+            outputs = self._outputs(*self._encode(batch))
         scores = log_odds(outputs.float(), self.label)
         return Scores(scores, {self.name: scores})
 
@@ -45,15 +47,22 @@ class RewardModel:
             return last_token_scores(self.model, input_ids, attention_mask)
         return self.model(input_ids=input_ids, attention_mask=attention_mask.long()).logits
 
-    def _encode(self, batch: ResponseBatch, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-        rows = [list(ids) for ids in tokenizer(batch.texts).input_ids]
-        end = tokenizer.eos_token_id
-        if reads_every_position(self.model) and end is not None:
+    def _encode(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
+        """Right-padded ids and mask, both [B, T]. Raises ValueError for a text that the model cannot read."""
+        tokenizer, config = self.tokenizer or batch.tokenizer, self.model.config.get_text_config()
+        rows = self._own_ids(batch) if self.tokenizer is None else encode(tokenizer, batch.texts)
+        if not reads_every_position(self.model):
+            _, end = added_tokens(tokenizer)
+            rows = [ids if not end or ids[-len(end) :] == end else [*ids, *end] for ids in rows]
+        elif tokenizer.eos_token_id is not None:
             stopped = batch.stopped.tolist()
-            rows = [[*ids, end] if stop else ids for ids, stop in zip(rows, stopped, strict=True)]
+            rows = [end_with(tokenizer, ids) if stop else ids for ids, stop in zip(rows, stopped, strict=True)]
+        check_ids(tokenizer, rows, config.vocab_size, lambda i: f"reward {self.name!r}: {batch.describe_row(i)}")
+        if not all(rows):
+            empty = batch.describe_row(rows.index([]))
+            raise ValueError(f"reward {self.name!r} has no text to score in {empty}; use prompts with some text.")
         width = max(map(len, rows))
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        limit = min(tokenizer.model_max_length, positions or width)
+        limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or width)
         if width > limit:
             raise ValueError(
                 f"reward {self.name!r} takes {limit} tokens, and a prompt with its response has {width} "
@@ -65,6 +74,11 @@ class RewardModel:
             input_ids[index, : len(ids)] = torch.tensor(ids, dtype=torch.long)
             mask[index, : len(ids)] = True
         return input_ids.to(self.model.device), mask.to(self.model.device)
+
+    def _own_ids(self, batch: ResponseBatch) -> list[list[int]]:
+        """The policy's ids of prompts and responses, without padding."""
+        ids, mask = batch.state.input_ids.cpu(), batch.state.attention_mask.cpu()
+        return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
 
 
 def reads_every_position(model: PreTrainedModel) -> bool:
