@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -86,7 +87,8 @@ def _resumable(folder: Path, resumed: bool) -> Iterator[None]:
         if not reported and not resumed and isinstance(error, Exception):
             shutil.rmtree(folder)
         else:
-            error.add_note(f"The last checkpoint is good: continue from it with --run {folder} --resume.")
+            quoted = shlex.quote(str(folder))
+            error.add_note(f"The last checkpoint is good: continue from it with --run {quoted} --resume.")
         raise
 
 

@@ -7,11 +7,15 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from textenv.settings import plain
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMES = ("reference", "reward", "prompts", "reward_label")  # texts, even if they look like numbers
 PROMPT_SAMPLING = ("uniform", "shuffle", "weighted", "prioritized")
 
 
@@ -46,6 +50,9 @@ class TextGenConfig:
     device: str = "auto"  # "auto" is CUDA if available
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name != "prompts" or isinstance(self.prompts, Path):  # entries of a list stay as they are
+                object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name in ("max_prompt_tokens", "max_new_tokens", "group_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -67,6 +74,8 @@ class TextGenConfig:
             raise ValueError(
                 f"prompt_sampling must be None or one of {list(PROMPT_SAMPLING)}, got {self.prompt_sampling!r}."
             )
+        if not isinstance(self.reward_label, str | None):
+            raise ValueError(f"reward_label must be the name of a label, or None, got {self.reward_label!r}.")
         if not isinstance(self.chat, bool):
             raise ValueError(f"chat must be True or False, got {self.chat!r}.")
         _check_template_arguments(self)

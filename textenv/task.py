@@ -68,7 +68,7 @@ class Task:
         Raises ValueError for a prompt that is too long, or that lacks a field which the reward reads.
         """
         rows = read_prompts(source)
-        check_fields(self.reward, rows.fields)
+        check_fields(self.reward, rows.fields, rows.places)
         return _tokenize(rows, self.config, self.tokenizer, self.vocabulary).to(self.device)
 
     def prompt_sampler(self, prompts: Prompts, default: str) -> PromptSampler:
@@ -101,7 +101,7 @@ def build_task(config: TextGenConfig) -> Task:
     reward = build_reward(config.reward, RewardContext(config, tokenizer, vocabulary, device, default))
     normalizer = make_normalizer(config)
     paid_part_names(reward, normalizer)  # raises for names that collide
-    check_fields(reward, rows.fields)
+    check_fields(reward, rows.fields, rows.places)
     mask_context = MaskContext(
         tokenizer, stops, vocabulary, reference=lambda: (reference or _load_reference(config, device)).model
     )

@@ -19,6 +19,7 @@ from agents.objectives.actor_critic import ActorOnly, add_penalized_reward
 from agents.objectives.advantages import group_centered, group_normalized, sequence_weights, token_weights
 from agents.objectives.group import add_response_advantages, check_group_size, group_metrics, undiscounted_returns
 from agents.objectives.losses import KL_LOSSES, available_kl_loss, clipped_terms
+from textenv.settings import check_types
 
 AGGREGATIONS = {"sequence": sequence_weights, "token": token_weights}
 
@@ -34,6 +35,7 @@ class GRPOConfig:
     kl_loss: str = "k3"  # none: the KL is in the reward; k2 or k3: this estimator of it is in the loss
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, ("epochs",))
         check_choice(self, "aggregation", tuple(AGGREGATIONS))
         check_choice(self, "kl_loss", KL_LOSSES)

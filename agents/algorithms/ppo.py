@@ -23,6 +23,7 @@ from agents.objectives.losses import (
     dual_clipped,
     value_loss,
 )
+from textenv.settings import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class PPOConfig:
     kl_loss: str = "none"  # none: the KL is in the reward; k2 or k3: this estimator of it is in the loss
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, ("epochs",))
         if not 0 < self.clip < 1:
             raise ValueError(f"clip must lie in (0, 1), got {self.clip}.")

@@ -18,6 +18,7 @@ from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import ActorCritic, add_advantages, add_penalized_reward
 from agents.objectives.advantages import token_weights
 from agents.objectives.losses import policy_gradient, value_loss
+from textenv.settings import check_types
 
 WHOLE_RETURNS = 1.0  # GAE's λ: advantages are returns minus values
 
@@ -31,6 +32,7 @@ class ReinforceConfig:
     whiten: bool = True  # standardize the advantages of a rollout
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_shares(self, ("gamma",))
 
 

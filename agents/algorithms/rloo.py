@@ -19,6 +19,7 @@ from agents.objectives.actor_critic import ActorOnly, add_penalized_reward
 from agents.objectives.advantages import leave_one_out, token_weights
 from agents.objectives.group import add_response_advantages, check_group_size, group_metrics, undiscounted_returns
 from agents.objectives.losses import KL_LOSSES, available_kl_loss, clipped_terms
+from textenv.settings import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class RLOOConfig:
     kl_loss: str = "none"  # none: the KL is in the reward; k2 or k3: this estimator of it is in the loss
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, ("epochs",))
         check_choice(self, "kl_loss", KL_LOSSES)
         if not 0 < self.clip < 1:

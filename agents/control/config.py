@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agents.config import check_choice, check_counts, check_shares
+from textenv.settings import check_types
 
 ACTIVATIONS = ("tanh", "relu")
 DISTRIBUTIONS = ("gaussian", "tanh")
@@ -29,6 +30,7 @@ class ControlConfig:
     evaluation_episodes: int = 20  # deterministic episodes before and after training
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, ("num_envs", "steps", "evaluation_episodes"))
         check_choice(self, "activation", ACTIVATIONS)
         check_choice(self, "distribution", DISTRIBUTIONS)

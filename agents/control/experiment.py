@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class ControlExperiment:
             f"return {summary['return_before']:+.1f} → {summary['return_after']:+.1f} ± "
             f"{summary['return_std_after']:.1f} over {summary['evaluation_episodes']} deterministic episodes",
             f"{summary['frames']:,} frames in {summary['seconds']:.0f} s, {summary['frames_per_second']:,.0f} frames/s",
-            f"see {folder}/curves.png; evaluate again: python -m agents evaluate --run {folder}",
+            f"see {folder}/curves.png; evaluate again: python -m agents evaluate --run {shlex.quote(str(folder))}",
         ]
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from agents.config import check_choice, check_counts
 from textenv.kl import ESTIMATORS, EXACT, UNITS
+from textenv.settings import check_types
 
 CRITICS = ("auto", "reward-model", "reference", "scratch")
 
@@ -33,6 +34,7 @@ class TextConfig:
     gold: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         self._check_kl()
         check_counts(self, ("rollout_size", "micro_batch_size", "evaluation_prompts", "kl_horizon"))
         check_choice(self, "critic", CRITICS)
@@ -67,7 +69,10 @@ class GenerateConfig:
     color: Literal["none", "penalty", "advantage"] = "none"  # color tokens by KL penalty or advantage
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, ("samples",))
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be 0 or more and below 2^63, got {self.seed}.")
         if self.color != "none" and (self.temperature, self.top_k, self.top_p) != (None, 0, 1.0):
             raise ValueError(
                 "--color uses the sampling of the training run; leave out --temperature, --top-k and --top-p."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from agents.text.networks import TextNetworkFactory, language_model_of
 from agents.text.rollout import TextCollector, TextRollout, collect
 from agents.text.samples import make_summary, write_samples
 from agents.trainer import Trainer
+from textenv.config import NAMES
 from textenv.env import TextGenEnv
 from textenv.models.loading import quietly
 from textenv.prompts.tokenized import Prompts
@@ -107,7 +109,7 @@ class TextExperiment:
             f"KL {summary['kl_per_response']:.1f} nats a response, length {summary['length_before']:.0f} → "
             f"{summary['length_after']:.0f} tokens, {summary['tokens']} tokens in {summary['seconds']:.0f} s",
             f"read {folder}/samples.md, look at {folder}/curves.png and credit.png, try: "
-            f'python -m agents generate --run {folder} --prompt "..."',
+            f'python -m agents generate --run {shlex.quote(str(folder))} --prompt "..."',
         ]
         if "gold_before" in summary:
             lines.insert(1, f"gold  {summary['gold_before']:+.2f} → {summary['gold_after']:+.2f}")
@@ -151,7 +153,7 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
 def make_task(config: TrainConfig) -> Task:
     """The task of the environment that the configuration names."""
     try:
-        env = gym.make(config.env, **config.env_arguments())
+        env = gym.make(config.env, **config.env_arguments(texts=NAMES))
     except (gym.error.Error, TypeError) as error:
         raise ValueError(f"gym.make cannot make {config.env!r}: {error}") from error
     core: Any = env.unwrapped

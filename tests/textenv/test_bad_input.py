@@ -80,7 +80,8 @@ def copied(folder, target, **edits):
         ({"reward": {"textenv.rewards.library:length": math.nan}}, "weight of reward .*finite number, got nan"),
         ({"reward": {"textenv.rewards.library:length": "1"}}, "weight of reward .*finite number, got '1'"),
         ({"reward": "textenv.rewards.library:absent"}, "'textenv.rewards.library:absent' names no importable function"),
-        ({"reward_label": 3, "reward": "textenv.config:DTYPES"}, "must name a function, got dict"),
+        ({"reward": "textenv.config:DTYPES"}, "must name a function, got dict"),
+        ({"reward_label": 3}, "reward_label must be the name of a label, or None, got 3"),
         ({"render_mode": "video"}, "render_mode must be None or one of .*'ansi'.*, got 'video'"),
     ],
 )

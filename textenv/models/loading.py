@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,29 +57,15 @@ def load_function(name: str) -> Callable:
     module_name, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module may raise anything while it is imported
+        reason = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{name!r} names no importable function ({error}); write 'module:function', with the module "
+            f"{name!r} names no importable function ({reason}); write 'module:function', with the module "
             "on the Python path or in the working directory."
         ) from error
     if not callable(function):
         raise ValueError(f"{name!r} must name a function, got {type(function).__name__}.")
     return function
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the place ("PATH, line N") and the text of each line that is not blank. Raises ValueError if not UTF-8."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            place = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{place}: not UTF-8 ({error.reason}, byte {line[error.start]:#x}); save the file as UTF-8."
-                ) from error
-            if text.strip():
-                yield place, text
 
 
 _frozen: weakref.WeakValueDictionary[tuple, PreTrainedModel] = weakref.WeakValueDictionary()

@@ -83,6 +83,7 @@ class PromptTokenizer:
                     f"{_name(index, places)} is a chat (a list of messages), and chat is off; pass chat=True, or a "
                     "text."
                 )
+            _check_text(prompt, _name(index, places))
         return encode(self.tokenizer, [str(prompt) for prompt in prompts])
 
     def _encode_chats(self, prompts: Sequence[Prompt], places: Sequence[str]) -> list[list[int]]:
@@ -101,6 +102,7 @@ class PromptTokenizer:
                     f"the chat template refuses {_name(index, places)} ({error}); use the roles and the order of "
                     "messages that the model was trained on."
                 ) from error
+            _check_text(rendered[-1], _name(index, places))
         # The template already writes the special tokens.
         return [list(ids) for ids in self.tokenizer(rendered, add_special_tokens=False).input_ids]
 
@@ -154,6 +156,15 @@ def check_template_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapp
                 f"chat_template_kwargs has {name!r}, which the reference's chat template does not read, so it would "
                 "have no effect; check its name in the model's documentation, or leave it out."
             )
+
+
+def _check_text(text: str, name: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half a character, {text[error.start]!r}, that no encoding can write; remove it."
+        ) from error
 
 
 def _text(prompt: Prompt) -> str:

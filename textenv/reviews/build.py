@@ -23,6 +23,7 @@ from textenv.reviews.muon import muon_for
 from textenv.reviews.prompts import held_out_prompts, train_prompts
 from textenv.reviews.sampling import MAX_NEW_TOKENS, sample_responses
 from textenv.reviews.tokenizer import END, MAX_LENGTH, PAD, train_tokenizer
+from textenv.settings import check_types
 from textenv.training.reward_model import RewardConfig, fit, load_base
 from textenv.training.supervised import SupervisedConfig, fine_tune
 
@@ -48,6 +49,7 @@ class BuildConfig:
     )  # stage 2
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("threads", "reviews_per_prompt", "pairs_per_prompt", "noise"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")

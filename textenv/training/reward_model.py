@@ -28,18 +28,19 @@ from transformers import (
     TrainingArguments,
 )
 
+from textenv.json_lines import read_json_lines
 from textenv.models.encoding import check_ids, encode, encode_pairs, end_with
 from textenv.models.loading import (
     load_config,
     load_tokenizer,
     load_weights,
-    read_lines,
     refuse_random,
     switch_off_dropout,
     without_report,
 )
 from textenv.rewards.reward_model import last_token_scores
-from textenv.training.supervised import STOCK_ARGUMENTS, pad_right
+from textenv.settings import check_types
+from textenv.training.supervised import STOCK_ARGUMENTS, check_training, pad_right
 
 Tokens = Sequence[int]
 Row = dict[str, Any]  # a line of the JSONL
@@ -59,9 +60,8 @@ class RewardConfig:
     centering: float = 0.01  # weight of the mean squared score of pairs, which fixes their otherwise arbitrary offset
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "batch_size", "max_length"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        check_types(self)
+        check_training(self)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie in (0, 1), a share of the rows, got {self.held_out}.")
         if self.centering < 0:
@@ -143,10 +143,10 @@ def load_base(base: str | Path, seed: int) -> tuple[PreTrainedModel, PreTrainedT
 def read_rows(path: str | Path) -> list[Row]:
     """Read a JSONL of {prompt?, chosen, rejected} or of {prompt?, text, label}; all rows must be of one kind."""
     path, rows = Path(path), []
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
         raise ValueError(f"no training data at {str(path)!r}; give a .jsonl file of lines such as {_EXAMPLE}.")
-    for place, line in read_lines(path):
-        rows.append(_checked_row(line, place))
+    for place, row in read_json_lines(path, _EXAMPLE):
+        rows.append(_checked_row(row, place))
         if _kind(rows[-1]) != _kind(rows[0]):
             raise ValueError(f"{place}: the file mixes rows of pairs and rows with labels. Split the file.")
     if not rows:
@@ -162,11 +162,7 @@ def _kind(row: Mapping[str, Any]) -> str | None:
     return next((kind for kind, fields in _FIELDS.items() if all(name in row for name in fields)), None)
 
 
-def _checked_row(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}). Write one JSON object per line, such as {_EXAMPLE}.") from error
+def _checked_row(row: Any, where: str) -> Row:
     kind = _kind(row) if isinstance(row, dict) else None
     if kind is None:
         got = f"fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__

@@ -10,6 +10,7 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.modeling_outputs import CausalLMOutput
 
 from textenv.models.encoding import check_ids, encode_pairs, end_with
+from textenv.settings import check_types
 
 IGNORED = -100  # label of a token without loss; fixed by Transformers
 
@@ -36,9 +38,19 @@ class SupervisedConfig:
     max_length: int = 512  # tokens per sequence; longer sequences lose the end of the response
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "batch_size", "max_length"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        check_types(self)
+        check_training(self)
+
+
+def check_training(config: Any) -> None:
+    """Raise ValueError for settings of a training, of either stage, that are out of range."""
+    for name in ("learning_rate", "epochs", "batch_size", "max_length"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}.")
+    if config.weight_decay < 0:
+        raise ValueError(f"weight_decay must be 0 or more, got {config.weight_decay}.")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed must be 0 or more and below 2^32, got {config.seed}.")
 
 
 def fine_tune(

@@ -73,7 +73,7 @@ def test_datasets_column():
     ("lines", "message"),
     [
         ('{"prompt": "a"}\nnot json\n', "line 2: not JSON .*one object per line"),
-        ('{"prompt": "a"}\n\n{"text": "b"}\n', 'line 3: no text in the field "prompt", got .*"text"'),
+        ('{"prompt": "a"}\n\n{"text": "b"}\n', "line 3: no text in the field .prompt., got .*'text'"),
         ('{"prompt": 5}\n', 'line 1: no text in the field "prompt"'),
         ('["a"]\n', 'line 1: no text in the field "prompt"'),
         ("\n", "prompts are empty; give at least one"),
@@ -85,6 +85,37 @@ def test_bad_lines(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message) as raised:
         read_prompts(str(path))
     assert str(path) in str(raised.value) or "empty" in message
+
+
+def test_clashing_fields(tmp_path):
+    """A field with the name of an argument of a reward that takes all fields is refused by its line, at `make`."""
+    path = write(tmp_path, '\n{"prompt": "a", "responses": "b"}\n')
+
+    def takes_all(prompts, responses, **fields):
+        return [0.0] * len(prompts)
+
+    def positional(prompts, responses, /, **fields):
+        return [float(len(fields))] * len(prompts)
+
+    model = shared(LanguageModel(tiny.language_model(), tiny.tokenizer(), (tiny.END,)))
+    arguments = dict(reference=model, prompts=path, max_prompt_tokens=4, device="cpu")
+    says = r"'takes_all' takes all fields of the prompts, and their field 'responses' \(.*prompts.jsonl, line 2\) has the name"
+    with pytest.raises(ValueError, match=says):
+        gym.make("TextGen-v0", **arguments, reward=takes_all)
+    env = gym.make("TextGen-v0", **arguments, reward=positional)
+    env.reset(seed=0)
+    assert env.step(tiny.END)[-1]["score"] == 1.0
+    with pytest.raises(
+        ValueError, match=r"needs the prompts' field 'answer', and they have .*\(.*prompts.jsonl, line 2\)"
+    ):
+        gym.make("TextGen-v0", **arguments, reward="textenv.rewards.library:exact_match")
+
+
+def test_half_a_character():
+    """A text that no encoding can write is refused by its number, in lists, chats and the template's output."""
+    for tokenize_any, prompt in ((tokenize, "a\ud83d"), (tokenize_chats, [{"role": "user", "content": "a\ud83d"}])):
+        with pytest.raises(ValueError, match=r"prompt number 1 has half a character, '.ud83d', .*remove it"):
+            tokenize_any(["a", prompt], chat_tokenizer(), 32)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +320,7 @@ def test_fields(tmp_path, module):
         ([[{"role": "user", "content": 3}]], "number 0 has type list"),
         ([None], "number 0 has type NoneType"),
         ({"a", "b"}, "prompts must be a list.*got set"),
+        ([{"prompt": "a", 1: 2}], "the fields of a prompt must have names; number 0 has the field 1"),
         (iter(["a"]), "prompts must be a list.*got list_iterator"),
         (lambda: {"a"}, "<lambda> must return a list of prompts, got set"),
     ],
