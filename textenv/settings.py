@@ -6,7 +6,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,16 @@ from typing import Any, Literal, Union
 
 import numpy as np
 
-NAMES = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a text", Path: "a path"}
+NAMES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    Path: "a path",
+    Sequence: "a list",
+    Mapping: "a mapping",
+    type(None): "None",
+}
 
 
 def plain(value: Any) -> Any:
@@ -30,12 +39,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-def check_types(config: Any) -> None:
+def check_types(config: Any, but: Collection[str] = ()) -> None:
     """Convert the fields of a dataclass to plain values of their declared types, also of a frozen one, in place.
 
-    Raises ValueError for a value of another type, and for a number that is not finite.
+    but: fields to leave alone. Raises ValueError for a value of another type, and for a number that is not finite.
     """
     for field in fields(config):
+        if field.name in but:
+            continue
         declared, value = _types(type(config))[field.name], plain(getattr(config, field.name))
         try:
             object.__setattr__(config, field.name, _convert(value, declared))
@@ -55,6 +66,8 @@ def _convert(value: Any, declared: Any) -> Any:
         return _convert_to_one(value, members)
     if origin is Literal and value in members:
         return value
+    if declared is Any or (isinstance(origin, type) and origin is not tuple and isinstance(value, origin)):
+        return value
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(item, members[0]) for item in value)
     if declared is Path and isinstance(value, str):
@@ -63,7 +76,7 @@ def _convert(value: Any, declared: Any) -> Any:
         return float(value)
     if declared in (bool, int) and type(value) is declared:
         return value
-    if declared not in (bool, int, float) and isinstance(value, declared):
+    if isinstance(declared, type) and declared not in (bool, int, float) and isinstance(value, declared):
         return value
     raise TypeError
 
@@ -85,4 +98,4 @@ def _describe(declared: Any) -> str:
         return f"one of {', '.join(map(str, members))}"
     if origin is tuple:
         return f"a list, each item {_describe(members[0])}"
-    return "None" if declared is type(None) else NAMES.get(declared, f"a {getattr(declared, '__name__', declared)}")
+    return NAMES.get(origin or declared, f"a {getattr(declared, '__name__', declared)}")

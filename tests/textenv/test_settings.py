@@ -88,7 +88,9 @@ def test_settings_of_runs():
 
 
 def test_settings_of_the_environment():
-    """`gym.make` takes NumPy scalars and paths for names and numbers, and the config holds plain ones."""
+    """`gym.make` takes NumPy scalars and paths for names and numbers, and the config holds plain ones.
+
+    A path of prompts stays one: as a text it could name a function."""
     config = TextGenConfig(
         reference=Path("a/b"),
         reward={Path("c"): np.float32(0.5)},  # type: ignore[dict-item]
@@ -100,5 +102,5 @@ def test_settings_of_the_environment():
         score_clip=np.float32(2.0),  # type: ignore[arg-type]
     )
     names = ("reference", "reward", "prompts", "kl_coef", "max_new_tokens", "chat", "stop_token_ids", "score_clip")
-    plain_ones = ["a/b", {"c": 0.5}, "d.jsonl", 0.5, 5, False, (3,), 2.0]
+    plain_ones = ["a/b", {"c": 0.5}, Path("d.jsonl"), 0.5, 5, False, (3,), 2.0]
     assert repr([getattr(config, name) for name in names]) == repr(plain_ones)
