@@ -55,7 +55,7 @@ BASE: dict[str, Any] = dict(
 )
 
 
-@many(4000)
+@many(4500)
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), JUNK, min_size=1, max_size=2))
 def check_arguments(changes):
     try:
@@ -185,7 +185,7 @@ def test_model_folders(folders, tmp_path):
     """Damaged folders of models: the task plays an episode's first step, or the folder is refused."""
     names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
 
-    @many(500)
+    @many(300)
     @given(role=st.sampled_from(["reference", "reward"]), name=st.sampled_from(names), data=st.data())
     def check(role, name, data):
         source = Path(folders["gpt2" if role == "reference" else "gpt2_reward"])
@@ -217,7 +217,7 @@ def test_run_folders(tmp_path, monkeypatch, capsys):
     files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
     read = [path for path in files if path.suffix not in (".png", ".lock") and "tensorboard" not in path.parts]
 
-    @many(500)
+    @many(200)
     @given(name=st.sampled_from(read), resume=st.booleans(), data=st.data())
     def check(name, resume, data):
         shutil.rmtree(folder, ignore_errors=True)

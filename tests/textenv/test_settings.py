@@ -90,7 +90,8 @@ def test_settings_of_runs():
 def test_settings_of_the_environment():
     """`gym.make` takes NumPy scalars and paths for names and numbers, and the config holds plain ones.
 
-    A path of prompts stays one: as a text it could name a function."""
+    A path of prompts stays one: as a text it could name a function.
+    """
     config = TextGenConfig(
         reference=Path("a/b"),
         reward={Path("c"): np.float32(0.5)},  # type: ignore[dict-item]

@@ -325,7 +325,7 @@ def train_reward_model(
     check_output(Path(output))
     model, tokenizer = load_base(base, config.seed)
     limit = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
     train, held_out = (encode_rows(tokenizer, part, limit, vocabulary) for part in parts)
     fit(model, train, config)
     scores = score_tokens(model, train.sequences())

@@ -74,7 +74,7 @@ def fine_tune(
         {"input_ids": [*prompt_ids, *end_with(tokenizer, response_ids)][: config.max_length]}
         for prompt_ids, response_ids in encode_pairs(tokenizer, pairs)
     ]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
     check_ids(tokenizer, [row["input_ids"] for row in rows], vocabulary, lambda i: f"pair {i} {str(pairs[i])[:80]}")
     rows = grouped_by_length(rows, config.batch_size, config.seed)
     with tempfile.TemporaryDirectory() as folder:
