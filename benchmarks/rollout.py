@@ -24,7 +24,7 @@ from benchmarks import rows
 from textenv.env import TextGenEnv
 from textenv.generation import generate, score_responses
 from textenv.models.sampling import Sampling
-from textenv.state import position_ids
+from textenv.state import left_aligned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,8 @@ def run_steps(env: VectorEnv, model: PreTrainedModel, temperature: float, steps:
     ended, tokens = np.zeros(env.num_envs, dtype=bool), 0
     for _ in range(steps):
         ids, mask = (torch.from_numpy(observation[key]).long() for key in ("input_ids", "attention_mask"))
-        last = (mask * torch.arange(mask.shape[1])).argmax(1)  # [B]
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits
-        chosen = logits[torch.arange(len(last)), last] / temperature  # [B, V]
+        ids, length = left_aligned(ids, mask)
+        chosen = model(input_ids=ids).logits[torch.arange(len(length)), length - 1] / temperature  # [B, V]
         observation, _, terminated, _, _ = env.step(torch.distributions.Categorical(logits=chosen).sample().numpy())
         tokens += int((~ended).sum())  # a row that ended in the step before only resets
         ended = terminated

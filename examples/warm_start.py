@@ -23,7 +23,7 @@ from torch.distributions import Categorical
 import textenv
 from textenv.generation import generate, score_responses
 from textenv.models.sampling import Sampling
-from textenv.state import position_ids
+from textenv.state import left_aligned
 
 # The embedded reviews task with shorter responses. The environment pays its half of the penalty in the reward; each
 # client says what stands for the policy's half. Everything runs on the CPU: models this small gain nothing on a GPU,
@@ -48,12 +48,9 @@ class Backbone(nn.Module):
         """Hidden state [..., H] of the last real token of texts [..., L]: arrays or tensors, int or float."""
         shape, width = np.shape(input_ids)[:-1], np.shape(input_ids)[-1]
         ids, mask = (torch.as_tensor(array).reshape(-1, width).long() for array in (input_ids, attention_mask))
-        used = mask.any(0)  # columns that are padding in every row would only cost time
-        ids, mask = ids[:, used], mask[:, used]
-        positions = position_ids(mask)  # [B, l]
-        hidden = self.body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        last = (mask * torch.arange(ids.shape[1])).argmax(1)
-        return hidden.last_hidden_state[torch.arange(len(ids)), last].view(*shape, self.width)
+        ids, length = left_aligned(ids, mask)  # a causal model needs no mask for filling on the right
+        hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state  # [B, l, H]
+        return hidden[torch.arange(len(ids)), (length - 1).clamp_min(0)].view(*shape, self.width)
 
     def copy_output_layer(self, layer: nn.Linear) -> nn.Linear:
         """Set the weights of a layer, H to V, so that it gives the reference's logits; returns the layer."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from textenv.kl import environment_reward
 from textenv.masks.masks import Masker
-from textenv.models.language_model import CachedDecoder
+from textenv.models.decoding import new_decoder
 from textenv.models.sampling import chosen_log_probs
 from textenv.prompts.tokenized import Prompts
 from textenv.rewards.base import (
@@ -80,7 +80,7 @@ class TextDynamics:
         )
         self.running = torch.zeros(rows, dtype=torch.bool, device=task.device)  # [B]
         shape = (rows, task.width, task.vocabulary)
-        self.reference = None if task.reference is None else CachedDecoder(task.reference.model, *shape)
+        self.reference = None if task.reference is None else new_decoder(task.reference.model, *shape)
         self.masker = Masker(task.masks, task.stop_token_ids, shape) if task.masks else None
         all_tokens = torch.ones((), dtype=torch.bool, device=task.device).expand(rows, task.vocabulary)
         self.allowed = all_tokens  # bool [B, V], which tokens may come next; a view of one element without masks

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from textenv.kl import environment_reward, exact_kl
 from textenv.masks.masks import Masker
 from textenv.masks.token_sets import TokenSets
-from textenv.models.language_model import CachedDecoder, response_logits
+from textenv.models.decoding import new_decoder
+from textenv.models.language_model import response_logits
 from textenv.models.sampling import Sampling, chosen_log_probs, sample
 from textenv.prompts.tokenized import Prompts
 from textenv.rewards.base import ResponseBatch, Scores, concatenate, read_scores
@@ -65,7 +66,7 @@ def generate(
     code = torch.full((rows,), RUNNING, device=task.device)
     cached = torch.arange(rows, device=task.device)  # [b], the rows that the decoder still holds
     shape = (rows, width, task.vocabulary)
-    decoder = CachedDecoder(model, *shape)
+    decoder = new_decoder(model, *shape)
     masker = Masker(task.masks, task.stop_token_ids, shape) if task.masks else None
     decoders = [decoder] if masker is None else [decoder, masker]
     for each in decoders:

@@ -129,9 +129,16 @@ def finish(tokens: Tensor, length: Tensor, stop_token_ids: Tensor, max_new_token
     return torch.where(torch.isin(tokens, stop_token_ids), STOP, code)
 
 
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count the tokens of the text, so that padding on either side changes nothing.
+def left_aligned(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Texts as models read them: column = position, filling on the right.
 
-    attention_mask: [B, L], true or 1 = a token. Returns int64 [B, L].
+    A causal model never sees the filling, so it needs neither a mask nor position ids. The filling repeats the last
+    token of the text, because the pad token need not be one of the model's.
+
+    input_ids: int64 [B, L]; attention_mask: [B, L], true or 1 = a token, contiguous in each row. Returns ids, int64
+    [B, T] for the longest text of T tokens (at least 1), and the number of tokens of each text, int64 [B].
     """
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    mask = attention_mask.bool()
+    length = mask.sum(1)  # [B]
+    columns = torch.arange(max(int(length.max()), 1), device=length.device).minimum((length[:, None] - 1).clamp_min(0))
+    return input_ids.gather(1, mask.int().argmax(1, keepdim=True) + columns), length

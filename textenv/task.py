@@ -13,7 +13,8 @@ from textenv.config import DTYPES, TextGenConfig
 from textenv.masks.build import MaskContext, build_masks
 from textenv.masks.masks import TokenMask
 from textenv.models.language_model import LanguageModel
-from textenv.models.loading import check_room, load_causal_lm, load_config, load_tokenizer, unwrap
+from textenv.models.loading import check_room, load_causal_lm, load_config, load_tokenizer, refuse_adapters, unwrap
+from textenv.models.probe import check_causal
 from textenv.prompts.samplers import PromptSampler, make_sampler
 from textenv.prompts.sources import PromptRows, read_prompts
 from textenv.prompts.tokenized import Prompts, PromptTokenizer, pad_token_id
@@ -88,10 +89,9 @@ def build_task(config: TextGenConfig) -> Task:
     if config.kl_coef > 0 or isinstance(source, LanguageModel):
         reference = _load_reference(config, device)
         tokenizer, vocabulary, stops = reference.tokenizer, reference.vocabulary, reference.stop_token_ids
-        check_room("reference", reference.model.config, config.width)
     else:
         name = _reference_name(source)
-        tokenizer, model_config = load_tokenizer(name), load_config(name)
+        model_config, tokenizer = load_config(name), load_tokenizer(name)
         stops = _stop_token_ids(name, config, tokenizer)
         vocabulary = model_config.get_text_config().vocab_size
         check_room("reference", model_config, config.width)
@@ -159,12 +159,18 @@ def _load_reference(config: TextGenConfig, device: torch.device) -> LanguageMode
             raise ValueError(
                 "the reference is in train mode, where dropout changes its output; call model.eval() first."
             )
+        refuse_adapters("the reference", source.model)
         stops = source.stop_token_ids if config.stop_token_ids is None else tuple(config.stop_token_ids)
-        return replace(source, stop_token_ids=stops)
-    name = _reference_name(source)
-    tokenizer = load_tokenizer(name)
-    stops = _stop_token_ids(name, config, tokenizer)
-    return LanguageModel(load_causal_lm(name, device, DTYPES[config.dtype]), tokenizer, stops)
+        reference = replace(source, stop_token_ids=stops)
+    else:
+        name = _reference_name(source)
+        load_config(name)  # raises for what is no model, which a tokenizer would report in other words
+        tokenizer = load_tokenizer(name)
+        stops = _stop_token_ids(name, config, tokenizer)
+        reference = LanguageModel(load_causal_lm(name, device, DTYPES[config.dtype]), tokenizer, stops)
+    check_room("reference", reference.model.config, config.width)
+    check_causal(reference.model, "reference", config.width)
+    return reference
 
 
 def _stop_token_ids(name: str, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

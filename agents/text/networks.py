@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from agents.objectives.actor_critic import Categorical
 from textenv.masks.token_sets import TokenSets
-from textenv.models.language_model import response_logits
+from textenv.models.decoding import decodes_from_cache
+from textenv.models.language_model import find_backbone, hidden_states, read, read_states, response_logits
+from textenv.models.probe import check_backbone
 from textenv.rewards.reward_model import RewardModel, reads_every_position
-from textenv.state import position_ids
 from textenv.task import Task
 
 FORBIDDEN = -1e4  # logit of a masked token: exp(-1e4) is 0 in float32, and no gradient turns into NaN
@@ -50,7 +51,7 @@ class TextActor(nn.Module):
 
     def all_states(self, batch: TensorDict) -> Tensor:
         """Logits at s_0..s_R, float32 [B, R + 1, V]; s_R is treated as padding, since the response is over."""
-        return read_states(self.model, batch, self.temperature)[0]
+        return masked_states(self.model, batch, self.temperature)[0]
 
 
 class TextQ(nn.Module):
@@ -66,27 +67,27 @@ class TextQ(nn.Module):
 
     def all_states(self, batch: TensorDict) -> Tensor:
         """Values of all tokens at s_0..s_R, finite in padding too. Returns float32 [B, R + 1, V]."""
-        logits, hidden = read_states(self.model, batch, self.temperature)
+        logits, hidden = masked_states(self.model, batch, self.temperature)
         # Detached: the head's errors are large at first and would disturb the policy.
         return self.head(hidden.detach()).float() + self.alpha * logits.log_softmax(-1)
 
 
-def read_states(model: PreTrainedModel, batch: TensorDict, temperature: float) -> tuple[Tensor, Tensor]:
-    """A language model's masked logits at s_0..s_R, float32 [B, R + 1, V], and its last hidden states [B, R + 1, H]."""
-    attention_mask, mask = batch["attention_mask"], batch["mask"]
-    states = mask.shape[1] + 1
-    output: Any = model(
-        input_ids=batch["input_ids"],
-        attention_mask=attention_mask.long(),
-        position_ids=position_ids(attention_mask),
-        logits_to_keep=states,
-        output_hidden_states=True,
-        use_cache=False,
-    )
-    logits = output.logits.float() / temperature
+def masked_states(model: PreTrainedModel, batch: TensorDict, temperature: float) -> tuple[Tensor, Tensor]:
+    """A language model's masked logits at s_0..s_R, and the hidden states that its head reads there.
+
+    Returns float32 [B, R + 1, V], and [B, R + 1, H].
+    """
+    logits, hidden = read(model, *_read_batch(batch))
+    logits = logits.float() / temperature
     if "allowed_ids" in batch:
         logits = torch.cat([_allowed_only(logits[:, :-1], batch), logits[:, -1:]], 1)
-    return certain_outside(logits, nn.functional.pad(mask, (0, 1))), output.hidden_states[-1][:, -states:]
+    return certain_outside(logits, nn.functional.pad(batch["mask"], (0, 1))), hidden
+
+
+def _read_batch(batch: TensorDict) -> tuple[Tensor, Tensor]:
+    """Left-aligned texts [B, T], and the positions of s_0..s_R in them [B, R + 1]."""
+    states = batch["mask"].shape[1] + 1
+    return read_states(batch["input_ids"], batch["attention_mask"], batch["input_ids"].shape[1] - states + 1, states)
 
 
 def _allowed_only(logits: Tensor, batch: TensorDict) -> Tensor:
@@ -121,13 +122,7 @@ class TextCritic(nn.Module):
 
     def all_states(self, batch: TensorDict) -> Tensor:
         """V(s_0)..V(s_R), float32 [B, R + 1]."""
-        attention_mask = batch["attention_mask"]
-        hidden = self.backbone(
-            input_ids=batch["input_ids"],
-            attention_mask=attention_mask.long(),
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-        ).last_hidden_state[:, -batch["mask"].shape[1] - 1 :]  # [B, R + 1, H]: s_t is read at token t - 1
+        hidden = hidden_states(self.backbone, *_read_batch(batch))  # [B, R + 1, H]: s_t is read at token t - 1
         return self.head(hidden).float()[..., 0]
 
 
@@ -169,8 +164,10 @@ class TextNetworkFactory:
 
 
 def make_actor(task: Task) -> TextActor:
-    """An actor that starts as the reference, in train mode and without dropout."""
-    return TextActor(_trainable_copy(task.load_reference().model), task.config.temperature)
+    """An actor that starts as the reference."""
+    model = _trainable_copy(task.load_reference().model)
+    decodes_from_cache(model, task.width)  # found out now, and not in the first rollout
+    return TextActor(model, task.config.temperature)
 
 
 def make_q_network(task: Task, alpha: float, seed: int) -> TextQ:
@@ -181,7 +178,7 @@ def make_q_network(task: Task, alpha: float, seed: int) -> TextQ:
             "kl_coef=0.1 or so, whose β it takes, or --alpha."
         )
     model = _trainable_copy(task.load_reference().model)
-    head = _zero_head(model)
+    head = _zero_head(_head_input(model, task.width), model.device)
     with torch.no_grad():  # random: two networks that start equal and see the same rows stay equal
         head.weight.copy_(0.02 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)))
     return TextQ(model, head, task.config.temperature, alpha)
@@ -203,23 +200,33 @@ def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TextCritic:
         )
     if start in ("auto", "reward-model") and fits:
         assert isinstance(reward, RewardModel)
-        backbone = _trainable_copy(reward.model.base_model)
-        head = _head(reward.model, reward.label) if task.normalizer is None else _zero_head(backbone)
+        backbone = _trainable_copy(find_backbone(reward.model))
+        if task.normalizer is None:
+            return TextCritic(backbone, _head(reward.model, reward.label))
     else:
-        backbone = _trainable_copy(_random(reference, seed) if start == "scratch" else reference.base_model)
-        head = _zero_head(backbone)
-    return TextCritic(backbone, head)
+        backbone = _trainable_copy(_random(reference, seed) if start == "scratch" else find_backbone(reference))
+    return TextCritic(
+        backbone, _zero_head(check_backbone(backbone, "critic", task.width, task.vocabulary), backbone.device)
+    )
 
 
-def _random(model: Any, seed: int) -> Any:
+def _random(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A randomly initialized backbone of the same architecture."""
+    backbone = find_backbone(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return type(model.base_model)(model.config).to(model.device)
+        return type(backbone)(backbone.config).to(model.device)  # type: ignore[arg-type]
 
 
-def _zero_head(backbone: Any) -> nn.Linear:
-    head = nn.Linear(backbone.config.get_text_config().hidden_size, 1, device=backbone.device)
+@torch.no_grad()
+def _head_input(model: PreTrainedModel, width: int) -> int:
+    """The width of the hidden states that a language model's head reads, by one forward."""
+    ids = torch.zeros(1, min(width, 2), dtype=torch.long, device=model.device)
+    return read(model, ids, torch.zeros_like(ids))[1].shape[-1]
+
+
+def _zero_head(width: int, device: torch.device) -> nn.Linear:
+    head = nn.Linear(width, 1, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
@@ -229,13 +236,14 @@ def _head(model: PreTrainedModel, label: int | None) -> nn.Linear:
     """The reward model's head as a value head, with a bias.
 
     With two labels the log-odds of one are a difference of outputs, which is linear. With more they are not; the
-    closest linear head is the label's output minus the mean of the others.
+    closest linear head is the label's output minus the mean of the others. A label that was trained by itself
+    (`problem_type`) is its own output.
     """
     score: Any = model.score
     outputs = score.out_features
-    mix = torch.ones(1, 1) if label is None else torch.full((1, outputs), -1.0 / (outputs - 1))
-    if label is not None:
-        mix[0, label] = 1.0
+    alone = label is None or model.config.problem_type in ("multi_label_classification", "regression")
+    mix = torch.zeros(1, outputs) if alone else torch.full((1, outputs), -1.0 / (outputs - 1))
+    mix[0, label or 0] = 1.0
     mix = mix.to(score.weight)
     head = nn.Linear(score.in_features, 1, device=score.weight.device)
     with torch.no_grad():
@@ -245,12 +253,5 @@ def _head(model: PreTrainedModel, label: int | None) -> nn.Linear:
 
 
 def _trainable_copy(model: Any) -> Any:
-    duplicate = copy.deepcopy(model).float().requires_grad_(True).train()
-    # A live model from the user may have dropout, as modules or as plain numbers; ratios must start at 1.
-    for module in duplicate.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "dropout" in name:
-                setattr(module, name, 0.0)
-    return duplicate
+    """A float32 copy with gradients. It stays in eval mode, where no dropout, layer drop or router noise is drawn."""
+    return copy.deepcopy(model).float().requires_grad_(True).eval()

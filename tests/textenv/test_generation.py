@@ -9,7 +9,7 @@ from tests.support import tiny
 from textenv import TextGenConfig, build_task, per_token
 from textenv.generation import Generation, response_kl, response_log_probs, score_responses
 from textenv.kl import ESTIMATORS
-from textenv.models.language_model import CachedDecoder
+from textenv.models.decoding import CachedDecoder
 from textenv.state import FINISH_REASONS, TextState, start
 
 # Other shapes of the same float32 sums: about ten roundings of 6e-8 at log-probabilities and scores of size 3.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from textenv.state import LENGTH, RUNNING, STOP, TextState, finish, position_ids, start
+from textenv.state import LENGTH, RUNNING, STOP, TextState, finish, left_aligned, start
 
 ROWS = torch.tensor([True, True])
 
@@ -28,7 +28,8 @@ def test_tokens_that_the_policy_did_not_write():
     assert state.generated.long().tolist() == [[0, 0, 0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0, 0, 0, 0]]
     assert state.response_mask.long().tolist() == [[1, 0, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0]]
     assert state.last_generated.long().tolist() == [[0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0]]
-    assert position_ids(state.attention_mask)[0, 1:7].tolist() == [0, 1, 2, 3, 4, 5]
+    ids, length = left_aligned(state.input_ids, state.attention_mask)
+    assert ids.tolist() == [[7, 7, 11, 12, 13, 14], [7, 7, 7, 21, 22, 22]] and length.tolist() == [6, 5]
     assert state.length.tolist() == [4, 2] and state.generated_length.tolist() == [2, 2]
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.models.language_model import CachedDecoder
+from textenv.models.decoding import Decoder, new_decoder
 from textenv.models.sampling import Sampling, log_probs
 from textenv.models.token_texts import TokenTexts
 from textenv.rewards.calling import describe
@@ -204,7 +204,7 @@ class Masker:
         """shape: B, L, V."""
         self.masks, self.vocabulary = masks, shape[2]
         self.stops = list(stop_token_ids)
-        self.decoders = [None if mask.model is None else CachedDecoder(mask.model, *shape) for mask in masks]
+        self.decoders = [None if mask.model is None else new_decoder(mask.model, *shape) for mask in masks]
 
     def restart(self, state: TextState, rows: Tensor) -> None:
         """Start new texts in the rows of indices `rows` [b]; state: all B rows."""
@@ -248,7 +248,7 @@ class Masker:
         pairs = zip(self.masks, self.decoders, strict=True)
         return any(decoder is not None and decoder.model is not mask.model for mask, decoder in pairs)
 
-    def _refreshed(self, state: TextState) -> list[CachedDecoder | None]:
+    def _refreshed(self, state: TextState) -> list[Decoder | None]:
         """The decoders. If a mask's model was replaced, its new decoder first reads the texts so far."""
         if self.outdated():
             self.decoders = [

@@ -82,10 +82,8 @@ def load_frozen(auto_class: type, name: str, device: torch.device, dtype: torch.
 
 
 def load_model(auto_class: type, name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model from a folder or hub name, with dropout 0, so that train mode computes what eval mode does."""
-    config = load_config(name)
-    switch_off_dropout(config)
-    model, report = load_weights(auto_class, name, config, dtype)
+    """Load a model from a folder or hub name."""
+    model, report = load_weights(auto_class, name, load_config(name), dtype)
     refuse_random(name, model, report["missing_keys"])
     return model.to(device)  # type: ignore[arg-type]
 
@@ -100,7 +98,7 @@ def load_weights(
     """
     with quietly():
         try:
-            return auto_class.from_pretrained(
+            model, report = auto_class.from_pretrained(
                 name,
                 config=config,
                 dtype=dtype,
@@ -109,12 +107,25 @@ def load_weights(
                 output_loading_info=True,
                 **options,
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # from a damaged file anything may come, of several libraries
             raise ValueError(
                 f"no model could be loaded from {name!r}: {_reason(name, error)} Give a folder or hub name that "
                 "holds config.json and safetensors weights (pickles are refused: re-save with "
                 "save_pretrained, which writes safetensors)."
             ) from error
+    refuse_adapters(repr(name), model)
+    return model, report
+
+
+def refuse_adapters(subject: str, model: Any) -> None:
+    """Raise ValueError for a model with adapters beside its weights, which would be trained and saved in part."""
+    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"{subject} is a {type(model).__name__} with adapters beside its weights; call merge_and_unload() on the "
+            "PEFT model, and use (or save) what it returns."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{subject} must be a Transformers model (PreTrainedModel), got {type(model).__name__}.")
 
 
 def refuse_random(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
@@ -127,7 +138,13 @@ def refuse_random(name: str, model: PreTrainedModel, missing: Collection[str]) -
 
 
 def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a frozen causal language model."""
+    """Load a frozen causal language model. Raises ValueError for a model that was trained as another kind."""
+    config = load_config(name)
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{name!r} is an encoder-decoder model ({config.model_type}): its decoder alone is no language model. "
+            "Give a decoder-only model, such as GPT-2 or Llama."
+        )
     return load_frozen(AutoModelForCausalLM, name, device, dtype)
 
 
@@ -146,13 +163,20 @@ def load_classifier(name: str, device: torch.device, dtype: torch.dtype) -> PreT
 def load_config(name: str) -> transformers.PretrainedConfig:
     """Load a model's configuration from a folder or hub name."""
     _refuse_run(name)
+    _refuse_adapter_folder(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # from a damaged file anything may come
         raise ValueError(
             f"no model configuration in {name!r}: {_reason(name, error)} Give a folder with a config.json, or a "
             "hub name that can be reached."
         ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{name!r} holds quantized weights, whose log-probabilities differ from those of the trained copy; give "
+            "the model in full precision (float32, bfloat16 or float16)."
+        )
+    return config
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -160,7 +184,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     _refuse_run(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # from a damaged file anything may come
         raise ValueError(
             f"no tokenizer in {name!r}: {_reason(name, error)} Save one beside the model with "
             "tokenizer.save_pretrained."
@@ -171,18 +195,10 @@ def check_room(role: str, model_config: Any, length: int) -> None:
     """Raise ValueError if a model cannot attend to `length` tokens, a whole prompt and response; role: its name."""
     text_config = model_config.get_text_config()
     room = getattr(text_config, "max_position_embeddings", None)
-    if room is not None and length > room:
+    if room is not None and 0 < room < length:  # XLNet says -1 for any length
         raise ValueError(
             f"max_prompt_tokens + max_new_tokens = {length}, more than the {role}'s {room} positions; lower one "
             "of them."
-        )
-    layer_types = getattr(text_config, "layer_types", None)
-    slides = layer_types is None or "sliding_attention" in layer_types  # every layer of Mistral slides, and has no type
-    window = getattr(text_config, "sliding_window", None)
-    if slides and window is not None and window < length:
-        raise ValueError(
-            f"the {role} attends to {window} tokens only (sliding_window), fewer than max_prompt_tokens + "
-            f"max_new_tokens = {length}; lower one of them."
         )
 
 
@@ -201,6 +217,15 @@ def _refuse_run(name: str) -> None:
     if config.is_file() and '"model_type"' in config.read_text(encoding="utf-8"):
         return
     raise ValueError(f"{name!r} is the folder of a run, not of a model; did you mean {str(actor)!r}?")
+
+
+def _refuse_adapter_folder(name: str) -> None:
+    if Path(name, "adapter_config.json").is_file():
+        raise ValueError(
+            f"{name!r} holds an adapter (adapter_config.json), not a whole model. Merge it: "
+            f"peft.PeftModel.from_pretrained(base, {name!r}).merge_and_unload().save_pretrained(folder), and give that "
+            "folder."
+        )
 
 
 def _stamp(name: str) -> tuple:

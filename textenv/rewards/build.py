@@ -29,7 +29,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textenv.config import DTYPES, TextGenConfig
-from textenv.models.loading import check_room, load_classifier, load_function, load_tokenizer, unwrap
+from textenv.models.language_model import position_limit
+from textenv.models.loading import (
+    check_room,
+    load_classifier,
+    load_function,
+    load_tokenizer,
+    refuse_adapters,
+    unwrap,
+)
 from textenv.rewards.base import Reward, WeightedSum
 from textenv.rewards.functions import FunctionReward
 from textenv.rewards.metrics import METRIC_PREFIX, metric_function
@@ -114,7 +122,9 @@ def _check_model(reward: RewardModel, context: RewardContext) -> None:
         raise ValueError(
             "the reward model is in train mode, so dropout would make its scores random; call model.eval() first."
         )
+    refuse_adapters(f"reward {reward.name!r}", reward.model)
     if reward.tokenizer is not None:
+        reward.check(min(context.config.width, position_limit(reward.model) or context.config.width))
         return
     width = reward.model.config.get_text_config().vocab_size
     if width < context.vocabulary:
@@ -123,6 +133,7 @@ def _check_model(reward: RewardModel, context: RewardContext) -> None:
             "the policy's tokens; pass shared(RewardModel(model, tokenizer=...))."
         )
     check_room("reward model", reward.model.config, context.config.width)
+    reward.check(context.config.width)
 
 
 def _load_reward_model(folder: str, context: RewardContext, name: str) -> RewardModel:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textenv.models.comparison import bound, sample_texts
 from textenv.models.encoding import added_tokens, check_ids, encode, end_with
+from textenv.models.language_model import find_backbone, hidden_states, position_limit
+from textenv.models.probe import Refusal
 from textenv.rewards.base import ResponseBatch, Scores
-from textenv.state import position_ids
+from textenv.state import left_aligned
+
+REMEDY = "Use a reward model of another architecture, or a function as the reward."
 
 
 class RewardModel:
@@ -39,13 +44,40 @@ class RewardModel:
             outputs = self._outputs(state.input_ids, state.attention_mask)
         else:
             outputs = self._outputs(*self._encode(batch))
-        scores = log_odds(outputs.float(), self.label)
+        scores = log_odds(outputs.float(), self.label, self.model.config.problem_type)
         return Scores(scores, {self.name: scores})
 
     def _outputs(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if reads_every_position(self.model):
             return last_token_scores(self.model, input_ids, attention_mask)
-        return self.model(input_ids=input_ids, attention_mask=attention_mask.long()).logits
+        ids, length = left_aligned(input_ids, attention_mask)  # encoders are trained on texts that start in column 0
+        mask = torch.arange(ids.shape[1], device=ids.device) < length[:, None]
+        # Some models count positions, or look for the last token, by the pad token.
+        pad = self.model.config.get_text_config().pad_token_id
+        ids = ids if pad is None else ids.where(mask, pad)
+        return self.model(input_ids=ids, attention_mask=mask.long()).logits
+
+    def check(self, width: int) -> None:
+        """Raise ValueError if the model scores a text in a batch otherwise than its own forward scores it alone.
+
+        width: the most tokens of a text.
+        """
+        refuse = Refusal(self.model, f"reward {self.name!r}")
+        pad = self.model.config.get_text_config().pad_token_id
+        with torch.no_grad():
+            texts = sample_texts(self.model.config.get_text_config().vocab_size, width, 0, self.model.device)
+            # No pad token inside: the model's own forward would take it for the end of the text.
+            ids = texts.input_ids.where(texts.input_ids != pad, 1 if pad == 0 else 0)
+            scores = refuse.failing(lambda: self._outputs(ids, texts.attention_mask)).float()
+            rows = [ids[row, mask][None] for row, mask in enumerate(texts.attention_mask)]
+            alone = refuse.failing(lambda: torch.cat([self.model(input_ids=row).logits for row in rows])).float()
+        if scores.shape != alone.shape or not bool(scores.isfinite().all()):
+            raise refuse(
+                f"it gives outputs of shape {tuple(scores.shape)} that are not one finite row per text", REMEDY
+            )
+        # Relative to the outputs, which depend on the scale of the head.
+        if float((scores - alone).abs().max()) > 10 * bound(self.model.dtype) * float(alone.abs().max()):
+            raise refuse("its scores of a text depend on the other texts of a batch", REMEDY)
 
     def _encode(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
         """Right-padded ids and mask, both [B, T]. Raises ValueError for a text that the model cannot read."""
@@ -62,7 +94,7 @@ class RewardModel:
             empty = batch.describe_row(rows.index([]))
             raise ValueError(f"reward {self.name!r} has no text to score in {empty}; use prompts with some text.")
         width = max(map(len, rows))
-        limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or width)
+        limit = min(tokenizer.model_max_length, position_limit(self.model) or width)
         if width > limit:
             raise ValueError(
                 f"reward {self.name!r} takes {limit} tokens, and a prompt with its response has {width} "
@@ -83,7 +115,7 @@ class RewardModel:
 
 def reads_every_position(model: PreTrainedModel) -> bool:
     """Whether the model is a decoder with a linear head `score` on its hidden states, as GPT-2 and Llama have."""
-    return "score" in dict(model.named_children())
+    return isinstance(getattr(model, "score", None), nn.Linear)
 
 
 def last_token_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -94,24 +126,22 @@ def last_token_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask:
 
     input_ids: int64 [B, T]; attention_mask: [B, T], true or 1 = real. Returns [B, labels].
     """
-    hidden = model.base_model(
-        input_ids=input_ids,
-        attention_mask=attention_mask.long(),
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-    ).last_hidden_state  # [B, T, H]
-    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (attention_mask.long() * positions).argmax(1)  # [B]
-    return model.score(hidden[torch.arange(len(last), device=last.device), last])  # type: ignore[operator]
+    ids, length = left_aligned(input_ids, attention_mask)
+    last = hidden_states(find_backbone(model), ids, (length - 1).clamp_min(0)[:, None])[:, 0]  # [B, H]
+    return model.score(last)  # type: ignore[operator]
 
 
-def log_odds(outputs: Tensor, label: int | None) -> Tensor:
-    """The single output, or `log p(label) − log (1 − p(label))`.
+def log_odds(outputs: Tensor, label: int | None, problem_type: str | None = None) -> Tensor:
+    """The single output, or the log-odds of one label: `log p(label) − log (1 − p(label))`.
 
-    outputs: [B, labels]. Returns [B].
+    problem_type: how the model was trained, as in its configuration. With "multi_label_classification" p is the sigmoid
+    of the label's own output, so the output is the log-odds; a "regression" output is taken as it is; otherwise p is
+    a softmax over the labels. outputs: [B, labels]. Returns [B].
     """
     if label is None:
         return outputs[:, 0]
+    if problem_type in ("multi_label_classification", "regression"):
+        return outputs[:, label]
     others = torch.cat([outputs[:, :label], outputs[:, label + 1 :]], 1)
     return outputs[:, label] - others.logsumexp(1)
 

@@ -23,7 +23,6 @@ from textenv.generation import generate
 from textenv.masks.masks import MaskPolicy
 from textenv.masks.token_sets import TokenSets
 from textenv.models.sampling import Sampling, log_probs
-from textenv.state import position_ids
 from textenv.torchrl_env import TextGenTorchEnv
 from textenv.vector_env import TextGenVectorEnv
 
@@ -64,7 +63,7 @@ def full_logits(model, state):
         logits = model(
             input_ids=state.input_ids,
             attention_mask=state.attention_mask.long(),
-            position_ids=position_ids(state.attention_mask),
+            position_ids=(state.attention_mask.long().cumsum(1) - 1).clamp_min(0),
         ).logits
     return logits[:, state.prompt_width - 1 : -1].float()
 
