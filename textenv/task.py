@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -186,8 +187,12 @@ def _stop_token_ids(name: str, config: TextGenConfig, tokenizer: PreTrainedToken
 def _generation_eos(name: str) -> Any:
     try:
         return GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:  # the model has no generation config
-        return None
+    except Exception as error:  # from a damaged file anything may come
+        if isinstance(error, OSError) and not os.path.isfile(os.path.join(name, "generation_config.json")):
+            return None  # the model has none
+        raise ValueError(
+            f"the generation_config.json of {name!r} cannot be read ({error}); repair it, or save it again."
+        ) from error
 
 
 def _check_stop_token_ids(ids: Sequence[Any], vocabulary: int) -> None:

@@ -130,6 +130,14 @@ def test_end_tokens_of_the_generation_config(settings, folders, kind, tmp_path):
     assert build_task(TextGenConfig(**{**settings, "reference": str(folder)})).stop_token_ids == (tiny.END,)
 
 
+@pytest.mark.parametrize("content", ["[]", "{", "null"])
+def test_damaged_generation_config(settings, folders, kind, tmp_path, content):
+    """A generation config that cannot be read is refused, not taken for a missing one: it holds the end tokens."""
+    folder = copied(folders[kind], tmp_path / "damaged")
+    (folder / "generation_config.json").write_text(content)
+    refuse(settings, r"the generation_config.json of .* cannot be read .*; repair it", reference=str(folder))
+
+
 def test_pickled_weights_are_refused(settings, folders, kind, tmp_path):
     """Weights as pickles, which can run code, are not read; the error says how to re-save."""
     for role, name in (("reference", kind), ("reward", f"{kind}_reward")):
