@@ -7,6 +7,7 @@ environment on the same folder costs no memory.
 from __future__ import annotations
 
 import importlib
+import os
 import weakref
 from collections.abc import Callable, Collection
 from contextlib import contextmanager
@@ -212,15 +213,15 @@ def switch_off_dropout(config: Any) -> None:
 def _refuse_run(name: str) -> None:
     """Refuse the folder of a training run; its model is in the subfolder `actor`."""
     config, actor = Path(name, "config.json"), Path(name, "actor")
-    if not (actor / "config.json").is_file():
+    if not os.path.isfile(actor / "config.json"):  # Path.is_file raises OSError for a name that is too long
         return
-    if config.is_file() and '"model_type"' in config.read_text(encoding="utf-8"):
+    if config.is_file() and b'"model_type"' in config.read_bytes():
         return
     raise ValueError(f"{name!r} is the folder of a run, not of a model; did you mean {str(actor)!r}?")
 
 
 def _refuse_adapter_folder(name: str) -> None:
-    if Path(name, "adapter_config.json").is_file():
+    if os.path.isfile(Path(name, "adapter_config.json")):
         raise ValueError(
             f"{name!r} holds an adapter (adapter_config.json), not a whole model. Merge it: "
             f"peft.PeftModel.from_pretrained(base, {name!r}).merge_and_unload().save_pretrained(folder), and give that "
@@ -236,7 +237,7 @@ def _stamp(name: str) -> tuple:
 
 def _reason(name: str, error: Exception) -> str:
     """Why a name could not be loaded, as a sentence. Transformers mistakes a missing folder for a hub name."""
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
         return "there is no such folder."
     line = (str(error).strip().splitlines() or [""])[0]
     return line if line.endswith(".") else f"{line}."
