@@ -224,7 +224,11 @@ def test_run_folders(tmp_path, monkeypatch, capsys):
         shutil.copytree(whole, folder)
         content = data.draw(damaged_file(folder / name))
         (folder / name).write_bytes(content)
-        command = ["train", "--run", str(folder), "--resume"] if resume else ["evaluate", "--run", str(folder)]
+        command = (
+            ["train", "--run", str(folder), "--resume", "--iterations", "3"]
+            if resume
+            else ["evaluate", "--run", str(folder)]
+        )
         try:
             command_line.main(command)
         except SystemExit as stop:
