@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from textenv.settings import check_types
 from textenv.unread import Unread
 
 SCHEDULES = ("linear", "constant")
@@ -54,6 +55,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, ("iterations", "minibatch_size", "checkpoint_every"))
         for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
@@ -65,14 +67,18 @@ class TrainConfig:
             raise ValueError("resume needs the folder of the run to continue; pass it as --run.")
         self.env_arguments()
 
-    def env_arguments(self) -> dict[str, Any]:
-        """`env_arg` as keyword arguments of gym.make: JSON, Python numbers and words, or plain strings."""
+    def env_arguments(self, texts: Collection[str] = ()) -> dict[str, Any]:
+        """`env_arg` as keyword arguments of gym.make: JSON, Python numbers and words, or plain strings.
+
+        texts: arguments that are never numbers or truth values, such as the name of a folder.
+        """
         arguments = {}
         for item in self.env_arg:
             name, equals, value = item.partition("=")
             if not equals or not name.isidentifier():
                 raise ValueError(f"--env-arg takes NAME=VALUE, got {item!r}; for instance kl_coef=0.05.")
-            arguments[name] = _value(value)
+            parsed = _value(value)
+            arguments[name] = value if name in texts and isinstance(parsed, bool | int | float) else parsed
         return arguments
 
 
@@ -112,7 +118,7 @@ def _value(text: str) -> Any:
     """Parse JSON, or a Python number, True, False or None (.05 is not JSON); anything else stays text."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # ValueError also for numbers of thousands of digits
         pass
     try:
         value = ast.literal_eval(text)

@@ -21,6 +21,7 @@ from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.domains import domain_of
 from agents.files import write_json
+from textenv.config import NAMES
 from textenv.task import is_embedded
 
 NOT_COMPARED = {"run", "resume", "micro_batch_size", "iterations"}  # do not change what is learned, or checked apart
@@ -142,7 +143,7 @@ def check_unchanged(folder: Path, fingerprints: Mapping[str, str]) -> None:
 def located(folder: Path, config: TrainConfig, settings: Any) -> tuple[TrainConfig, Any]:
     """The settings with names of files that exist only where the run was started made absolute."""
     directory = Path(_read(folder)["directory"])
-    arguments = config.env_arguments()
+    arguments = config.env_arguments(texts=NAMES)
     found = {name: _found(arguments[name], directory) for name in NAMES if name in arguments}
     items = tuple(f"{name}={json.dumps(value)}" for name, value in found.items() if value != arguments[name])
     held_out = getattr(settings, "held_out", None)

@@ -24,8 +24,8 @@ MOST_FUNCTION_LINES = 60
 # A module may import those of earlier lines, and those before it on its own line as far back as the bar: what stands
 # on the two sides of a bar knows nothing of each other.
 TEXTENV_ORDER = """
-    state | kl | config | unread
-    models.sampling | models.token_texts | models.loading | models.language_model models.comparison \
+    state | kl | json_lines | unread | settings config
+    models.sampling | models.token_texts | models.encoding | models.loading | models.language_model models.comparison \
         models.decoding models.probe
     prompts.tokenized prompts.sources prompts.reset_options prompts.samplers | rewards.calling rewards.base \
         rewards.reward_model rewards.functions rewards.per_token rewards.library rewards.metrics \

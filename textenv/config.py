@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import math
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
+from textenv.settings import check_types
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMES = ("reference", "reward", "prompts", "reward_label")  # texts, even if they look like numbers
 PROMPT_SAMPLING = ("uniform", "shuffle", "weighted", "prioritized")
 
 
@@ -37,6 +40,7 @@ class TextGenConfig:
     # caller choose: the environments sample uniformly, the learners in shuffled rounds
     group_size: int = 1  # G, consecutive episodes on the same prompt
     chat: bool = False  # format prompts with the tokenizer's chat template
+    chat_template_kwargs: Mapping[str, Any] | None = None  # variables of the template, as in {"enable_thinking": False}
     kl_coef: float = 0.1  # β, weight of the penalty; 0 runs no reference
     max_prompt_tokens: int = 24  # P; prompts are left-padded to it
     max_new_tokens: int = 48  # R; the token budget of a response
@@ -47,14 +51,11 @@ class TextGenConfig:
     device: str = "auto"  # "auto" is CUDA if available
 
     def __post_init__(self) -> None:
+        check_types(self, but=("prompts",))  # whose entries stay as they are
         for name in ("max_prompt_tokens", "max_new_tokens", "group_size"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        for name in ("kl_coef", "temperature"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}.")
         if self.kl_coef < 0:
             raise ValueError(
                 f"kl_coef must be 0 or more, got {self.kl_coef}: a negative weight would reward "
@@ -68,12 +69,12 @@ class TextGenConfig:
             raise ValueError(
                 f"prompt_sampling must be None or one of {list(PROMPT_SAMPLING)}, got {self.prompt_sampling!r}."
             )
-        if not isinstance(self.chat, bool):
-            raise ValueError(f"chat must be True or False, got {self.chat!r}.")
-        stops = self.stop_token_ids
-        if stops is not None and (isinstance(stops, str) or not isinstance(stops, Sequence)):
-            raise ValueError(f"stop_token_ids must be a list of token ids, or None for the model's own, got {stops!r}.")
-        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
+        _check_template_arguments(self)
+        if isinstance(self.stop_token_ids, str):
+            raise ValueError(
+                f"stop_token_ids must be a list of token ids, or None for the model's own, got {self.stop_token_ids!r}."
+            )
+        if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
         _check_scores(self)
 
@@ -87,22 +88,42 @@ class TextGenConfig:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            return torch.empty(0, device=self.device).device
-        except (RuntimeError, AssertionError, TypeError) as error:
+            tensor = torch.zeros(1, device=self.device)
+            tensor.cpu()  # raises where a device holds no numbers ("meta")
+            return tensor.device
+        except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
             raise ValueError(
                 f"device must be 'auto', 'cpu' or a 'cuda[:N]' of this machine, got {self.device!r}."
             ) from error
 
 
+def _check_template_arguments(config: TextGenConfig) -> None:
+    arguments = config.chat_template_kwargs
+    if arguments is None:
+        return
+    if not all(isinstance(name, str) for name in arguments):
+        raise ValueError(
+            f"chat_template_kwargs must be a mapping of names to values, or None, got {arguments!r}; write for "
+            'instance {"enable_thinking": False}.'
+        )
+    if not config.chat:
+        raise ValueError(
+            f"chat_template_kwargs={dict(arguments)!r} has an effect only with chat=True; set it, or leave them out."
+        )
+    try:
+        json.dumps(dict(arguments), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"chat_template_kwargs must hold what JSON can, so that env.spec can be saved, got {arguments!r} ({error})."
+        ) from error
+
+
 def _check_scores(config: TextGenConfig) -> None:
-    for name in ("reward_timeout", "score_mean", "score_std", "score_clip"):
+    for name in ("reward_timeout", "score_std", "score_clip"):
         value = getattr(config, name)
-        optional = name in ("reward_timeout", "score_clip")
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not (number or (optional and value is None)):
-            raise ValueError(f"{name} must be a finite number{' or None' if optional else ''}, got {value!r}.")
-        if name != "score_mean" and value is not None and value <= 0:
-            raise ValueError(f"{name} must be above 0{', or None for no limit' if optional else ''}, got {value}.")
+        if value is not None and value <= 0:
+            optional = ", or None for no limit" if name != "score_std" else ""
+            raise ValueError(f"{name} must be above 0{optional}, got {value}.")
     if config.score_normalization not in ("none", "fixed", "running"):
         raise ValueError(
             f"score_normalization must be 'none', 'fixed' or 'running', got {config.score_normalization!r}."

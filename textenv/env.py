@@ -119,6 +119,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
       2021; each row of a vector environment by its own scores).
     * `group_size=1`: consecutive episodes on the same prompt.
     * `chat=False`: format prompts with the tokenizer's chat template.
+    * `chat_template_kwargs=None`: further variables of that template, such as `{"enable_thinking": False}`.
     * `kl_coef=0.1`: weight of the penalty for leaving the reference, β; 0 loads no reference.
     * `max_prompt_tokens=24`: columns for the prompt; a longer prompt is refused.
     * `max_new_tokens=48`: the token budget of a response.

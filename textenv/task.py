@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from textenv.models.loading import check_room, load_causal_lm, load_config, load
 from textenv.models.probe import check_causal
 from textenv.prompts.samplers import PromptSampler, make_sampler
 from textenv.prompts.sources import PromptRows, read_prompts
-from textenv.prompts.tokenized import Prompts, pad_token_id, tokenize, tokenize_chats
+from textenv.prompts.tokenized import Prompts, PromptTokenizer, pad_token_id
 from textenv.reviews.prompts import train_prompts
 from textenv.reviews.weights import REWARD_MODEL, SUPERVISED
 from textenv.rewards.base import Reward
@@ -104,8 +105,8 @@ class Task:
         Raises ValueError for a prompt that is too long, or that lacks a field which the reward reads.
         """
         rows = read_prompts(source)
-        check_fields(self.reward, rows.fields)
-        return _tokenize(rows, self.config, self.tokenizer).to(self.device)
+        check_fields(self.reward, rows.fields, rows.places)
+        return _tokenize(rows, self.config, self.tokenizer, self.vocabulary).to(self.device)
 
     def prompt_sampler(self, prompts: Prompts, default: str) -> PromptSampler:
         """A sampler of these prompts: the strategy in the settings, or `default` if they name none."""
@@ -138,7 +139,7 @@ def build_task(config: TextGenConfig) -> Task:
     refuse_unread(UNREAD, vars(config), [vars(TextGenConfig())], (config, built_parts(config.reward, reward)))
     normalizer = make_normalizer(config)
     paid_part_names(reward, normalizer)  # raises for names that collide
-    check_fields(reward, rows.fields)
+    check_fields(reward, rows.fields, rows.places)
     mask_context = MaskContext(
         tokenizer, stops, vocabulary, reference=lambda: (reference or _load_reference(config, device)).model
     )
@@ -147,11 +148,11 @@ def build_task(config: TextGenConfig) -> Task:
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         stop_token_ids=stops,
-        pad_token_id=pad_token_id(tokenizer),
+        pad_token_id=pad_token_id(tokenizer, vocabulary),
         reference=reference if config.kl_coef > 0 else None,
         reward=reward,
         normalizer=normalizer,
-        prompts=_task_prompts(rows, config, tokenizer).to(device),
+        prompts=_task_prompts(rows, config, tokenizer, vocabulary).to(device),
         device=device,
         masks=build_masks(config.action_mask, mask_context),
     )
@@ -180,10 +181,12 @@ def is_embedded(part: Any) -> bool:
     return isinstance(part, str) and part == EMBEDDED
 
 
-def _task_prompts(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+def _task_prompts(
+    rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> Prompts:
     """Tokenize; an error says that the prompts are the embedded ones, if the reference is not."""
     try:
-        return _tokenize(rows, config, tokenizer)
+        return _tokenize(rows, config, tokenizer, vocabulary)
     except ValueError as error:
         if not is_embedded(config.prompts) or is_embedded(config.reference):
             raise
@@ -193,10 +196,11 @@ def _task_prompts(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrained
         ) from error
 
 
-def _tokenize(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    tokenize_rows = tokenize_chats if config.chat else tokenize
-    prompts = tokenize_rows(rows.prompts, tokenizer, config.max_prompt_tokens, rows.places)
-    return replace(prompts, fields=rows.fields, entries=rows.prompts)
+def _tokenize(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Prompts:
+    tokenize = PromptTokenizer(
+        tokenizer, vocabulary, config.max_prompt_tokens, config.chat, config.chat_template_kwargs or {}
+    )
+    return replace(tokenize(rows.prompts, rows.places), fields=rows.fields, entries=rows.prompts)
 
 
 def _reference_name(source: Any) -> str:
@@ -243,8 +247,12 @@ def _stop_token_ids(name: str, config: TextGenConfig, tokenizer: PreTrainedToken
 def _generation_eos(name: str) -> Any:
     try:
         return GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:  # the model has no generation config
-        return None
+    except Exception as error:  # from a damaged file anything may come
+        if isinstance(error, OSError) and not os.path.isfile(os.path.join(name, "generation_config.json")):
+            return None  # the model has none
+        raise ValueError(
+            f"the generation_config.json of {name!r} cannot be read ({error}); repair it, or save it again."
+        ) from error
 
 
 def _check_stop_token_ids(ids: Sequence[Any], vocabulary: int) -> None:

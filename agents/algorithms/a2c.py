@@ -17,6 +17,7 @@ from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import ActorCritic, add_advantages, add_penalized_reward
 from agents.objectives.advantages import token_weights
 from agents.objectives.losses import policy_gradient, value_loss
+from textenv.settings import check_types
 from textenv.unread import Unread
 
 
@@ -33,6 +34,7 @@ class A2CConfig:
     UNREAD: ClassVar[tuple[Unread, ...]] = ()  # all are read
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_not_negative(self, ("entropy_coef",))
         check_shares(self, ("gamma", "lmbda"))
 

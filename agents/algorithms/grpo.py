@@ -20,6 +20,7 @@ from agents.objectives.actor_critic import ActorOnly, add_penalized_reward
 from agents.objectives.advantages import group_centered, group_normalized, sequence_weights, token_weights
 from agents.objectives.group import add_response_advantages, check_group_size, group_metrics, undiscounted_returns
 from agents.objectives.losses import KL_LOSS_UNREAD, KL_LOSSES, available_kl_loss, clipped_terms
+from textenv.settings import check_types
 from textenv.unread import Unread
 
 AGGREGATIONS = {"sequence": sequence_weights, "token": token_weights}
@@ -38,6 +39,7 @@ class GRPOConfig:
     UNREAD: ClassVar[tuple[Unread, ...]] = (KL_LOSS_UNREAD,)
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, ("epochs",))
         check_choice(self, "aggregation", tuple(AGGREGATIONS))
         check_choice(self, "kl_loss", KL_LOSSES)

@@ -25,6 +25,7 @@ from agents.objectives.losses import (
     dual_clipped,
     value_loss,
 )
+from textenv.settings import check_types
 from textenv.unread import Unread
 
 
@@ -46,6 +47,7 @@ class PPOConfig:
     UNREAD: ClassVar[tuple[Unread, ...]] = (KL_LOSS_UNREAD,)
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, ("epochs",))
         if not 0 < self.clip < 1:
             raise ValueError(f"clip must lie in (0, 1), got {self.clip}.")

@@ -18,6 +18,7 @@ from agents.interfaces import NetworkFactory
 from agents.objectives.actor_critic import ActorCritic, add_advantages, add_penalized_reward
 from agents.objectives.advantages import token_weights
 from agents.objectives.losses import policy_gradient, value_loss
+from textenv.settings import check_types
 from textenv.unread import Unread
 
 WHOLE_RETURNS = 1.0  # GAE's λ: advantages are returns minus values
@@ -34,6 +35,7 @@ class ReinforceConfig:
     UNREAD: ClassVar[tuple[Unread, ...]] = ()  # all are read
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_shares(self, ("gamma",))
 
 

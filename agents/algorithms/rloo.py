@@ -20,6 +20,7 @@ from agents.objectives.actor_critic import ActorOnly, add_penalized_reward
 from agents.objectives.advantages import leave_one_out, token_weights
 from agents.objectives.group import add_response_advantages, check_group_size, group_metrics, undiscounted_returns
 from agents.objectives.losses import KL_LOSS_UNREAD, KL_LOSSES, available_kl_loss, clipped_terms
+from textenv.settings import check_types
 from textenv.unread import Unread
 
 
@@ -34,6 +35,7 @@ class RLOOConfig:
     UNREAD: ClassVar[tuple[Unread, ...]] = (KL_LOSS_UNREAD,)
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, ("epochs",))
         check_choice(self, "kl_loss", KL_LOSSES)
         if not 0 < self.clip < 1:

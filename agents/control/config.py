@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from agents.config import check_choice, check_counts, check_shares
+from textenv.settings import check_types
 from textenv.unread import Unread
 
 ACTIVATIONS = ("tanh", "relu")
@@ -45,6 +46,7 @@ class ControlConfig:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, ("num_envs", "steps", "evaluation_episodes"))
         check_choice(self, "activation", ACTIVATIONS)
         check_choice(self, "distribution", DISTRIBUTIONS)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from agents.config import check_choice, check_counts, check_shares
 from agents.interfaces import NetworkFactory
 from agents.objectives.advantages import Ends, next_values, packed
+from textenv.settings import check_types
 from textenv.unread import Unread
 
 LOSSES = {"l2": nn.functional.mse_loss, "smooth_l1": nn.functional.smooth_l1_loss}
@@ -49,6 +50,7 @@ class ReplayConfig:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, ("buffer_size", "learning_starts", "gradient_steps", "target_update_interval"))
         check_shares(self, ("gamma", "lmbda", "tau"))
         check_choice(self, "loss_function", tuple(LOSSES))

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from agents.config import check_choice, check_counts
 from textenv.kl import ESTIMATORS, EXACT, UNITS
+from textenv.settings import check_types
 from textenv.unread import Unread, refuse_unread
 
 CRITICS = ("auto", "reward-model", "reference", "scratch")
@@ -67,6 +68,7 @@ class TextConfig:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         self._check_kl()
         check_counts(self, ("rollout_size", "micro_batch_size", "evaluation_prompts", "kl_horizon"))
         check_choice(self, "critic", CRITICS)
@@ -110,5 +112,8 @@ class GenerateConfig:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, ("samples",))
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be 0 or more and below 2^63, got {self.seed}.")
         refuse_unread(self.UNREAD, vars(self), [{field.name: field.default for field in fields(self)}], self)

@@ -26,7 +26,7 @@ from agents.text.policy import export_policy
 from agents.text.rollout import TextCollector, TextRollout, collect
 from agents.text.samples import make_summary, write_samples
 from agents.trainer import Trainer
-from textenv.config import TextGenConfig
+from textenv.config import NAMES, TextGenConfig
 from textenv.env import TextGenEnv
 from textenv.prompts.tokenized import Prompts
 from textenv.task import Task, is_embedded
@@ -168,7 +168,7 @@ def reopen_text(config: TrainConfig, settings: TextConfig, folder: Path) -> Text
     The evaluation's prompts come from the run's folder, if they are there: those that the run trained on may be gone.
     So may the device that its settings name.
     """
-    arguments = gym.spec(id_of(config.env)).kwargs | config.env_arguments()
+    arguments = gym.spec(id_of(config.env)).kwargs | config.env_arguments(texts=NAMES)
     held_out, prompts, changes = folder / HELD_OUT, arguments.get("prompts"), {}
     if held_out.is_file() and prompts is not None and not is_embedded(prompts):
         changes["prompts"] = str(held_out)
@@ -223,7 +223,7 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
 def make_task(config: TrainConfig) -> Task:
     """The task of the environment that the configuration names."""
     try:
-        env = gym.make(config.env, **config.env_arguments())
+        env = gym.make(config.env, **config.env_arguments(texts=NAMES))
     except gym.error.Error as error:
         raise ValueError(f"gym.make cannot make {config.env!r}: {error}") from error
     except TypeError as error:  # Gymnasium raises the constructor's again

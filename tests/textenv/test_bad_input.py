@@ -49,13 +49,13 @@ def copied(folder, target, **edits):
         ({"kl_coef": math.nan}, "kl_coef must be a finite number, got nan"),
         ({"kl_coef": math.inf}, "kl_coef must be a finite number, got inf"),
         ({"kl_coef": "0.1"}, "kl_coef must be a finite number, got '0.1'"),
-        ({"temperature": 0}, "temperature must be above 0, got 0; 1.0 is"),
+        ({"temperature": 0}, "temperature must be above 0, got 0.0; 1.0 is"),
         ({"temperature": -1.0}, "temperature must be above 0, got -1.0"),
         ({"temperature": math.nan}, "temperature must be a finite number, got nan"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
-        ({"max_new_tokens": "5"}, "max_new_tokens must be a whole number of at least 1, got '5'"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number of at least 1, got 2.5"),
-        ({"max_new_tokens": True}, "max_new_tokens must be a whole number of at least 1, got True"),
+        ({"max_new_tokens": "5"}, "max_new_tokens must be a whole number, got '5'"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number, got True"),
         ({"max_prompt_tokens": -3}, "max_prompt_tokens must be a whole number of at least 1, got -3"),
         ({"dtype": "float8"}, r"dtype must be one of \['bfloat16', 'float16', 'float32'\], got 'float8'"),
         ({"device": "abacus"}, "device must be 'auto', 'cpu' or .*got 'abacus'"),
@@ -80,7 +80,8 @@ def copied(folder, target, **edits):
         ({"reward": {"textenv.rewards.library:length": math.nan}}, "weight of reward .*finite number, got nan"),
         ({"reward": {"textenv.rewards.library:length": "1"}}, "weight of reward .*finite number, got '1'"),
         ({"reward": "textenv.rewards.library:absent"}, "'textenv.rewards.library:absent' names no importable function"),
-        ({"reward_label": 3, "reward": "textenv.config:DTYPES"}, "must name a function, got dict"),
+        ({"reward": "textenv.config:DTYPES"}, "must name a function, got dict"),
+        ({"reward_label": 3}, "reward_label must be a text or None, got 3"),
         ({"render_mode": "video"}, "render_mode must be None or one of .*'ansi'.*, got 'video'"),
     ],
 )
@@ -127,6 +128,14 @@ def test_end_tokens_of_the_generation_config(settings, folders, kind, tmp_path):
         assert task.stop_token_ids == (tiny.END, 65)
     (folder / "generation_config.json").unlink()
     assert build_task(TextGenConfig(**{**settings, "reference": str(folder)})).stop_token_ids == (tiny.END,)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "null"])
+def test_damaged_generation_config(settings, folders, kind, tmp_path, content):
+    """A generation config that cannot be read is refused, not taken for a missing one: it holds the end tokens."""
+    folder = copied(folders[kind], tmp_path / "damaged")
+    (folder / "generation_config.json").write_text(content)
+    refuse(settings, r"the generation_config.json of .* cannot be read .*; repair it", reference=str(folder))
 
 
 def test_pickled_weights_are_refused(settings, folders, kind, tmp_path):

@@ -161,7 +161,13 @@ def every_argument(tmp_path, folders):
         dict(common, reward=folders["gpt2_reward"], prompts=str(lines), prompt_sampling="prioritized", kl_coef=0),
         dict(common, reward=reward, prompts=some_prompts(), prompt_sampling="shuffle", max_episode_steps=3),
         dict(
-            common, reward=reward, prompts=["a", "b"], reward_label=None, chat=False, action_mask=["special", "top_k:9"]
+            common,
+            reward=reward,
+            prompts=["a", "b"],
+            reward_label=None,
+            chat=False,
+            chat_template_kwargs=None,
+            action_mask=["special", "top_k:9"],
         ),
     ]
 

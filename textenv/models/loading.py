@@ -7,8 +7,9 @@ environment on the same folder costs no memory.
 from __future__ import annotations
 
 import importlib
+import os
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,29 +58,15 @@ def load_function(name: str) -> Callable:
     module_name, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module may raise anything while it is imported
+        reason = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{name!r} names no importable function ({error}); write 'module:function', with the module "
+            f"{name!r} names no importable function ({reason}); write 'module:function', with the module "
             "on the Python path or in the working directory."
         ) from error
     if not callable(function):
         raise ValueError(f"{name!r} must name a function, got {type(function).__name__}.")
     return function
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the place ("PATH, line N") and the text of each line that is not blank. Raises ValueError if not UTF-8."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            place = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{place}: not UTF-8 ({error.reason}, byte {line[error.start]:#x}); save the file as UTF-8."
-                ) from error
-            if text.strip():
-                yield place, text
 
 
 _frozen: weakref.WeakValueDictionary[tuple, PreTrainedModel] = weakref.WeakValueDictionary()
@@ -226,15 +213,15 @@ def switch_off_dropout(config: Any) -> None:
 def _refuse_run(name: str) -> None:
     """Refuse the folder of a training run; its model is in the subfolder `actor`."""
     config, actor = Path(name, "config.json"), Path(name, "actor")
-    if not (actor / "config.json").is_file():
+    if not os.path.isfile(actor / "config.json"):  # Path.is_file raises OSError for a name that is too long
         return
-    if config.is_file() and '"model_type"' in config.read_text(encoding="utf-8"):
+    if config.is_file() and b'"model_type"' in config.read_bytes():
         return
     raise ValueError(f"{name!r} is the folder of a run, not of a model; did you mean {str(actor)!r}?")
 
 
 def _refuse_adapter_folder(name: str) -> None:
-    if Path(name, "adapter_config.json").is_file():
+    if os.path.isfile(Path(name, "adapter_config.json")):
         raise ValueError(
             f"{name!r} holds an adapter (adapter_config.json), not a whole model. Merge it: "
             f"peft.PeftModel.from_pretrained(base, {name!r}).merge_and_unload().save_pretrained(folder), and give that "
@@ -250,7 +237,7 @@ def _stamp(name: str) -> tuple:
 
 def _reason(name: str, error: Exception) -> str:
     """Why a name could not be loaded, as a sentence. Transformers mistakes a missing folder for a hub name."""
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
         return "there is no such folder."
     line = (str(error).strip().splitlines() or [""])[0]
     return line if line.endswith(".") else f"{line}."

@@ -6,7 +6,7 @@
 |---|---|
 | `"reviews"` | the prompts of the embedded task; so is `None`, where `reference` and `reward` are None too |
 | a list or tuple | its entries; `textenv.shared(entries)` passes it through `gym.make` without a copy |
-| `"path.jsonl"` | a UTF-8 file, one JSON object per line, the prompt in its field `prompt`; blank lines are skipped |
+| `"path.jsonl"`, a `Path` | a UTF-8 file, a JSON object per line, the prompt in its field `prompt` |
 | `"module:function"`, a function | the list that it returns, called without arguments |
 | `datasets.Dataset` | its rows, the prompt in the column `prompt`; or one column of it |
 
@@ -27,13 +27,14 @@ Every prompt has at least one token and at most `max_prompt_tokens`. `prompt_sam
 from __future__ import annotations
 
 import inspect
-import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from textenv.models.loading import load_function, read_lines, unwrap
+from textenv.json_lines import read_json_lines
+from textenv.models.loading import load_function, unwrap
 from textenv.prompts.tokenized import Prompt
 
 FORMS = 'texts, chats (lists of {"role", "content"}) or rows {"prompt": ..., further fields}'
@@ -73,12 +74,11 @@ def _read(source: Any) -> tuple[list[str], list[Any]]:
     """The place of each entry, for error messages, and the entries."""
     if _is_jsonl(source):
         return _read_jsonl(Path(source))
+    if isinstance(source, str) and ":" in source:
+        return _call(load_function(source), source)
     if isinstance(source, str | Path):
-        name = str(source)
-        if ":" in name:
-            return _call(load_function(name), name)
         raise ValueError(
-            f"prompts must be a list of texts, a path that ends in .jsonl, or 'module:function', got {name!r}."
+            f"prompts must be a list of texts, a path that ends in .jsonl, or 'module:function', got {str(source)!r}."
         )
     if callable(source):
         return _call(source, getattr(source, "__name__", repr(source)))
@@ -112,6 +112,9 @@ def _as_row(place: str, entry: Any) -> dict[str, Any]:
     prompt = row.get("prompt")
     if not isinstance(prompt, str) and not _is_chat(prompt):
         raise ValueError(f"prompts must be {FORMS}; {place} has type {type(entry).__name__}: {str(entry)[:80]!r}.")
+    for name in row:
+        if not isinstance(name, str):
+            raise ValueError(f"the fields of a prompt must have names; {place} has the field {name!r}.")
     return row
 
 
@@ -147,18 +150,11 @@ def _call(function: Callable, name: str) -> tuple[list[str], list[Any]]:
 
 
 def _read_jsonl(path: Path) -> tuple[list[str], list[Any]]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
         raise ValueError(f'no prompts file at {str(path)!r}; give a .jsonl file with {{"prompt": ...}} on each line.')
-    lines = list(read_lines(path))
-    return [place for place, _ in lines], [_read_line(place, line) for place, line in lines]
-
-
-def _read_line(place: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error}); write one object per line.") from error
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(prompt, str) and not _is_chat(prompt):
-        raise ValueError(f'{place}: no text in the field "prompt", got {line.strip()[:80]!r}.')
-    return row
+    lines = read_json_lines(path, '{"prompt": "2+2=", "answer": "4"}')
+    for place, row in lines:
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(prompt, str) and not _is_chat(prompt):
+            raise ValueError(f'{place}: no text in the field "prompt", got {str(row)[:80]!r}.')
+    return [place for place, _ in lines], [row for _, row in lines]

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
+from textenv.models.encoding import encode, encode_pairs
 from textenv.reviews.card import RECORD, measure
 from textenv.reviews.grammar.writer import sample_review
 from textenv.reviews.measure import as_pairs, compare
@@ -22,8 +23,9 @@ from textenv.reviews.muon import muon_for
 from textenv.reviews.prompts import held_out_prompts, train_prompts
 from textenv.reviews.sampling import MAX_NEW_TOKENS, sample_responses
 from textenv.reviews.tokenizer import END, MAX_LENGTH, PAD, train_tokenizer
+from textenv.settings import check_types
 from textenv.training.reward_model import RewardConfig, fit, load_base
-from textenv.training.supervised import SupervisedConfig, encode_prompt, encode_response, fine_tune
+from textenv.training.supervised import SupervisedConfig, fine_tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class BuildConfig:
     )  # stage 2
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("threads", "reviews_per_prompt", "pairs_per_prompt", "noise"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -100,9 +103,9 @@ def write_corpus(prompts: list[str], seed: int) -> Corpus:
 
 def check_budgets(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None:
     """Raise ValueError if a prompt exceeds 20 tokens, or over 3% of the reviews exceed 48 with the end token."""
-    longest = max(len(encode_prompt(tokenizer, p)) for p in (*train_prompts(), *held_out_prompts()))
-    sample = corpus[:4096]
-    fitting = sum(len(encode_response(tokenizer, review)) <= MAX_NEW_TOKENS for _, review in sample) / len(sample)
+    longest = max(map(len, encode(tokenizer, [*train_prompts(), *held_out_prompts()])))
+    responses = [ids for _, ids in encode_pairs(tokenizer, corpus[:4096])]
+    fitting = sum(len(ids) < MAX_NEW_TOKENS for ids in responses) / len(responses)  # one more is the end token
     if longest > 20 or fitting < 0.97:
         raise ValueError(
             f"the longest prompt takes {longest} tokens (20 allowed), {fitting:.1%} of the reviews fit into "

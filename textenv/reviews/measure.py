@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from textenv.models.encoding import encode
 from textenv.reviews.gold import gold
 from textenv.reviews.grammar.parser import parses
 from textenv.reviews.sampling import Sample
 from textenv.training.reward_model import Pairs
-from textenv.training.supervised import encode_prompt
 
 SURE = 0.9  # a choice that the noisy rater makes with at least this probability is called sure
 
@@ -46,11 +46,10 @@ def _gold(samples: Sequence[Sample]) -> list[float]:
 
 def as_pairs(tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Comparison]) -> Pairs:
     """Comparisons as token pairs. The tokens are those sampled, so a response cut by the budget has no end token."""
-
-    def tokens(sample: Sample) -> list[int]:
-        return encode_prompt(tokenizer, sample.prompt) + sample.tokens
-
-    return Pairs([(tokens(c.chosen), tokens(c.rejected)) for c in comparisons])
+    prompts = encode(tokenizer, [c.chosen.prompt for c in comparisons])
+    return Pairs(
+        [([*ids, *c.chosen.tokens], [*ids, *c.rejected.tokens]) for ids, c in zip(prompts, comparisons, strict=True)]
+    )
 
 
 def measure_supervised(samples: Sequence[Sample]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.training.supervised import encode_prompt
+from textenv.models.encoding import encode
 
 MAX_NEW_TOKENS = 48  # token budget of the task
 
@@ -38,7 +38,7 @@ def sample_responses(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         padded = tokenizer.pad(
-            {"input_ids": [encode_prompt(tokenizer, p) for p in batch]},
+            {"input_ids": encode(tokenizer, batch)},
             padding_side="left",
             return_tensors="pt",
         )

@@ -20,7 +20,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,8 @@ def build_reward(reward: Any, context: RewardContext) -> Reward:
         return _build_sum(reward, context)
     if isinstance(reward, str) and reward in context.embedded:
         return _load_reward_model(context.embedded[reward], context, reward)
+    if isinstance(reward, str) and os.path.isdir(reward):  # a folder's name may have a colon
+        return _load_reward_model(reward, context, reward)
     if isinstance(reward, str) and reward.startswith(METRIC_PREFIX):
         return function_reward(metric_function(reward), reward, context)
     if isinstance(reward, str) and ":" in reward:
@@ -91,13 +94,16 @@ def function_reward(function: Callable[..., Any], name: str, context: RewardCont
     return FunctionReward(function, name, timeout=timeout)
 
 
-def check_fields(reward: Reward, present: Collection[str]) -> None:
-    """Raise ValueError that names the reward and the field if the prompts lack a field that a function requires."""
+def check_fields(reward: Reward, present: Collection[str], places: Sequence[str] = ()) -> None:
+    """Raise ValueError that names the reward and the field if the prompts' fields are not those that a function takes.
+
+    present: the fields, which all prompts have; places: file and line of each prompt, empty if they are from no file.
+    """
     if isinstance(reward, WeightedSum):
         for _, member in reward.members:
-            check_fields(member, present)
+            check_fields(member, present, places)
     if isinstance(reward, FunctionReward | TokenFunctionReward):
-        reward.fields.check(present, reward.name)
+        reward.fields.check(present, reward.name, f" ({places[0]})" if places else "")
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ class PromptFields:
     required: tuple[str, ...]
     optional: tuple[str, ...]  # parameters with a default
     all_fields: bool  # the function takes **fields
+    arguments: tuple[str, ...] = ()  # names of the parameters that take prompts and responses
 
     def of(self, batch: ResponseBatch, name: str) -> dict[str, list[Any]]:
         """The values of the requested fields, B each. Raises ValueError that names a missing field."""
@@ -138,14 +139,23 @@ class PromptFields:
         requested = batch.fields if self.all_fields else (*self.required, *self.optional)
         return {field: list(batch.fields[field]) for field in requested if field in batch.fields}
 
-    def check(self, present: Collection[str], name: str) -> None:
-        """Raise ValueError if the prompts, with the fields `present`, lack a field that reward `name` requires."""
+    def check(self, present: Collection[str], name: str, place: str = "") -> None:
+        """Raise ValueError if the prompts' fields `present` lack one that reward `name` requires, or hide an argument.
+
+        place: file and line of a prompt, for the message.
+        """
         missing = [field for field in self.required if field not in present]
         if missing:
             raise ValueError(
                 f"reward {name!r} needs the prompts' field {missing[0]!r}, and they have "
-                f"{sorted(present) or 'no fields'}; add the field {missing[0]!r} to every prompt, or give the "
+                f"{sorted(present) or 'no fields'}{place}; add the field {missing[0]!r} to every prompt, or give the "
                 "function's parameter a default."
+            )
+        hidden = [field for field in self.arguments if field in present]
+        if self.all_fields and hidden:
+            raise ValueError(
+                f"reward {name!r} takes all fields of the prompts, and their field {hidden[0]!r}{place} has the name "
+                "of its argument; rename the field, or the argument."
             )
 
 
@@ -169,6 +179,7 @@ def find_fields(function: Callable[..., Any], name: str) -> PromptFields:
         required=tuple(p.name for p in fields if p.default is p.empty),
         optional=tuple(p.name for p in fields if p.default is not p.empty),
         all_fields=inspect.Parameter.VAR_KEYWORD in kinds,
+        arguments=tuple(p.name for p in positional[:2] if p.kind is p.POSITIONAL_OR_KEYWORD),
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textenv.models.comparison import bound, sample_texts
+from textenv.models.encoding import added_tokens, check_ids, encode, end_with
 from textenv.models.language_model import find_backbone, hidden_states, position_limit
 from textenv.models.probe import Refusal
 from textenv.rewards.base import ResponseBatch, Scores
@@ -18,8 +19,9 @@ REMEDY = "Use a reward model of another architecture, or a function as the rewar
 class RewardModel:
     """A frozen classifier as a reward. The score is its only output, or the log-odds of one label.
 
-    With `tokenizer=None` the model takes the policy's token ids. With its own tokenizer it takes the decoded text, and
-    a response that ended with a stop token gets the reward model's end token.
+    With `tokenizer=None` the model takes the policy's token ids. With its own tokenizer it takes the decoded text.
+    Decoders then see the reward model's end token where the response ended with a stop token, and only there. Encoders
+    see the tokens that their tokenizer puts around a text at every response, as in their training.
     """
 
     def __init__(
@@ -37,11 +39,11 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, batch: ResponseBatch) -> Scores:
         """Scores of B finished responses."""
-        if self.tokenizer is None:
-            state = batch.state
+        state = batch.state
+        if self.tokenizer is None and reads_every_position(self.model):
             outputs = self._outputs(state.input_ids, state.attention_mask)
         else:
-            outputs = self._outputs(*self._encode(batch, self.tokenizer))
+            outputs = self._outputs(*self._encode(batch))
         scores = log_odds(outputs.float(), self.label, self.model.config.problem_type)
         return Scores(scores, {self.name: scores})
 
@@ -77,12 +79,20 @@ class RewardModel:
         if float((scores - alone).abs().max()) > 10 * bound(self.model.dtype) * float(alone.abs().max()):
             raise refuse("its scores of a text depend on the other texts of a batch", REMEDY)
 
-    def _encode(self, batch: ResponseBatch, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-        rows = [list(ids) for ids in tokenizer(batch.texts).input_ids]
-        end = tokenizer.eos_token_id
-        if reads_every_position(self.model) and end is not None:
+    def _encode(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
+        """Right-padded ids and mask, both [B, T]. Raises ValueError for a text that the model cannot read."""
+        tokenizer, config = self.tokenizer or batch.tokenizer, self.model.config.get_text_config()
+        rows = self._own_ids(batch) if self.tokenizer is None else encode(tokenizer, batch.texts)
+        if not reads_every_position(self.model):
+            _, end = added_tokens(tokenizer)
+            rows = [ids if not end or ids[-len(end) :] == end else [*ids, *end] for ids in rows]
+        elif tokenizer.eos_token_id is not None:
             stopped = batch.stopped.tolist()
-            rows = [[*ids, end] if stop else ids for ids, stop in zip(rows, stopped, strict=True)]
+            rows = [end_with(tokenizer, ids) if stop else ids for ids, stop in zip(rows, stopped, strict=True)]
+        check_ids(tokenizer, rows, config.vocab_size, lambda i: f"reward {self.name!r}: {batch.describe_row(i)}")
+        if not all(rows):
+            empty = batch.describe_row(rows.index([]))
+            raise ValueError(f"reward {self.name!r} has no text to score in {empty}; use prompts with some text.")
         width = max(map(len, rows))
         limit = min(tokenizer.model_max_length, position_limit(self.model) or width)
         if width > limit:
@@ -96,6 +106,11 @@ class RewardModel:
             input_ids[index, : len(ids)] = torch.tensor(ids, dtype=torch.long)
             mask[index, : len(ids)] = True
         return input_ids.to(self.model.device), mask.to(self.model.device)
+
+    def _own_ids(self, batch: ResponseBatch) -> list[list[int]]:
+        """The policy's ids of prompts and responses, without padding."""
+        ids, mask = batch.state.input_ids.cpu(), batch.state.attention_mask.cpu()
+        return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
 
 
 def reads_every_position(model: PreTrainedModel) -> bool:

@@ -28,17 +28,19 @@ from transformers import (
     TrainingArguments,
 )
 
+from textenv.json_lines import read_json_lines
+from textenv.models.encoding import check_ids, encode, encode_pairs, end_with
 from textenv.models.loading import (
     load_config,
     load_tokenizer,
     load_weights,
-    read_lines,
     refuse_random,
     switch_off_dropout,
     without_report,
 )
 from textenv.rewards.reward_model import last_token_scores
-from textenv.training.supervised import STOCK_ARGUMENTS, encode_prompt, encode_response, end_with, pad_right
+from textenv.settings import check_types
+from textenv.training.supervised import STOCK_ARGUMENTS, check_training, pad_right
 
 Tokens = Sequence[int]
 Row = dict[str, Any]  # a line of the JSONL
@@ -58,9 +60,8 @@ class RewardConfig:
     centering: float = 0.01  # weight of the mean squared score of pairs, which fixes their otherwise arbitrary offset
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "batch_size", "max_length"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        check_types(self)
+        check_training(self)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie in (0, 1), a share of the rows, got {self.held_out}.")
         if self.centering < 0:
@@ -119,8 +120,8 @@ def load_base(base: str | Path, seed: int) -> tuple[PreTrainedModel, PreTrainedT
     tokenizer = load_tokenizer(base)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {base} has no end token; set eos_token and save it again.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= config.get_text_config().vocab_size:
+        tokenizer.pad_token = tokenizer.eos_token  # masks tell padding, so any token that the model has will do
     config.id2label, config.label2id = {0: "score"}, {"score": 0}  # one label
     config.pad_token_id = tokenizer.pad_token_id
     switch_off_dropout(config)
@@ -142,10 +143,10 @@ def load_base(base: str | Path, seed: int) -> tuple[PreTrainedModel, PreTrainedT
 def read_rows(path: str | Path) -> list[Row]:
     """Read a JSONL of {prompt?, chosen, rejected} or of {prompt?, text, label}; all rows must be of one kind."""
     path, rows = Path(path), []
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
         raise ValueError(f"no training data at {str(path)!r}; give a .jsonl file of lines such as {_EXAMPLE}.")
-    for place, line in read_lines(path):
-        rows.append(_checked_row(line, place))
+    for place, row in read_json_lines(path, _EXAMPLE):
+        rows.append(_checked_row(row, place))
         if _kind(rows[-1]) != _kind(rows[0]):
             raise ValueError(f"{place}: the file mixes rows of pairs and rows with labels. Split the file.")
     if not rows:
@@ -161,11 +162,7 @@ def _kind(row: Mapping[str, Any]) -> str | None:
     return next((kind for kind, fields in _FIELDS.items() if all(name in row for name in fields)), None)
 
 
-def _checked_row(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}). Write one JSON object per line, such as {_EXAMPLE}.") from error
+def _checked_row(row: Any, where: str) -> Row:
     kind = _kind(row) if isinstance(row, dict) else None
     if kind is None:
         got = f"fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
@@ -178,19 +175,30 @@ def _checked_row(line: str, where: str) -> Row:
     return row
 
 
-def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> Examples:
-    """Tokenize rows: prompt, space and text, end token; at most the last `max_length` tokens."""
+def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, vocabulary: int) -> Examples:
+    """Tokenize rows: prompt, space and text, end token; at most the last `max_length` tokens.
 
-    def encode(row: Row, name: str) -> list[int]:
-        if "prompt" in row:
-            tokens = encode_prompt(tokenizer, row["prompt"]) + encode_response(tokenizer, row[name])
-        else:
-            tokens = end_with(tokenizer, encode_prompt(tokenizer, row[name]))
-        return tokens[-max_length:]
+    Raises ValueError for a token that a model of `vocabulary` ids has no row for.
+    """
+    names = [name for name in _FIELDS[_kind(rows[0]) or ""] if name != "label"]
+    columns = [
+        [end_with(tokenizer, ids)[-max_length:] for ids in _encode_column(tokenizer, rows, name)] for name in names
+    ]
+    for name, column in zip(names, columns, strict=True):
+        check_ids(tokenizer, column, vocabulary, lambda i, name=name: f"the {name} text {rows[i][name][:60]!r}")
+    if len(columns) == 2:
+        return Pairs(list(zip(*columns, strict=True)))
+    return Labeled([(ids, int(row["label"])) for ids, row in zip(columns[0], rows, strict=True)])
 
-    if _kind(rows[0]) == "pairs":
-        return Pairs([(encode(row, "chosen"), encode(row, "rejected")) for row in rows])
-    return Labeled([(encode(row, "text"), int(row["label"])) for row in rows])
+
+def _encode_column(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], name: str) -> list[list[int]]:
+    """The tokens of one text of each row, after its prompt if it has one."""
+    column = encode(tokenizer, [row[name] for row in rows])
+    with_prompt = [index for index, row in enumerate(rows) if "prompt" in row]
+    pairs = encode_pairs(tokenizer, [(rows[index]["prompt"], rows[index][name]) for index in with_prompt])
+    for index, (prompt_ids, response_ids) in zip(with_prompt, pairs, strict=True):
+        column[index] = [*prompt_ids, *response_ids]
+    return column
 
 
 def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -317,7 +325,8 @@ def train_reward_model(
     check_output(Path(output))
     model, tokenizer = load_base(base, config.seed)
     limit = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
-    train, held_out = (encode_rows(tokenizer, part, limit) for part in parts)
+    vocabulary = model.config.get_text_config().vocab_size
+    train, held_out = (encode_rows(tokenizer, part, limit, vocabulary) for part in parts)
     fit(model, train, config)
     scores = score_tokens(model, train.sequences())
     report = RewardReport(

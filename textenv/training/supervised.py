@@ -1,8 +1,7 @@
 """Stage 1 of RLHF: supervised fine-tuning of a causal language model on prompts and responses.
 
-Owns the tokenization for training, shared with reward-model training: the prompt is tokenized alone, the response
-with a space before it, so generation starts from the same prompt tokens as in training. The loop is Transformers'
-Trainer.
+A prompt is tokenized alone and the response behind it, so generation starts from the same prompt tokens as in training.
+The loop is Transformers' Trainer.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
+
+from textenv.models.encoding import check_ids, encode_pairs, end_with
+from textenv.settings import check_types
 
 IGNORED = -100  # label of a token without loss; fixed by Transformers
 
@@ -35,27 +38,19 @@ class SupervisedConfig:
     max_length: int = 512  # tokens per sequence; longer sequences lose the end of the response
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "batch_size", "max_length"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        check_types(self)
+        check_training(self)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The tokens of a prompt, with the begin token if the tokenizer adds one."""
-    return list(tokenizer(prompt).input_ids)
-
-
-def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """The tokens of a response after a prompt: a space, the response, the end token."""
-    return end_with(tokenizer, tokenizer(" " + response, add_special_tokens=False).input_ids)
-
-
-def end_with(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[int]:
-    """Append the end token. Raises ValueError for a tokenizer without one."""
-    end = tokenizer.eos_token_id
-    if not isinstance(end, int):
-        raise ValueError(f"the tokenizer needs one end token, got {end!r}; set tokenizer.eos_token.")
-    return [*tokens, end]
+def check_training(config: Any) -> None:
+    """Raise ValueError for settings of a training, of either stage, that are out of range."""
+    for name in ("learning_rate", "epochs", "batch_size", "max_length"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}.")
+    if config.weight_decay < 0:
+        raise ValueError(f"weight_decay must be 0 or more, got {config.weight_decay}.")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed must be 0 or more and below 2^32, got {config.seed}.")
 
 
 def fine_tune(
@@ -72,8 +67,15 @@ def fine_tune(
     responses falls faster with them (1.96 against 2.05 nats after 300 steps).
 
     optimizer: replaces AdamW, over the model's parameters; the schedule scales its learning rates.
+
+    Raises ValueError, before training, for a token that the model has no row for.
     """
-    rows = [_row(tokenizer, prompt, response, config.max_length) for prompt, response in pairs]
+    rows = [
+        {"input_ids": [*prompt_ids, *end_with(tokenizer, response_ids)][: config.max_length]}
+        for prompt_ids, response_ids in encode_pairs(tokenizer, pairs)
+    ]
+    vocabulary = model.config.get_text_config().vocab_size
+    check_ids(tokenizer, [row["input_ids"] for row in rows], vocabulary, lambda i: f"pair {i} {str(pairs[i])[:80]}")
     rows = grouped_by_length(rows, config.batch_size, config.seed)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -109,11 +111,6 @@ STOCK_ARGUMENTS = {
     "dataloader_pin_memory": torch.cuda.is_available(),
     "disable_tqdm": False,
 }
-
-
-def _row(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, max_length: int) -> dict[str, list[int]]:
-    tokens = encode_prompt(tokenizer, prompt) + encode_response(tokenizer, response)
-    return {"input_ids": tokens[:max_length]}
 
 
 def grouped_by_length(rows: list[dict[str, list[int]]], batch_size: int, seed: int) -> list[dict[str, list[int]]]:

@@ -13,7 +13,7 @@ from textenv.generation import generate, response_log_probs, score_responses
 from textenv.models.decoding import CachedDecoder, Decoder
 from textenv.models.language_model import LanguageModel, response_logits
 from textenv.models.sampling import Sampling
-from textenv.prompts.tokenized import pad_token_id, tokenize
+from textenv.prompts.tokenized import PromptTokenizer, pad_token_id
 from textenv.state import TextState, start
 from textenv.task import build_task
 
@@ -43,7 +43,7 @@ def plain_logits(model, ids):
 
 def prompt_state(extra, texts=TEXTS, new_tokens=R):
     """The state before the first token, with `extra` columns more than the longest prompt needs."""
-    prompts = tokenize(texts, tiny.tokenizer(), max(map(len, texts)) + extra)
+    prompts = PromptTokenizer(tiny.tokenizer(), tiny.VOCABULARY, max(map(len, texts)) + extra)(texts)
     return start(prompts.input_ids, prompts.attention_mask, new_tokens, tiny.PAD)
 
 
@@ -334,4 +334,5 @@ def test_vocabulary_and_pad(model):
     """V is the width of the logits, which may exceed the tokenizer's; without a pad token the pad id is 0."""
     lm = LanguageModel(model, tiny.tokenizer(), (tiny.END,))
     assert lm.vocabulary == tiny.VOCABULARY == plain_logits(model, [1]).shape[-1] > len(tiny.tokenizer())
-    assert (pad_token_id(tiny.tokenizer()), pad_token_id(tiny.tokenizer(None))) == (tiny.PAD, 0)  # type: ignore[arg-type]
+    pads = [pad_token_id(tiny.tokenizer(pad), lm.vocabulary) for pad in ("<pad>", None)]  # type: ignore[arg-type]
+    assert pads == [tiny.PAD, 0]

@@ -5,13 +5,15 @@ import sys
 import types
 from dataclasses import replace
 
+import gymnasium as gym
+import numpy as np
 import pytest
 
-from tests.support import tiny
-from textenv import TextGenConfig, build_task
+from tests.support import tiny, tiny_tokenizers
+from textenv import LanguageModel, TextGenConfig, build_task
 from textenv.models.loading import shared
 from textenv.prompts.sources import read_prompts
-from textenv.prompts.tokenized import tokenize, tokenize_chats
+from textenv.prompts.tokenized import PromptTokenizer, pad_token_id
 
 
 @pytest.fixture
@@ -25,6 +27,16 @@ def module(monkeypatch):
     module.needs_path = lambda path: [path]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_prompts", module)
     return module
+
+
+def tokenize(prompts, tokenizer, width, places=()):
+    """Texts as prompts of a model that has a row for every token."""
+    return PromptTokenizer(tokenizer, len(tokenizer), width)(prompts, places)
+
+
+def tokenize_chats(prompts, tokenizer, width, places=(), **arguments):
+    """Chats as prompts of such a model; arguments: of the template."""
+    return PromptTokenizer(tokenizer, len(tokenizer), width, True, arguments)(prompts, places)
 
 
 def write(folder, text):
@@ -61,7 +73,7 @@ def test_datasets_column():
     ("lines", "message"),
     [
         ('{"prompt": "a"}\nnot json\n', "line 2: not JSON .*one object per line"),
-        ('{"prompt": "a"}\n\n{"text": "b"}\n', 'line 3: no text in the field "prompt", got .*"text"'),
+        ('{"prompt": "a"}\n\n{"text": "b"}\n', "line 3: no text in the field .prompt., got .*'text'"),
         ('{"prompt": 5}\n', 'line 1: no text in the field "prompt"'),
         ('["a"]\n', 'line 1: no text in the field "prompt"'),
         ("\n", "prompts are empty; give at least one"),
@@ -73,6 +85,37 @@ def test_bad_lines(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message) as raised:
         read_prompts(str(path))
     assert str(path) in str(raised.value) or "empty" in message
+
+
+def test_clashing_fields(tmp_path):
+    """A field with the name of an argument of a reward that takes all fields is refused by its line, at `make`."""
+    path = write(tmp_path, '\n{"prompt": "a", "responses": "b"}\n')
+
+    def takes_all(prompts, responses, **fields):
+        return [0.0] * len(prompts)
+
+    def positional(prompts, responses, /, **fields):
+        return [float(len(fields))] * len(prompts)
+
+    model = shared(LanguageModel(tiny.language_model(), tiny.tokenizer(), (tiny.END,)))
+    arguments = dict(reference=model, prompts=path, max_prompt_tokens=4, device="cpu")
+    says = r"'takes_all' takes all fields of the prompts, and their field 'responses' \(.*prompts.jsonl, line 2\) has the name"
+    with pytest.raises(ValueError, match=says):
+        gym.make("TextGen-v0", **arguments, reward=takes_all)
+    env = gym.make("TextGen-v0", **arguments, reward=positional)
+    env.reset(seed=0)
+    assert env.step(tiny.END)[-1]["score"] == 1.0
+    with pytest.raises(
+        ValueError, match=r"needs the prompts' field 'answer', and they have .*\(.*prompts.jsonl, line 2\)"
+    ):
+        gym.make("TextGen-v0", **arguments, reward="textenv.rewards.library:exact_match")
+
+
+def test_half_a_character():
+    """A text that no encoding can write is refused by its number, in lists, chats and the template's output."""
+    for tokenize_any, prompt in ((tokenize, "a\ud83d"), (tokenize_chats, [{"role": "user", "content": "a\ud83d"}])):
+        with pytest.raises(ValueError, match=r"prompt number 1 has half a character, '.ud83d', .*remove it"):
+            tokenize_any(["a", prompt], chat_tokenizer(), 32)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +236,51 @@ def test_bad_prompts_of_a_file(tmp_path):
     assert read_prompts(["a", "b"]).places == ()  # an entry of a list is named by its number
 
 
+@pytest.mark.parametrize("kind", ["wordpiece", "metaspace", "byte_level"])
+def test_prompts_do_not_end(kind):
+    """The end token that a tokenizer appends is no part of a prompt; its start token is, once, also if the text has it."""
+    tokenizer = getattr(tiny_tokenizers, kind)()
+    start, end = {"wordpiece": ("[CLS]", "[SEP]"), "metaspace": ("<s>", "</s>"), "byte_level": ("", "<end>")}[kind]
+    prompts = tokenize(["the cat", f"{start}the cat"], tokenizer, 9)
+    for row in (0, 1):
+        tokens = tokenizer.convert_ids_to_tokens(prompts.input_ids[row][prompts.attention_mask[row]].tolist())
+        assert (tokens.count(start), tokens.count(end)) == (int(bool(start)), 0)
+        assert not start or tokens[0] == start
+
+
+def test_filling(monkeypatch):
+    """A pad token that the model has no row for is replaced by 0, in prompts and in the environment's observations."""
+    tokenizer = tiny.tokenizer("<filling>")
+    assert tokenizer.pad_token_id == 258
+    assert [pad_token_id(tokenizer, vocabulary) for vocabulary in (258, 259)] == [0, 258]
+    assert PromptTokenizer(tokenizer, 258, 3)(["a"]).input_ids[0, :2].tolist() == [0, 0]
+    monkeypatch.setitem(tiny.GPT2, "vocab_size", 258)
+    model = LanguageModel(tiny.language_model(), tokenizer, (tiny.END,))
+    env = gym.make("TextGen-v0", reference=shared(model), reward=len_reward, prompts=["a"], max_prompt_tokens=3)
+    ids = env.reset(seed=0)[0]["input_ids"]
+    assert ids.max() < 258 and ids[:2].tolist() == [0, 0] and np.isfinite(env.step(65)[1])
+
+
+def len_reward(prompts, responses):
+    """The length of each response."""
+    return [float(len(response)) for response in responses]
+
+
+def test_added_tokens_that_the_model_lacks(tmp_path):
+    """A prompt with a token that was added to the tokenizer alone is refused by its number, its line and the token."""
+    tokenizer = chat_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    path = write(tmp_path, '{"prompt": "a"}\n{"prompt": "b<think>"}\n')
+    rows = read_prompts(path)
+    for chat in (False, True):
+        says = (
+            r"prompt number 1 \(.*prompts.jsonl, line 2\) \('b<think>'\) has the token '<think>' \(id 258\), .*258 ids"
+        )
+        with pytest.raises(ValueError, match=says):
+            PromptTokenizer(tokenizer, 258, 32, chat)(rows.prompts, rows.places)
+        assert len(PromptTokenizer(tokenizer, 259, 32, chat)(rows.prompts, rows.places)) == 2
+
+
 # ---- rows with further fields
 
 ROWS = [
@@ -232,6 +320,7 @@ def test_fields(tmp_path, module):
         ([[{"role": "user", "content": 3}]], "number 0 has type list"),
         ([None], "number 0 has type NoneType"),
         ({"a", "b"}, "prompts must be a list.*got set"),
+        ([{"prompt": "a", 1: 2}], "the fields of a prompt must have names; number 0 has the field 1"),
         (iter(["a"]), "prompts must be a list.*got list_iterator"),
         (lambda: {"a"}, "<lambda> must return a list of prompts, got set"),
     ],
@@ -292,6 +381,77 @@ def test_bad_chats():
         tokenize_chats([" "], chat_tokenizer(), 32)
     with pytest.raises(ValueError, match="prompt number 0 has 9 tokens, more than max_prompt_tokens=8"):
         tokenize_chats(["hi"], chat_tokenizer(), 8)
+
+
+def test_one_start_token_in_chats():
+    """The template's start token is the only one, though the tokenizer would add one and an end token too."""
+    tokenizer = tiny_tokenizers.metaspace()
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    prompts = tokenize_chats(["the cat"], tokenizer, 9)
+    tokens = tokenizer.convert_ids_to_tokens(prompts.input_ids[0][prompts.attention_mask[0]].tolist())
+    assert (tokens.count("<s>"), tokens[0], tokens.count("</s>")) == (1, "<s>", 0)
+
+
+THINKING = "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}{{ tools[0].name if tools }}"
+
+
+def test_template_arguments():
+    """Arguments reach the template; those that it does not read, or that the environment decides, are refused."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = THINKING
+
+    def text(**arguments):
+        prompts = tokenize_chats(["hi"], tokenizer, 32, **arguments)
+        return tokenizer.decode(prompts.input_ids[0][prompts.attention_mask[0]])
+
+    assert text() == text(enable_thinking=False) == "hi"
+    assert text(enable_thinking=True) == "hi<think>"
+    assert text(tools=[{"name": "clock"}]) == "hiclock"
+    for name, says in [
+        ("enable_thinkin", "has 'enable_thinkin', which the reference's chat template does not read"),
+        ("tokenize", "has 'tokenize', which the environment decides; leave it out"),
+        ("messages", "has 'messages', which the environment decides"),
+        ("add_generation_prompt", "has 'add_generation_prompt', which the environment decides"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            text(**{name: True})
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_template_arguments_of_the_environment(settings, tmp_path):
+    """`gym.make` takes them as a mapping that JSON can hold, with `chat=True`, for its prompts and those of `reset`."""
+    folder = tiny.save(tiny.language_model("gpt2"), tmp_path)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = THINKING
+    tokenizer.save_pretrained(folder)
+    settings = {**settings, "reference": folder, "prompts": ["hi"]}
+    env = gym.make("TextGen-v0", **settings, chat=True, chat_template_kwargs={"enable_thinking": True})
+    again = gym.make(gym.envs.registration.EnvSpec.from_json(env.spec.to_json()))
+    for env_, options in ((env, None), (env, {"prompt": "hi"}), (again, None)):
+        observation, _ = env_.reset(seed=0, options=options)
+        assert tokenizer.decode(observation["input_ids"][observation["attention_mask"] > 0]) == "hi<think>"
+    for value, says in [
+        ({"enable_thinking": True}, r"chat_template_kwargs=.*'enable_thinking': True.* only with chat=True"),
+        (3, "chat_template_kwargs must be a mapping or None, got 3"),
+        ({1: 2}, "chat_template_kwargs must be a mapping of names"),
+        ({"enable_thinking": object()}, "chat_template_kwargs must hold what JSON can"),
+        ({"enable_thinking": float("nan")}, "chat_template_kwargs must hold what JSON can"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            gym.make("TextGen-v0", **settings, chat="only with" not in says, chat_template_kwargs=value)
+
+
+def test_templates_that_fail():
+    """Whatever a template raises names the prompt; so does one that is not valid."""
+    for template, says in [
+        ("{{ 1 // 0 }}", "division|modulo"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ 'a' + 1 }}", "str"),
+    ]:
+        tokenizer = tiny.tokenizer()
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=rf"the chat template refuses prompt number 0 \(.*({says}).*\); use"):
+            tokenize_chats(["hi"], tokenizer, 32)
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from textenv.config import TextGenConfig
+from textenv.models.encoding import encode, encode_pairs
 from textenv.reviews.card import folder_megabytes
 from textenv.reviews.gold import gold, rate
 from textenv.reviews.grammar import lexicon, words
@@ -28,7 +29,6 @@ from textenv.reviews.prompts import Request, held_out_prompts, parse_prompt, pro
 from textenv.reviews.sampling import MAX_NEW_TOKENS, Sample, sample_responses
 from textenv.reviews.weights import REWARD_MODEL, SUPERVISED
 from textenv.training.reward_model import score_tokens
-from textenv.training.supervised import encode_prompt, encode_response
 
 KETTLE = "Review of the kettle (noise, price):"
 
@@ -281,20 +281,17 @@ def test_tokenizer(tokenizer) -> None:
 
 def test_token_budgets(tokenizer) -> None:
     """Prompts take at most 20 tokens; at least 97% of the reviews end within 48."""
-    assert max(len(encode_prompt(tokenizer, p)) for p in train_prompts() + held_out_prompts()) <= 20
-    lengths = [len(encode_response(tokenizer, review)) for _, review in _corpus(1000, seed=9)]
-    assert statistics.mean(length <= MAX_NEW_TOKENS for length in lengths) >= 0.97
+    assert max(map(len, encode(tokenizer, train_prompts() + held_out_prompts()))) <= 20
+    lengths = [len(response) for _, response in encode_pairs(tokenizer, _corpus(1000, seed=9))]
+    assert statistics.mean(length < MAX_NEW_TOKENS for length in lengths) >= 0.97  # one more is the end token
 
 
 def test_prompt_and_response_tokens_join(tokenizer) -> None:
-    """Tokens of prompt and response side by side are the tokens of training, and decode to the whole text."""
-    prompt, review = _corpus(1, seed=10)[0]
-    joined = tokenizer(prompt).input_ids + tokenizer(" " + review).input_ids
-    assert encode_prompt(tokenizer, prompt) + encode_response(tokenizer, review) == [
-        *joined,
-        tokenizer.eos_token_id,
-    ]
-    assert tokenizer.decode(joined) == f"{prompt} {review}"
+    """Tokens of prompt and response, each tokenized alone, are those of training, and decode to the whole text."""
+    corpus = _corpus(300, seed=10)
+    for (prompt, review), (prompt_ids, response_ids) in zip(corpus, encode_pairs(tokenizer, corpus), strict=True):
+        assert (prompt_ids, response_ids) == (tokenizer(prompt).input_ids, tokenizer(" " + review).input_ids)
+        assert tokenizer.decode(prompt_ids + response_ids) == f"{prompt} {review}"
 
 
 def test_supervised_model_writes_the_grammar(samples: list[Sample]) -> None:
@@ -313,7 +310,7 @@ def test_reward_model_orders_fresh_pairs(tokenizer, samples: list[Sample]) -> No
     model = AutoModelForSequenceClassification.from_pretrained(REWARD_MODEL)
     choices = compare(list(zip(samples[::2], samples[1::2], strict=True)), noise=0.5, seed=11)
     sequences = [
-        encode_prompt(tokenizer, sample.prompt) + sample.tokens
+        tokenizer(sample.prompt).input_ids + sample.tokens
         for sample in [choice.chosen for choice in choices] + [choice.rejected for choice in choices]
     ]
     figures = measure_reward_model(choices, score_tokens(model, sequences).tolist(), noise=0.5)

@@ -1,6 +1,7 @@
 """Reward models, function rewards, weighted sums, and the decoded texts that they receive."""
 
 import math
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torchrl.envs import check_env_specs
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from tests.support import tiny
+from tests.support import tiny, tiny_tokenizers
 from tests.support.episodes import written
 from tests.support.tiny import sentencepiece_tokenizer
 from textenv import TextGenConfig, build_task, shared
@@ -125,6 +126,66 @@ def test_encoder_reward_model():
         with torch.no_grad():
             wanted = model(input_ids=torch.tensor([own(text).input_ids])).logits[0, 0]
         assert got[row].item() == pytest.approx(wanted.item(), abs=TOLERANCE)
+
+
+def ids_seen(monkeypatch, reward, batch):
+    """The rows of ids that a reward model is called with, without padding."""
+    seen = []
+
+    def outputs(self, input_ids, attention_mask):
+        seen.extend(row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True))
+        return torch.zeros(len(input_ids), 1)
+
+    monkeypatch.setattr(RewardModel, "_outputs", outputs)
+    reward(batch)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "byte_level", "wordpiece"])
+@pytest.mark.parametrize("decoder", [True, False])
+def test_end_tokens_in_reward_texts(monkeypatch, kind, decoder):
+    """A decoder sees its end token once, where the response stopped, though its tokenizer appends one to every text.
+
+    An encoder sees what its tokenizer puts around a text at every response, as in its training.
+    """
+    own, tokenizer = getattr(tiny_tokenizers, kind)(), tiny.tokenizer()
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    encoder = BertForSequenceClassification(BertConfig(vocab_size=300, num_labels=1, **sizes)).eval()
+    model = tiny.reward_model() if decoder else encoder
+    prompts = [tokenizer("the cat").input_ids] * 2
+    responses = [[*tokenizer(" sat on").input_ids, tiny.END], tokenizer(" sat on the mat").input_ids]
+    batch = replace(written(prompts, responses, tokenizer), stopped=torch.tensor([True, False]))
+    stopped, cut = ids_seen(monkeypatch, RewardModel(model, tokenizer=own), batch)
+    whole = [own(text).input_ids for text in ("the cat sat on", "the cat sat on the mat")]
+    assert whole[0][-1] == own.eos_token_id != whole[0][-2]
+    assert [stopped, cut] == ([whole[0], whole[1][:-1]] if decoder else whole)
+
+
+def test_encoder_with_the_policys_tokenizer(monkeypatch):
+    """It sees the policy's tokens, with the end tokens that the tokenizer puts after every text, once."""
+    tokenizer = tiny_tokenizers.wordpiece()
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    model = BertForSequenceClassification(BertConfig(vocab_size=300, num_labels=1, **sizes)).eval()
+    whole = tokenizer("the cat sat on").input_ids
+    batch = written([whole[:3], whole[:3]], [whole[3:], whole[3:-1]], tokenizer)
+    batch = replace(batch, stopped=torch.tensor([True, False]))
+    assert ids_seen(monkeypatch, RewardModel(model), batch) == [whole, whole]
+    got = RewardModel(model)(batch).total
+    assert got.shape == (2,)
+
+
+def test_reward_texts_with_tokens_that_the_model_lacks():
+    """A text with a token added to the reward model's tokenizer alone is named with its prompt and response."""
+    own, tokenizer = shuffled_tokenizer(), tiny.tokenizer()
+    own.add_tokens(["<new>"] * 1)
+    model = tiny.reward_model()
+    own_ids = own("<new>").input_ids
+    model.resize_token_embeddings(own_ids[0])
+    batch = written([tokenizer("a").input_ids], [tokenizer("<new>").input_ids], tokenizer, stopped=False)
+    with pytest.raises(ValueError, match=r"reward 'rm': row 0 \(prompt 'a', response '<new>'\) has the token '<new>'"):
+        RewardModel(model, tokenizer=own, name="rm")(batch)
+    model.resize_token_embeddings(own_ids[0] + 1)
+    assert torch.isfinite(RewardModel(model, tokenizer=own)(batch).total).all()
 
 
 def test_actor_wider_than_reward_model(settings, kind, tmp_path):

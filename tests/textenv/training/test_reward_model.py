@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import textenv.training.reward_model
+from tests.support import tiny_tokenizers
 from textenv.rewards.reward_model import last_token_scores
 from textenv.training.reward_model import (
     Labeled,
@@ -37,7 +38,7 @@ from textenv.training.reward_model import (
     split_rows,
     train_reward_model,
 )
-from textenv.training.supervised import SupervisedConfig, encode_prompt, encode_response, fine_tune
+from textenv.training.supervised import SupervisedConfig, fine_tune
 
 WORDS = ["good", "bad", "a", "b", "c", "d"]
 FAST = RewardConfig(learning_rate=1e-2, epochs=2, batch_size=16, max_length=16, held_out=0.25)
@@ -154,12 +155,74 @@ def test_fine_tuning_learns_the_response(tmp_path: Path) -> None:
 def test_sequences() -> None:
     """Prompt tokens, text tokens, end token, at most the last `max_length`; without a prompt, no leading space."""
     tokenizer = _tokenizer()
-    assert encode_prompt(tokenizer, "a b") == [2, 3]
-    assert encode_response(tokenizer, "good") == [0, 7]
-    pairs = encode_rows(tokenizer, [{"prompt": "a b", "chosen": "good", "rejected": "bad c d"}], max_length=5)
+    pairs = encode_rows(tokenizer, [{"prompt": "a b", "chosen": "good", "rejected": "bad c d"}], 5, 8)
     assert isinstance(pairs, Pairs) and pairs.rows == [([2, 3, 0, 7], [3, 1, 4, 5, 7])]
-    labeled = encode_rows(tokenizer, [{"text": "good a", "label": 1}], max_length=8)
-    assert isinstance(labeled, Labeled) and labeled.rows == [([0, 2, 7], 1)]
+    rows = [{"text": "good a", "label": 1}, {"prompt": "b", "text": "bad", "label": 0}]
+    labeled = encode_rows(tokenizer, rows, 8, 8)
+    assert isinstance(labeled, Labeled) and labeled.rows == [([0, 2, 7], 1), ([3, 1, 7], 0)]
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "byte_level"])
+def test_sequences_of_a_tokenizer_that_appends_its_end(kind: str) -> None:
+    """The end token is there once, at the end, though the tokenizer appends it to prompts and texts, or the text has it.
+
+    A response is tokenized behind its prompt: under SentencePiece, its first word alone would have two spaces.
+    """
+    tokenizer = getattr(tiny_tokenizers, kind)()
+    end, vocabulary = tokenizer.eos_token_id, len(tokenizer)
+    row = {"prompt": "the cat", "chosen": "sat on", "rejected": "sat on" + tokenizer.eos_token}
+    pairs = encode_rows(tokenizer, [row], 32, vocabulary)
+    labeled = encode_rows(tokenizer, [{"text": "the cat sat on", "label": 1}], 32, vocabulary)
+    assert isinstance(pairs, Pairs) and isinstance(labeled, Labeled)
+    whole = tokenizer("the cat sat on").input_ids  # with the end token
+    assert pairs.rows == [(whole, whole)] and labeled.rows == [(whole, 1)]
+    assert whole.count(end) == 1 and whole[-1] == end
+
+
+def test_tokens_that_the_model_lacks(tmp_path: Path) -> None:
+    """A text with a token that the base has no row for is refused before training, in both stages."""
+    base, tokenizer = _base(tmp_path / "base"), _tokenizer()
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(base)
+    rows = [*_pairs(), {"chosen": "a new c", "rejected": "b"}]
+    with pytest.raises(ValueError, match=r"the chosen text 'a new c' has the token 'new' \(id 8\), .*has 8 ids"):
+        train_reward_model(base, _write(tmp_path / "d.jsonl", rows), tmp_path / "rm", FAST)
+    model = LlamaForCausalLM.from_pretrained(base)
+    with pytest.raises(ValueError, match=r"pair 1 \('a', 'new'\) has the token 'new' \(id 8\)"):
+        fine_tune(model, tokenizer, [("a", "b"), ("a", "new")], SupervisedConfig())
+
+
+def test_a_pad_token_that_the_model_lacks(tmp_path: Path) -> None:
+    """A base whose tokenizer pads with a token beyond the model's is padded with its end token instead."""
+    base, tokenizer = _base(tmp_path / "base"), _tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(base)
+    model, loaded = load_base(base, seed=0)
+    assert (tokenizer.pad_token_id, loaded.pad_token_id, model.config.pad_token_id) == (8, 7, 7)
+
+
+def test_nll_of_a_response_under_sentencepiece(tmp_path: Path) -> None:
+    """Supervised training teaches the tokens that continue a prompt, as a policy writes them.
+
+    Trained on "the cat" -> "sat on", the model gives the continuation of the whole text a probability near 1.
+    """
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizers.metaspace()
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=32, eos_token_id=2, bos_token_id=1
+    )
+    model = GPT2LMHeadModel(config)
+    fine_tune(
+        model,
+        tokenizer,
+        [("the cat", "sat on"), ("a dog", "ran")] * 100,
+        SupervisedConfig(learning_rate=1e-2, epochs=10, batch_size=16, max_length=16),
+    )
+    whole, width = tokenizer("the cat sat on").input_ids, len(tokenizer("the cat").input_ids) - 1
+    with torch.no_grad():
+        log_probs = model.eval()(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+    nll = -sum(float(log_probs[at - 1, whole[at]]) for at in range(width, len(whole)))
+    assert nll < 0.5
 
 
 def test_padding_changes_no_score(tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""Checks the values of settings by the types that their dataclass declares."""
+
+from __future__ import annotations
+
+import math
+import os
+import types
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import numpy as np
+
+NAMES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    Path: "a path",
+    Sequence: "a list",
+    Mapping: "a mapping",
+    type(None): "None",
+}
+
+
+def plain(value: Any) -> Any:
+    """A value with NumPy scalars as Python's and paths as texts, also inside lists, tuples and mappings."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value) in (list, tuple):
+        return type(value)(plain(item) for item in value)
+    if isinstance(value, Mapping):
+        return {plain(name): plain(item) for name, item in value.items()}
+    return value
+
+
+def check_types(config: Any, but: Collection[str] = ()) -> None:
+    """Convert the fields of a dataclass to plain values of their declared types, also of a frozen one, in place.
+
+    but: fields to leave alone. Raises ValueError for a value of another type, and for a number that is not finite.
+    """
+    for field in fields(config):
+        if field.name in but:
+            continue
+        declared, value = _types(type(config))[field.name], plain(getattr(config, field.name))
+        try:
+            object.__setattr__(config, field.name, _convert(value, declared))
+        except (TypeError, OverflowError):
+            raise ValueError(f"{field.name} must be {_describe(declared)}, got {value!r}.") from None
+
+
+@cache
+def _types(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _convert(value: Any, declared: Any) -> Any:
+    """The value as the declared type. Raises TypeError or OverflowError if it is of another."""
+    origin, members = typing.get_origin(declared), typing.get_args(declared)
+    if origin in (Union, types.UnionType):
+        return _convert_to_one(value, members)
+    if origin is Literal and value in members:
+        return value
+    if declared is Any or (isinstance(origin, type) and origin is not tuple and isinstance(value, origin)):
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(item, members[0]) for item in value)
+    if declared is Path and isinstance(value, str):
+        return Path(value)
+    if declared is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if declared in (bool, int) and type(value) is declared:
+        return value
+    if isinstance(declared, type) and declared not in (bool, int, float) and isinstance(value, declared):
+        return value
+    raise TypeError
+
+
+def _convert_to_one(value: Any, members: tuple[Any, ...]) -> Any:
+    for member in members:
+        try:
+            return _convert(value, member)
+        except TypeError:
+            continue
+    raise TypeError
+
+
+def _describe(declared: Any) -> str:
+    origin, members = typing.get_origin(declared), typing.get_args(declared)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_describe, members))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, members))}"
+    if origin is tuple:
+        return f"a list, each item {_describe(members[0])}"
+    return NAMES.get(origin or declared, f"a {getattr(declared, '__name__', declared)}")
