@@ -137,9 +137,10 @@ class Collector(Protocol):
 
 
 class Algorithm(Protocol):
-    """A learner: three methods, a flag, and its networks."""
+    """A learner: three methods, a flag, a limit, and its networks."""
 
     on_policy: bool  # learns from each rollout once; otherwise from a replay buffer
+    target_kl: float  # a minibatch with an `approx_kl` above it ends the updates, without its step; 0: none does
     config: Any  # `epochs` if on policy; `buffer_size`, `learning_starts` and `gradient_steps` if not
     networks: Any  # `Networks`
     step_weights: Callable[[Tensor], Tensor]  # mask [B, R] to each step's weight in the minibatch mean, summing to 1
@@ -152,8 +153,8 @@ class Algorithm(Protocol):
         """Loss terms by name, [B, R] each, and diagnostics, each summed over the valid steps."""
         ...
 
-    def after_step(self, metrics: dict[str, float]) -> bool:
-        """Called after each optimizer step. True stops the updates on this rollout."""
+    def after_step(self, metrics: dict[str, float]) -> None:
+        """Called after each optimizer step, with the metrics of its minibatch."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 
 from agents.config import TrainConfig
 from agents.interfaces import Algorithm, Collector, Rollout
@@ -95,11 +96,15 @@ class Trainer:
                 group["lr"] = group["initial_lr"] * (1 - self.iteration / self.config.iterations)
         totals: dict[str, list[float]] = defaultdict(list)
         for minibatch in self._minibatches(rows):
-            metrics = self._step(minibatch)
-            for name, value in metrics.items():
-                totals[name].append(value)
-            if self.algorithm.after_step(metrics):
-                break
+            try:
+                metrics = self._backward(minibatch)
+                for name, value in metrics.items():
+                    totals[name].append(value)
+                if 0 < self.algorithm.target_kl < metrics.get("approx_kl", 0.0):
+                    break
+                self._step(metrics)
+            finally:  # gradients left behind would be added to those of the next step
+                self.optimizer.zero_grad()
         return {name: sum(values) / len(values) for name, values in totals.items()}
 
     def _minibatches(self, rows: TensorDict) -> Iterator[TensorDict]:
@@ -124,13 +129,16 @@ class Trainer:
             parts: Any = shuffled.chunk(max(1, round(len(rows) / self.config.minibatch_size)))
             yield from parts
 
-    def _step(self, minibatch: TensorDict) -> dict[str, float]:
-        """One optimizer step on the mean over a minibatch; micro-batches do not change it."""
+    def _backward(self, minibatch: TensorDict) -> dict[str, float]:
+        """Gradients of the mean over a minibatch, which micro-batches do not change. Returns the metrics.
+
+        Raises ValueError if a loss or a gradient is not finite.
+        """
         minibatch["weight"] = self.algorithm.step_weights(minibatch["mask"])  # [B, R]
         valid, totals = minibatch["mask"].sum(), defaultdict[str, Any](float)
         for batch in self.collector.micro_batches(minibatch):
             terms, diagnostics = self.algorithm.loss(batch)
-            means = (torch.stack(list(terms.values())) * batch["weight"]).flatten(1).sum(1)
+            means = weighted_sums(torch.stack(list(terms.values())), batch["weight"], batch["mask"])
             means.sum().backward()
             for name, mean in zip(terms, means.detach(), strict=True):
                 totals[name] += mean
@@ -138,22 +146,47 @@ class Trainer:
                 totals[name] += value / valid
         metrics = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
         for name, parameters in self.parameters.items():
-            metrics[f"{name}_grad_norm"] = self._clip(name, parameters)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            metrics[f"{name}_grad_norm"] = float(nn.utils.get_total_norm(gradients))
+        self._check_finite(metrics)
         return metrics
 
-    def _clip(self, name: str, parameters: list[nn.Parameter]) -> float:
-        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(total)
-        if not norm < float("inf"):
+    def _check_finite(self, metrics: dict[str, float]) -> None:
+        """Raise ValueError that names the losses, diagnostics and gradients that are not finite."""
+        listed = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        for name, network in self.algorithm.networks.trained.items():
+            if not math.isfinite(metrics[f"{name}_grad_norm"]):
+                listed += [f"the first such gradient of the {name} is that of {_first_not_finite(network)}"]
+        if listed:
             raise ValueError(
-                f"the {name}'s gradient norm is {norm} in iteration {self.iteration + 1}; its step was not taken, and "
-                "the last checkpoint is good. Look at the rewards, or lower learning_rate."
+                f"an update of iteration {self.iteration + 1} is not finite: {'; '.join(listed)}. Its step was not "
+                "taken, and the last checkpoint is good. Look at the rewards, or lower learning_rate."
             )
-        if norm > self.config.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, total)
-        return norm
+
+    def _step(self, metrics: dict[str, float]) -> None:
+        """Clip the gradient of each network to `max_grad_norm`, and take one optimizer step."""
+        for name, parameters in self.parameters.items():
+            norm = metrics[f"{name}_grad_norm"]
+            if norm > self.config.max_grad_norm:
+                nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, torch.tensor(norm))
+        self.optimizer.step()
+        self.algorithm.after_step(metrics)
+
+
+def weighted_sums(terms: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """Sums of loss terms [K, B, R] over the steps of the mask, by weight. weight, mask: [B, R]. Returns [K].
+
+    Steps outside the mask are left out, whatever they hold: 0 · NaN would be NaN.
+    """
+    return (terms.where(mask, 0.0) * weight).flatten(1).sum(1)
+
+
+def _first_not_finite(network: nn.Module) -> str:
+    """The first parameter of a network with a gradient that is not finite."""
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return name
+    return "none alone, only their sum of squares"  # finite entries whose norm overflows
 
 
 def make_optimizer(config: TrainConfig, trained: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:

@@ -35,6 +35,9 @@ import torch
 from torch import Tensor
 
 
+MAX_LOG_RATIO = 20.0  # bound of log-ratios before they are exponentiated; e^20 = 5e8, and float32 overflows at 88
+
+
 def environment_reward(score: Tensor, reference_log_prob: Tensor, kl_coef: float | Tensor) -> Tensor:
     """The reward of `step`: `score_t + β · log π_ref(a_t | s_t)`.
 
@@ -67,8 +70,11 @@ def k2(log_prob: Tensor, reference_log_prob: Tensor) -> Tensor:
 
 
 def k3(log_prob: Tensor, reference_log_prob: Tensor) -> Tensor:
-    """exp(−d) − 1 + d: its mean is the KL, never negative, but huge where π_ref is far above π. Float [...]."""
-    difference = log_prob - reference_log_prob
+    """exp(−d) − 1 + d: its mean is the KL, never negative, but huge where π_ref is far above π. Float [...].
+
+    A d below −20 counts as −20 and has no gradient: there the estimate is e^20, and the exponential would overflow.
+    """
+    difference = (log_prob - reference_log_prob).clamp(min=-MAX_LOG_RATIO)
     return torch.expm1(-difference) + difference
 
 

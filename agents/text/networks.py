@@ -23,7 +23,9 @@ from textenv.rewards.reward_model import RewardModel, reads_every_position
 from textenv.state import position_ids
 from textenv.task import Task
 
-FORBIDDEN = -1e4  # logit of a masked token: exp(-1e4) is 0 in float32, and no gradient turns into NaN
+# Logit of a token without probability, below the largest of its row: exp(-1e4) is 0 in float32, and finite logits keep
+# 0 · log 0 and its gradient free of NaN.
+FORBIDDEN = -1e4
 
 
 class TextActor(nn.Module):
@@ -98,7 +100,9 @@ def _allowed_only(logits: Tensor, batch: TensorDict) -> Tensor:
 
 def forbid(logits: Tensor, allowed: TokenSets) -> Tensor:
     """Logits [B, R, V] with all probability on the allowed tokens of each position [B, R]."""
-    return logits.masked_fill(~allowed.dense(logits.shape[-1]), FORBIDDEN)
+    inside = allowed.dense(logits.shape[-1])  # [B, R, V]
+    largest = logits.detach().masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)  # [B, R, 1], of the allowed ones
+    return torch.where(inside, logits, largest + FORBIDDEN)
 
 
 def certain_outside(logits: Tensor, mask: Tensor) -> Tensor:
