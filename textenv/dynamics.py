@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textenv.kl import environment_reward
+from textenv.kl import environment_reward, not_finite
 from textenv.masks.masks import Masker
 from textenv.models.language_model import CachedDecoder
 from textenv.models.sampling import chosen_log_probs
@@ -28,6 +28,7 @@ from textenv.rewards.base import (
     read_scores,
     token_members,
 )
+from textenv.rewards.normalization import RAW
 from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
 from textenv.task import Task
 
@@ -153,7 +154,7 @@ class TextDynamics:
         # User code (rewards, masks) has run. Only now does the state change, so an error above leaves the step undone.
         self.state, self.running, self.allowed = state, running, allowed
         scores = self._paid_scores(batches, batch_scores)
-        self._update_samplers(ended, scores.total)
+        self._update_samplers(ended, scores.total if self.task.normalizer is None else scores.parts[RAW])
         if self.reference is not None and bool(running.any()):
             self.reference.advance(state)
         reward = environment_reward(scores.final + token_reward, reference_log_prob, self.task.config.kl_coef)
@@ -174,6 +175,7 @@ class TextDynamics:
             )
 
     def _update_samplers(self, ended: Tensor, score: Tensor) -> None:
+        """Record raw scores: normalized ones of different times are in different units."""
         for row in ended.nonzero()[:, 0].tolist():
             if self.episode_prompts[row].index >= 0:
                 self.samplers[row].update([self.episode_prompts[row].index], [float(score[row])])
@@ -194,7 +196,13 @@ class TextDynamics:
         if self.reference is None:
             return torch.zeros(self.rows, device=self.task.device)
         tokens = tokens.where(active, 0)
-        return chosen_log_probs(self.reference.logits, tokens, self.task.config.temperature).where(active, 0.0)
+        log_prob = chosen_log_probs(self.reference.logits, tokens, self.task.config.temperature).where(active, 0.0)
+        finite = log_prob.isfinite()
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            place = f"row {row}, token {int(self.state.generated_length[row])} (id {int(tokens[row])})"
+            raise not_finite("the reference's log-probability", log_prob[row], place)
+        return log_prob
 
     def _batches(self, state: TextState, code: Tensor, chosen: Tensor) -> list[RowBatch]:
         """The responses in the rows of `chosen` (bool [B]), one batch per set of prompt fields.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from textenv.kl import environment_reward, exact_kl
+from textenv.kl import check_finite_steps, environment_reward, exact_kl, not_finite
 from textenv.masks.masks import Masker
 from textenv.masks.token_sets import TokenSets
 from textenv.models.language_model import CachedDecoder, response_logits
@@ -73,6 +73,7 @@ def generate(
     allowed_sets: list[TokenSets] = []
     for step in range(budget):
         running, logits = code == RUNNING, decoder.logits  # [B], [b, V]
+        _check_logits(logits, running, cached, step)
         if masker is not None:
             texts = [prompts.texts[row] for row in cached.tolist()]
             allowed = masker.allowed(state.select(cached), texts, running[cached])  # [b, V]
@@ -94,6 +95,15 @@ def generate(
         for each in decoders:
             each.advance(state.select(cached))
     return Generation(state, log_prob, _pad_steps(allowed_sets, rows, budget) if allowed_sets else None)
+
+
+def _check_logits(logits: Tensor, running: Tensor, cached: Tensor, step: int) -> None:
+    """Raise ValueError for logits [b, V] of the rows `cached` [b] that no token can be sampled from."""
+    largest = logits.amax(-1)  # [b]; not finite if a logit is NaN or ∞, or if all are −∞
+    bad = running[cached] & ~largest.isfinite()
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise not_finite("the largest of the policy's logits", largest[row], f"row {int(cached[row])}, token {step}")
 
 
 def _pad_steps(sets: list[TokenSets], rows: int, budget: int) -> TokenSets:
@@ -155,7 +165,10 @@ def response_log_probs(model: PreTrainedModel, state: TextState, temperature: fl
     """
     with torch.no_grad():
         rows = torch.arange(len(state.length), device=state.length.device)
-        return torch.cat([_log_probs(model, state.select(part), temperature) for part in rows.split(rows_per_pass)])
+        parts = [_log_probs(model, state.select(part), temperature) for part in rows.split(rows_per_pass)]
+        log_prob = torch.cat(parts)
+    check_finite_steps(log_prob, "the model's log-probability", rows.tolist())
+    return log_prob
 
 
 @torch.no_grad()
@@ -173,7 +186,9 @@ def response_kl(
     """
     rows = torch.arange(len(generation.log_prob), device=generation.log_prob.device)
     parts = [_exact_kl((model, reference), generation, part, temperature) for part in rows.split(rows_per_pass)]
-    return torch.cat(parts)
+    kl = torch.cat(parts)
+    check_finite_steps(kl, "the exact KL of the policy to the reference", rows.tolist())
+    return kl
 
 
 def _exact_kl(
@@ -222,4 +237,5 @@ def _score_pass(
         reference_log_prob = torch.zeros(mask.shape, device=mask.device)
     else:
         reference_log_prob = _log_probs(task.reference.model, state, task.config.temperature)
+        check_finite_steps(reference_log_prob, "the reference's log-probability", rows)
     return _Pass(scores, reference_log_prob, code, batch.responses)

@@ -29,6 +29,7 @@ from textenv.kl import ESTIMATORS, EXACT, AdaptiveKL, Controller, FixedKL, penal
 from textenv.masks.masks import MaskPolicy
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
+from textenv.rewards.normalization import RAW
 from textenv.task import Task
 
 
@@ -209,7 +210,9 @@ class TextCollector:
         indices = self.sampler.draw(self.prompt_generator, self.config.rollout_size)
         prompts, rows = self.prompts.select(indices), self.config.micro_batch_size
         rollout = collect(self.task, language_model_of(policy), prompts, self.sampling_generator, rows, self.penalty())
-        self.sampler.update(indices, rollout.data["score"].tolist())
+        # Raw scores: normalized ones of different times are in different units.
+        raw = rollout.scored.score if self.task.normalizer is None else rollout.scored.score_parts[RAW]
+        self.sampler.update(indices, raw.tolist())
         if self.task.reference is not None:
             kl, lengths = rollout.data["kl"], rollout.data["mask"].sum(1)
             rollout.metrics.update(self.controller.update(float(kl.sum()), int(lengths.sum()), len(lengths)))

@@ -74,12 +74,15 @@ def test_order_of_prompts(settings):
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-def test_the_curriculum_receives_scores(settings):
-    """The prompt sampler receives the mean score of each prompt in the rollout."""
-    trainer = make_trainer({**settings, "prompt_sampling": "prioritized", "group_size": 2})
+@pytest.mark.parametrize("normalization", ["none", "running"])
+def test_the_curriculum_receives_scores(settings, normalization):
+    """The prompt sampler receives the mean raw score of each prompt in the rollout."""
+    changes = dict(prompt_sampling="prioritized", group_size=2, score_normalization=normalization)
+    trainer = make_trainer(settings | changes)
     rollout = next(trainer.iterate()).rollout
     means: dict[str, list[float]] = {}
-    for text, score in zip(rollout.prompts, rollout.data["score"].tolist(), strict=True):
+    scores = rollout.data["score"] if normalization == "none" else rollout.scored.score_parts["raw"]
+    for text, score in zip(rollout.prompts, scores.tolist(), strict=True):
         means.setdefault(text, []).append(score)
     state = trainer.state_dict()["collector"]["sampler"]["sampler"]
     for text, returns in zip(trainer.collector.prompts.texts, state["returns"], strict=True):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textenv.kl import not_finite
 from textenv.models.language_model import CachedDecoder
 from textenv.models.sampling import Sampling, log_probs
 from textenv.models.token_texts import TokenTexts
@@ -235,6 +236,9 @@ class Masker:
         allowed = result[rows]
         for mask, decoder in zip(self.masks, self._refreshed(state), strict=True):
             logits = None if decoder is None else decoder.logits[rows]
+            if logits is not None and not bool((finite := logits.amax(-1).isfinite()).all()):
+                row = int((~finite).nonzero()[0])
+                raise not_finite(f"the largest logit of action mask {mask.name!r}", logits[row].amax(), f"row {rows[row]}")
             by_mask = mask.allowed(Contexts(running_prompts, running_state, logits))
             _check_allowed(mask.name, by_mask, len(rows), self.vocabulary)
             allowed &= by_mask.to(allowed.device)
