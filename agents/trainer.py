@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from agents.config import TrainConfig
 from agents.interfaces import Algorithm, Collector, Rollout
 from agents.replay import Replay
+from textenv.state import own_settings
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Trainer:
         if self.replay is not None:
             self.replay.load_state_dict(state["replay"])
 
+    @own_settings(gradients=True)
     def _iterate(self) -> Iteration:
         started = time.perf_counter()
         rollout = self.collector.collect(self.algorithm.networks.policy)

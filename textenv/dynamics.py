@@ -29,7 +29,7 @@ from textenv.rewards.base import (
     token_members,
 )
 from textenv.rewards.normalization import RAW
-from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
+from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, own_settings, start
 from textenv.task import Task
 
 
@@ -66,6 +66,7 @@ RowBatch = tuple[Tensor, ResponseBatch]  # indices of rows, int64 [b], and their
 class TextDynamics:
     """B episodes side by side. Rows may be at different steps and restart at different times."""
 
+    @own_settings()
     def __init__(self, task: Task, rows: int) -> None:
         self.task, self.rows = task, rows
         self.episode_prompts = [EpisodePrompt() for _ in range(rows)]
@@ -103,6 +104,7 @@ class TextDynamics:
         """Start new episodes in these rows, from the task's prompts of these indices."""
         return self.begin(rows, self.task.prompts.select(prompt_indices), prompt_indices)
 
+    @own_settings()
     def begin(self, rows: Sequence[int], prompts: Prompts, prompt_indices: Sequence[int]) -> TextState:
         """Start new episodes in these rows, from any prompts; an index is -1 for a prompt that is not the task's.
 
@@ -125,12 +127,14 @@ class TextDynamics:
         self.running = self.running | started
         return self.state
 
+    @own_settings()
     def action_mask(self) -> Tensor:
         """Which tokens may come next, bool [B, V]. All of them where no episode is running or no mask is set."""
         if self.masker is not None and self.masker.outdated():
             self.allowed = self._masks(self.masker, self.state, self.running)
         return self.allowed
 
+    @own_settings()
     def step(self, tokens: Tensor, active: Tensor | None = None) -> Transition:
         """Append one token to every active row, and pay for it.
 

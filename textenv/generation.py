@@ -22,7 +22,7 @@ from textenv.models.language_model import CachedDecoder, response_logits
 from textenv.models.sampling import Sampling, chosen_log_probs, sample
 from textenv.prompts.tokenized import Prompts
 from textenv.rewards.base import ResponseBatch, Scores, concatenate, read_scores
-from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
+from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, own_settings, start
 from textenv.task import Task
 
 
@@ -52,7 +52,7 @@ class ScoredResponses:
         return FINISH_REASONS[int(self.finish_code[row])]
 
 
-@torch.no_grad()
+@own_settings()
 def generate(
     task: Task, model: PreTrainedModel, prompts: Prompts, sampling: Sampling, generator: torch.Generator
 ) -> Generation:
@@ -115,7 +115,7 @@ def _pad_steps(sets: list[TokenSets], rows: int, budget: int) -> TokenSets:
     return TokenSets.stack(sets + [empty] * (budget - len(sets)))
 
 
-@torch.no_grad()
+@own_settings()
 def score_responses(
     task: Task,
     state: TextState,
@@ -158,20 +158,20 @@ def score_responses(
     )
 
 
+@own_settings()
 def response_log_probs(model: PreTrainedModel, state: TextState, temperature: float, rows_per_pass: int = 64) -> Tensor:
     """Log-probabilities of responses under `model`, by full forwards without gradients.
 
     Returns float32 [B, R], zero at tokens not generated.
     """
-    with torch.no_grad():
-        rows = torch.arange(len(state.length), device=state.length.device)
-        parts = [_log_probs(model, state.select(part), temperature) for part in rows.split(rows_per_pass)]
-        log_prob = torch.cat(parts)
+    rows = torch.arange(len(state.length), device=state.length.device)
+    parts = [_log_probs(model, state.select(part), temperature) for part in rows.split(rows_per_pass)]
+    log_prob = torch.cat(parts)
     check_finite_steps(log_prob, "the model's log-probability", rows.tolist())
     return log_prob
 
 
-@torch.no_grad()
+@own_settings()
 def response_kl(
     model: PreTrainedModel,
     reference: PreTrainedModel,

@@ -22,6 +22,7 @@ from textenv.reviews.weights import REWARD_MODEL, SUPERVISED
 from textenv.rewards.base import Reward
 from textenv.rewards.build import RewardContext, build_reward, check_fields
 from textenv.rewards.normalization import Normalizer, make_normalizer, paid_part_names
+from textenv.state import own_settings
 
 
 class ReferenceLoader:
@@ -30,6 +31,7 @@ class ReferenceLoader:
     def __init__(self, config: TextGenConfig, device: torch.device, loaded: LanguageModel | None) -> None:
         self.config, self.device, self.loaded = config, device, loaded
 
+    @own_settings()
     def __call__(self) -> LanguageModel:
         """The reference. Every call returns the same object."""
         if self.loaded is None:
@@ -72,6 +74,7 @@ class Task:
         """The task with normalization frozen at its current statistics."""
         return self if self.normalizer is None else replace(self, normalizer=self.normalizer.with_frozen_statistics())
 
+    @own_settings()
     def read_prompts(self, source: Any) -> Prompts:
         """Read and tokenize prompts from any source that the argument `prompts` takes.
 
@@ -87,6 +90,7 @@ class Task:
         return make_sampler(strategy, len(prompts), prompts.fields.get("weight"), self.config.group_size)
 
 
+@own_settings()
 def build_task(config: TextGenConfig) -> Task:
     """Load models and prompts. Raises ValueError for settings that would fail later."""
     rows = read_prompts(train_prompts if config.prompts is None else config.prompts)

@@ -18,6 +18,7 @@ from torch import nn
 
 from agents.control.config import ControlConfig
 from agents.control.environments import Environments
+from textenv.state import own_settings
 
 ON_POLICY = ("observation", "action", "action_log_prob", "mask", "state_value", "advantage", "value_target")
 OFF_POLICY = ("observation", "next_observation", "action", "reward", "done", "terminated", "mask")
@@ -49,7 +50,7 @@ class ControlCollector:
         self.observation: np.ndarray | None = None  # [B, D]; None: reset before the next step
         self.generator = torch.Generator().manual_seed(seed)
 
-    @torch.no_grad()
+    @own_settings()
     def collect(self, policy: Any) -> ControlRollout:
         """Run `steps` steps in every environment."""
         env, shape = self.environments.env, (self.config.steps, self.config.num_envs)

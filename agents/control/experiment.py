@@ -16,6 +16,7 @@ from agents.control.environments import Environments
 from agents.control.networks import ControlNetworkFactory
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, RED, Panel
 from agents.trainer import Trainer
+from textenv.state import own_settings
 
 EVALUATION_SEED = 1_000_000  # every evaluation starts from the same initial states
 LONGEST = 10_000  # maximum length of an evaluation episode in an environment without a time limit
@@ -120,7 +121,7 @@ def check_checkpoints(config: TrainConfig, settings: ControlConfig, limit: int |
         )
 
 
-@torch.no_grad()
+@own_settings()
 def run_episodes(environments: Environments, policy: Any) -> Evaluation:
     """Run the deterministic policy for one episode in every environment."""
     env, space = environments.env, environments.env.single_action_space

@@ -18,7 +18,7 @@ from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
 from textenv.reviews.gold import gold as gold_of_reviews
 from textenv.reviews.prompts import held_out_prompts
-from textenv.state import STOP
+from textenv.state import STOP, own_settings
 from textenv.task import Task
 
 Gold = Callable[[list[str], list[str]], Sequence[float]]
@@ -49,6 +49,7 @@ class Evaluation:
         return numbers if self.gold is None else numbers | {"gold": mean(self.gold)}
 
 
+@own_settings()
 def evaluate(
     task: Task,
     model: PreTrainedModel,

@@ -20,7 +20,7 @@ from agents.objectives.actor_critic import Categorical
 from textenv.masks.token_sets import TokenSets
 from textenv.models.language_model import response_logits
 from textenv.rewards.reward_model import RewardModel, reads_every_position
-from textenv.state import position_ids
+from textenv.state import own_settings, position_ids
 from textenv.task import Task
 
 # Logit of a token without probability, below the largest of its row: exp(-1e4) is 0 in float32, and finite logits keep
@@ -153,20 +153,23 @@ class TextNetworkFactory:
         self.alpha = task.config.kl_coef
         self.q_networks = 0  # built so far
 
+    @own_settings(gradients=True)
     def actor(self) -> TextActor:
         """A policy that starts as the reference."""
         return make_actor(self.task)
 
+    @own_settings(gradients=True)
     def critic(self) -> TextCritic:
         """A critic with the chosen start."""
         return make_critic(self.task, self.start, self.seed)
 
+    @own_settings(gradients=True)
     def q_network(self, alpha: float) -> TextQ:
         """Values of tokens; the policy starts as the reference, and every network has another random head."""
         self.q_networks += 1
         return make_q_network(self.task, alpha, self.seed + self.q_networks)
 
-    @torch.no_grad()
+    @own_settings()
     def all_states(self, network: Any, data: TensorDict) -> Tensor:
         """`network.all_states`, `rows_per_pass` rows at a time. Returns [B, R + 1, ...]."""
         return torch.cat([network.all_states(part) for part in data.split(self.rows_per_pass)])

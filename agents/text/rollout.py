@@ -30,6 +30,7 @@ from textenv.masks.masks import MaskPolicy
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
 from textenv.rewards.normalization import RAW
+from textenv.state import own_settings
 from textenv.task import Task
 
 
@@ -51,6 +52,7 @@ class TextRollout:
     scored: ScoredResponses
 
 
+@own_settings()
 def collect(
     task: Task,
     model: PreTrainedModel,
@@ -159,7 +161,6 @@ def make_controller(config: TextConfig, kl_coef: float) -> Controller:
     return AdaptiveKL(kl_coef, config.kl_target, config.kl_horizon, config.kl_unit)
 
 
-@torch.no_grad()
 def estimate_kl(
     task: Task,
     model: PreTrainedModel,
