@@ -116,7 +116,15 @@ class Collector(Protocol):
         ...
 
     def training_rows(self, data: TensorDict) -> TensorDict:
-        """The rows that are shuffled into minibatches or stored for replay, from a prepared rollout."""
+        """The rows that are shuffled into minibatches, from a prepared rollout."""
+        ...
+
+    def replay_rows(self, data: TensorDict) -> TensorDict:
+        """The rows that are stored for replay, from a rollout: observations and scores before any normalization."""
+        ...
+
+    def from_replay(self, rows: TensorDict) -> TensorDict:
+        """Stored rows with observations and scores normalized by the present statistics."""
         ...
 
     def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
@@ -146,7 +154,10 @@ class Algorithm(Protocol):
     step_weights: Callable[[Tensor], Tensor]  # mask [B, R] to each step's weight in the minibatch mean, summing to 1
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
-        """Add what `loss` needs, such as `advantage` and `value_target`, [B, R] each. Returns metrics."""
+        """Add what `loss` needs, such as `advantage` and `value_target`, [B, R] each. Returns metrics.
+
+        rollout: a whole one, or rows sampled from replay.
+        """
         ...
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -77,8 +77,7 @@ class Trainer:
         rollout = self.collector.collect(self.algorithm.networks.policy)
         collected = time.perf_counter()
         steps = int(rollout.data["mask"].sum())
-        metrics = rollout.metrics | self.algorithm.prepare(rollout.data)
-        metrics |= self._update(self.collector.training_rows(rollout.data))
+        metrics = rollout.metrics | self._update(rollout.data)
         seconds = time.perf_counter() - started
         self.iteration += 1
         self.steps += steps
@@ -92,12 +91,19 @@ class Trainer:
         }
         return Iteration(self.iteration, metrics, rollout)
 
-    def _update(self, rows: TensorDict) -> dict[str, float]:
+    def _update(self, data: TensorDict) -> dict[str, float]:
+        """Prepare a rollout, or store it for replay, and take optimizer steps. Returns the metrics' means."""
+        if self.replay is None:
+            metrics = self.algorithm.prepare(data)
+            return metrics | self._learn(self._shuffled(self.collector.training_rows(data)))
+        return self._learn(self._replayed(self.replay, self.collector.replay_rows(data)))
+
+    def _learn(self, minibatches: Iterator[TensorDict]) -> dict[str, float]:
         if self.config.schedule == "linear":
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * (1 - self.iteration / self.config.iterations)
         totals: dict[str, list[float]] = defaultdict(list)
-        for minibatch in self._minibatches(rows):
+        for minibatch in minibatches:
             try:
                 metrics = self._backward(minibatch)
                 for name, value in metrics.items():
@@ -108,9 +114,6 @@ class Trainer:
             finally:  # gradients left behind would be added to those of the next step
                 self.optimizer.zero_grad()
         return {name: sum(values) / len(values) for name, values in totals.items()}
-
-    def _minibatches(self, rows: TensorDict) -> Iterator[TensorDict]:
-        yield from self._shuffled(rows) if self.replay is None else self._replayed(self.replay, rows)
 
     def _replayed(self, replay: Replay, rows: TensorDict) -> Iterator[TensorDict]:
         config = self.algorithm.config
@@ -123,7 +126,10 @@ class Trainer:
         replay.extend(rows)
         if len(replay) >= config.learning_starts:
             for _ in range(config.gradient_steps):
-                yield replay.sample(self.config.minibatch_size, self.generator)
+                # Stored as the environment gave them. Normalized when sampled, so that all rows are in today's units.
+                sampled = self.collector.from_replay(replay.sample(self.config.minibatch_size, self.generator))
+                self.algorithm.prepare(sampled)
+                yield sampled
 
     def _shuffled(self, rows: TensorDict) -> Iterator[TensorDict]:
         for _ in range(self.algorithm.config.epochs):

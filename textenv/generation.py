@@ -42,6 +42,8 @@ class ScoredResponses:
     reward: Tensor  # float32 [B, R], the environment's reward at each token
     token_score: Tensor  # float32 [B, R], the part of `reward` that is score; `reward` adds β · reference_log_prob
     reference_log_prob: Tensor  # float32 [B, R], zero at tokens not generated, and where kl_coef is 0
+    raw_final: Tensor  # float32 [B], what the last token pays before normalization
+    token_rewards: Tensor  # float32 [B, R], the part of `token_score` that per-token rewards pay, never normalized
     score: Tensor  # float32 [B], the response's score: the sum of token_score over its tokens
     score_parts: dict[str, Tensor]  # reward name -> float32 [B], its share before weights and normalization
     finish_code: Tensor  # int64 [B], STOP or LENGTH
@@ -140,17 +142,18 @@ def score_responses(
         texts = [prompt_texts[index] for index in indices]
         passes.append(_score_pass(task, state.select(rows), texts, pass_fields, indices))
     # Normalize all rows at once: running statistics must not depend on rows_per_pass.
-    scores = concatenate([each.scores for each in passes])
+    raw = scores = concatenate([each.scores for each in passes])
     if task.normalizer is not None:
-        scores = task.normalizer(scores)
+        scores = task.normalizer(raw)
     reference_log_prob = torch.cat([each.reference_log_prob for each in passes])
-    token_score = scores.final[:, None].where(state.last_generated, 0.0)  # [B, R]
-    if scores.tokens is not None:
-        token_score = token_score + scores.tokens
+    token_rewards = torch.zeros_like(reference_log_prob) if raw.tokens is None else raw.tokens  # [B, R]
+    token_score = token_rewards + scores.final[:, None].where(state.last_generated, 0.0)  # [B, R]
     return ScoredResponses(
         reward=environment_reward(token_score, reference_log_prob, task.config.kl_coef),
         token_score=token_score,
         reference_log_prob=reference_log_prob,
+        raw_final=raw.final,
+        token_rewards=token_rewards,
         score=scores.total,
         score_parts=scores.parts,
         finish_code=torch.cat([each.finish_code for each in passes]),

@@ -2,7 +2,8 @@
 
 Keys of a rollout, batch size [B]: `input_ids` and `attention_mask` [B, L]; `action`, `action_log_prob`, `mask`, `done`,
 `terminated`, `step_score`, `reference_log_prob` and `kl`, an estimate of the KL, [B, R]; the response's `score` and β,
-`kl_coef`, [B]; with action masks also `allowed_ids` [B, R, K] and `allowed_inside` [B, R], the two halves of a
+`kl_coef`, [B]; with normalized scores also `raw_final_score` [B], what the last token paid before normalization, and
+`token_score` [B, R], what is not normalized; with action masks also `allowed_ids` [B, R, K] and `allowed_inside` [B, R], the two halves of a
 `TokenSets`. Per-step numbers are zero outside the mask.
 
 The penalty of a run is here too: the estimator of the KL and the controller of its weight β.
@@ -88,6 +89,8 @@ def collect(
         batch_size=[len(prompts)],
         device=task.device,
     )
+    if task.normalizer is not None:
+        data["raw_final_score"], data["token_score"] = scored.raw_final, scored.token_rewards
     if generation.allowed is not None:
         data["allowed_ids"], data["allowed_inside"] = generation.allowed.ids, generation.allowed.inside
     metrics = rollout_metrics(data) | part_metrics(scored.score_parts)
@@ -181,7 +184,9 @@ def estimate_kl(
     return ESTIMATORS[estimator](generation.log_prob, reference_log_prob)
 
 
-REPORT_ONLY = ("td_error", "raw_advantage", "kl", "step_score")  # keys that no loss needs
+REPORT_ONLY = ("td_error", "raw_advantage", "kl", "step_score", "score", "raw_final_score", "token_score")  # no loss's
+# Keys that no learner from replay needs. It forms rewards when rows are sampled, from raw scores if there are any.
+NOT_REPLAYED = ("kl", "score", "action_log_prob")
 
 
 class TextCollector:
@@ -222,6 +227,18 @@ class TextCollector:
     def training_rows(self, data: TensorDict) -> TensorDict:
         """Whole responses, without the keys for the report."""
         return data.exclude(*REPORT_ONLY)
+
+    def replay_rows(self, data: TensorDict) -> TensorDict:
+        """Whole responses with their scores before normalization."""
+        unused = (*NOT_REPLAYED, "step_score") if self.task.normalizer is not None else NOT_REPLAYED
+        return data.exclude(*unused)
+
+    def from_replay(self, rows: TensorDict) -> TensorDict:
+        """Rows with `step_score`, the final score normalized by the present statistics."""
+        if (normalizer := self.task.normalizer) is not None:
+            final = normalizer.normalized(rows["raw_final_score"])  # [B]
+            rows["step_score"] = rows["token_score"] + final[:, None].where(rows["done"], 0.0)
+        return rows
 
     def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
         """Responses of similar length together, which saves padding."""

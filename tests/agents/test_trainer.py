@@ -206,13 +206,13 @@ def test_an_update_that_is_not_finite_changes_nothing(settings, key, value, mess
     networks = trainer.algorithm.networks.trained.values()
     before = [weights(network) for network in networks]
     with pytest.raises(ValueError, match=message):
-        trainer._update(spoilt)
+        trainer._learn(trainer._shuffled(spoilt))
     assert all(same(weights(network), old) for network, old in zip(networks, before, strict=True))
     assert all(parameter.grad is None for network in networks for parameter in network.parameters())
-    metrics = trainer._update(rows)
+    metrics = trainer._learn(trainer._shuffled(rows))
     untouched = make_trainer(settings, iterations=2)
     untouched.generator.set_state(trainer_generator_after_one_order(untouched))
-    assert metrics == untouched._update(rows)
+    assert metrics == untouched._learn(untouched._shuffled(rows))
     assert same(weights(trainer.algorithm.networks.actor), weights(untouched.algorithm.networks.actor))
 
 
@@ -236,7 +236,7 @@ def test_an_error_in_a_micro_batch_leaves_no_gradient(settings):
 
     trainer.collector.micro_batches = interrupted
     with pytest.raises(KeyboardInterrupt):
-        trainer._update(rows)
+        trainer._learn(trainer._shuffled(rows))
     assert all(parameter.grad is None for parameter in trainer.algorithm.networks.actor.parameters())
 
 
