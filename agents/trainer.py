@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from agents.config import TrainConfig
 from agents.interfaces import Algorithm, Collector, Rollout
 from agents.replay import Replay
+from agents.seeds import torch_generator
 from textenv.state import own_settings
 
 
@@ -35,7 +36,7 @@ class Trainer:
         self.config, self.algorithm, self.collector = config, algorithm, collector
         self.parameters = {name: list(network.parameters()) for name, network in algorithm.networks.trained.items()}
         self.optimizer = make_optimizer(config, self.parameters)
-        self.generator = torch.Generator().manual_seed(config.seed)  # of the minibatches' order
+        self.generator = torch_generator(config.seed, "minibatches")  # of their order
         self.replay = None if algorithm.on_policy else Replay(algorithm.config.buffer_size, self.device)
         self.iteration = 0  # completed
         self.steps = 0  # tokens or frames collected so far

@@ -41,7 +41,7 @@ TEXTENV_ORDER = """
     adapters.whole_penalty adapters.stable_baselines | conformance
 """
 AGENTS_ORDER = """
-    config | reporting.plots | reporting.report
+    seeds | config | reporting.plots | reporting.report
     interfaces
     objectives.advantages objectives.losses objectives.actor_critic objectives.group \
         objectives.soft_q

@@ -19,6 +19,7 @@ from torch import nn
 
 from agents.control.config import ControlConfig
 from agents.control.environments import Environments
+from agents.seeds import seed_of, torch_generator
 from textenv.state import own_settings
 
 ON_POLICY = ("observation", "action", "action_log_prob", "mask", "state_value", "advantage", "value_target")
@@ -49,7 +50,7 @@ class ControlCollector:
         self.seed, self.reset_every = seed, reset_every
         self.resets = 0  # of all environments together; each has a seed of its own
         self.observation: np.ndarray | None = None  # [B, D]; None: reset before the next step
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch_generator(seed, "sampling")
 
     @own_settings()
     def collect(self, policy: Any) -> ControlRollout:
@@ -57,8 +58,7 @@ class ControlCollector:
         env, shape = self.environments.env, (self.config.steps, self.config.num_envs)
         if self.observation is None:
             self.resets += 1
-            seed = np.random.SeedSequence([self.seed, self.resets]).generate_state(1)[0]
-            self.observation = self.environments.reset(int(seed))
+            self.observation = self.environments.reset(seed_of(self.seed, "resets", self.resets))
             self.ended = np.zeros(shape[1], dtype=bool)
         observation_array = np.empty((shape[0] + 1, *self.observation.shape), np.float32)  # [R + 1, B, D]
         observations = torch.from_numpy(observation_array)  # shares memory; the environment may reuse its own

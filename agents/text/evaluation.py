@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from agents.seeds import torch_generator
 from agents.text.config import TextConfig
 from textenv.generation import generate, score_responses
 from textenv.models.loading import load_function
@@ -133,7 +134,7 @@ def split_prompts(task: Task, config: TextConfig, seed: int = 0) -> tuple[Prompt
             f"the environment has {size} different prompts, too few to hold any out; give more, or set --held-out."
         )
     count = max(1, min(config.evaluation_prompts, size // 5))
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(size, generator=torch_generator(seed, "split")).tolist()
     held_out_texts = {unique[index] for index in order[:count]}
     kept = [index for index, text in enumerate(task.prompts.texts) if text not in held_out_texts]
     first_indices = sorted(task.prompts.texts.index(text) for text in held_out_texts)

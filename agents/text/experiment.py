@@ -14,6 +14,7 @@ from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.reporting import plots
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, ORANGE, RED, Panel
+from agents.seeds import evaluation_seed
 from agents.text.config import TextConfig
 from agents.text.evaluation import Evaluation, evaluate, find_gold, mean, rate, split_prompts
 from agents.text.networks import TextNetworkFactory, language_model_of
@@ -24,8 +25,6 @@ from textenv.env import TextGenEnv
 from textenv.models.loading import quietly
 from textenv.prompts.tokenized import Prompts
 from textenv.task import Task
-
-EVALUATION_SEED = 0  # of the responses in every evaluation
 
 PANELS: tuple[Panel, ...] = (
     (
@@ -67,7 +66,7 @@ class TextExperiment:
     def evaluate(self, policy: nn.Module) -> Evaluation:
         """One response to each held-out prompt, with the same seed every time."""
         batch = (self.settings.rollout_size, self.settings.micro_batch_size)
-        return evaluate(self.task, language_model_of(policy), self.held_out, self.gold, EVALUATION_SEED, batch)
+        return evaluate(self.task, language_model_of(policy), self.held_out, self.gold, evaluation_seed(), batch)
 
     def summarize(self, evaluation: Evaluation) -> dict[str, float]:
         """Means over the prompts."""
@@ -120,7 +119,7 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
     assert isinstance(collector, TextCollector)
     # Running statistics must not change.
     task, penalty = collector.task.with_frozen_statistics(), collector.penalty()
-    generator = torch.Generator(task.device).manual_seed(EVALUATION_SEED)
+    generator = torch.Generator(task.device).manual_seed(evaluation_seed())
     # Whole groups, for the learners that compare the responses to a prompt.
     prompts = held_out.select(
         [row // task.config.group_size % len(held_out) for row in range(8 * task.config.group_size)]

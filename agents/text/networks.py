@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.objectives.actor_critic import Categorical
+from agents.seeds import seed_of
 from textenv.masks.token_sets import TokenSets
 from textenv.models.language_model import response_logits
 from textenv.rewards.reward_model import RewardModel, reads_every_position
@@ -151,7 +152,7 @@ class TextNetworkFactory:
         self.task, self.start, self.rows_per_pass, self.seed = task, start, rows_per_pass, seed
         self.group_size = task.config.group_size
         self.alpha = task.config.kl_coef
-        self.q_networks = 0  # built so far
+        self.made = 0  # networks with random weights, built so far
 
     @own_settings(gradients=True)
     def actor(self) -> TextActor:
@@ -161,13 +162,16 @@ class TextNetworkFactory:
     @own_settings(gradients=True)
     def critic(self) -> TextCritic:
         """A critic with the chosen start."""
-        return make_critic(self.task, self.start, self.seed)
+        return make_critic(self.task, self.start, self._next_seed())
 
     @own_settings(gradients=True)
     def q_network(self, alpha: float) -> TextQ:
         """Values of tokens; the policy starts as the reference, and every network has another random head."""
-        self.q_networks += 1
-        return make_q_network(self.task, alpha, self.seed + self.q_networks)
+        return make_q_network(self.task, alpha, self._next_seed())
+
+    def _next_seed(self) -> int:
+        self.made += 1
+        return seed_of(self.seed, "networks", self.made)
 
     @own_settings()
     def all_states(self, network: Any, data: TensorDict) -> Tensor:

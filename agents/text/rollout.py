@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.objectives.advantages import masked_mean, response_ends
+from agents.seeds import seed_of, torch_generator
 from agents.text.config import TextConfig
 from agents.text.networks import language_model_of
 from textenv.generation import Generation, ScoredResponses, generate, response_kl, score_responses
@@ -202,8 +203,8 @@ class TextCollector:
         for mask in self.mask_policies:
             mask.refresh(task.load_reference().model)  # so that it has weights of its own for a checkpoint to restore
         self.sampler = task.prompt_sampler(prompts, "shuffle")
-        self.prompt_generator = np.random.default_rng(seed)
-        self.sampling_generator = torch.Generator(task.device).manual_seed(seed)
+        self.prompt_generator = np.random.default_rng(seed_of(seed, "prompts"))
+        self.sampling_generator = torch_generator(seed, "sampling", task.device)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
