@@ -34,7 +34,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
 MAX_LOG_RATIO = 20.0  # bound of log-ratios before they are exponentiated; e^20 = 5e8, and float32 overflows at 88
 
 

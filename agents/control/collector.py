@@ -1,9 +1,9 @@
 """Collects fixed-length rollouts from parallel environments.
 
 Keys of a rollout, batch size [B] environments: `observation` and `next_observation` [B, R, D]; `action` [B, R] or
-[B, R, A]; `action_log_prob`, `step_score`, the environment's reward, `mask`, `done` and `terminated` [B, R]; `raw_observation`,
-`raw_next_observation` and `raw_step_score`, the same before normalization. The mask leaves out steps that only reset an
-environment.
+[B, R, A]; `action_log_prob`, `step_score`, the environment's reward, `mask`, `done` and `terminated` [B, R]; and
+`raw_observation`, `raw_next_observation` and `raw_step_score`, the same before normalization. The mask leaves out steps
+that only reset an environment.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class ControlCollector:
 
     def training_rows(self, data: TensorDict) -> TensorDict:
         """Valid steps as N rows of one step, [N, 1, ...]."""
-        return single_steps(data, [key for key in ON_POLICY if key in data.keys()])
+        present = set(data.keys())
+        return single_steps(data, [key for key in ON_POLICY if key in present])
 
     def replay_rows(self, data: TensorDict) -> TensorDict:
         """Valid steps as N rows of one step, [N, 1, ...], before normalization."""
@@ -108,9 +109,10 @@ class ControlCollector:
 
     def from_replay(self, rows: TensorDict) -> TensorDict:
         """Rows with `observation`, `next_observation` and `step_score`, normalized by the present statistics."""
+        raw: dict[str, Any] = {name: value.numpy() for name, value in rows.items()}
         for name in ("observation", "next_observation"):
-            rows[name] = torch.from_numpy(self.environments.normalized_observations(rows[f"raw_{name}"].numpy()))
-        rows["step_score"] = torch.from_numpy(self.environments.normalized_rewards(rows["raw_step_score"].numpy()))
+            rows[name] = torch.from_numpy(self.environments.normalized_observations(raw[f"raw_{name}"]))
+        rows["step_score"] = torch.from_numpy(self.environments.normalized_rewards(raw["raw_step_score"])).float()
         return rows.exclude("raw_observation", "raw_next_observation", "raw_step_score")
 
     def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
@@ -153,14 +155,17 @@ def single_steps(data: TensorDict, keys: Sequence[str]) -> TensorDict:
 
 
 def check_finite(observations: np.ndarray, rewards: np.ndarray) -> None:
-    """Raise ValueError for numbers of an environment that are not finite. Observations [R + 1, B, D], rewards [R, B]."""
+    """Raise ValueError for numbers of an environment that are not finite.
+
+    observations: [R + 1, B, D]; rewards: [R, B].
+    """
     for name, values in (("observation", observations), ("reward", rewards)):
         bad = np.argwhere(~np.isfinite(values))
         if len(bad):
             step, row = bad[0][:2]
             raise ValueError(
-                f"the environment's {name} is {values[tuple(bad[0])]} in row {row} at step {step} of the rollout; every "
-                "observation and reward must be a finite number."
+                f"the environment's {name} is {values[tuple(bad[0])]} in row {row} at step {step} of the rollout; "
+                "every observation and reward must be a finite number."
             )
 
 

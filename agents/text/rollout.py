@@ -3,8 +3,8 @@
 Keys of a rollout, batch size [B]: `input_ids` and `attention_mask` [B, L]; `action`, `action_log_prob`, `mask`, `done`,
 `terminated`, `step_score`, `reference_log_prob` and `kl`, an estimate of the KL, [B, R]; the response's `score` and β,
 `kl_coef`, [B]; with normalized scores also `raw_final_score` [B], what the last token paid before normalization, and
-`token_score` [B, R], what is not normalized; with action masks also `allowed_ids` [B, R, K] and `allowed_inside` [B, R], the two halves of a
-`TokenSets`. Per-step numbers are zero outside the mask.
+`token_score` [B, R], what is not normalized; with action masks also `allowed_ids` [B, R, K] and `allowed_inside`
+[B, R], the two halves of a `TokenSets`. Per-step numbers are zero outside the mask.
 
 The penalty of a run is here too: the estimator of the KL and the controller of its weight β.
 """

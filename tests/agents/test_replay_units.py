@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from agents.algorithms.registry import find_algorithm
+from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.config import TrainConfig
 from agents.control.config import ControlConfig
 from agents.control.experiment import ControlExperiment
 from agents.trainer import Trainer
-from tests.support.learning import make_trainer
+from tests.support.learning import make_trainer, same, weights
 
 SMALL = dict(buffer_size=200, learning_starts=8, gradient_steps=3)
 
@@ -25,14 +26,36 @@ def watch(trainer) -> list:
     return batches
 
 
-@pytest.mark.parametrize("name", ["dqn", "sac"])
-def test_control(name):
-    """Frames of all iterations are in today's units: (x − mean) / deviation by the statistics of all frames so far."""
-    config = TrainConfig(env="CartPole-v1", algorithm=name, iterations=4, minibatch_size=64, checkpoint_every=4)
+def normalized_run(name) -> tuple[ControlExperiment, Trainer]:
+    """A run whose frames and rewards are normalized."""
+    limit = ("max_episode_steps=20",)  # episodes fit between checkpoints
+    sizes = dict(iterations=4, minibatch_size=64, checkpoint_every=2)
+    config = TrainConfig(env="CartPole-v1", env_arg=limit, algorithm=name, **sizes)
     settings = ControlConfig(num_envs=4, steps=16, normalize_observation=True, normalize_reward=True)
     experiment = ControlExperiment(config, settings)
     settings_class, algorithm = find_algorithm(name)
-    trainer = Trainer(config, algorithm(settings_class(**SMALL), experiment.network_factory), experiment.collector)
+    learner = algorithm(settings_class(**SMALL), experiment.network_factory)
+    return experiment, Trainer(config, learner, experiment.collector)
+
+
+@pytest.mark.parametrize("name", ["dqn", "sac"])
+def test_resumed_equals_uninterrupted(name, tmp_path):
+    """With normalization too: raw rows and statistics are in the checkpoint, and the weights equal to the bit."""
+    (_, whole), (_, stopped), (_, resumed) = (normalized_run(name) for _ in range(3))
+    list(whole.iterate())
+    iterations = stopped.iterate()
+    next(iterations), next(iterations)
+    save_checkpoint(tmp_path, stopped)
+    load_checkpoint(tmp_path, resumed)
+    list(resumed.iterate())
+    for network, other in zip(*(run.algorithm.networks.trained.values() for run in (whole, resumed)), strict=True):
+        assert same(weights(network), weights(other))
+
+
+@pytest.mark.parametrize("name", ["dqn", "sac"])
+def test_control(name):
+    """Frames of all iterations are in today's units: (x − mean) / deviation by the statistics of all frames so far."""
+    experiment, trainer = normalized_run(name)
     batches, frames = watch(trainer), []
     for iteration in trainer.iterate():
         data = iteration.rollout.data

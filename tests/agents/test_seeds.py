@@ -57,7 +57,8 @@ def test_q_heads_of_neighboring_seeds(settings):
 def test_generators_of_a_control_run():
     """Networks, sampling and minibatches differ; every evaluation starts from the same states in every run."""
     runs = [
-        ControlExperiment(TrainConfig(env="CartPole-v1", seed=seed), ControlConfig(evaluation_episodes=3)) for seed in (0, 1)
+        ControlExperiment(TrainConfig(env="CartPole-v1", seed=seed), ControlConfig(evaluation_episodes=3))
+        for seed in (0, 1)
     ]
     networks = [run.network_factory.actor() for run in runs for _ in range(2)]
     assert len({float(next(network.parameters()).flatten()[0]) for network in networks}) == 4

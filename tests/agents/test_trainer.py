@@ -192,8 +192,16 @@ def test_repeated_prompts_are_not_on_both_sides(settings):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("advantage", math.nan, "policy_loss is nan; actor_grad_norm is nan; the first .* of the actor is that of model"),
-        ("value_target", math.inf, "value_loss is inf; critic_grad_norm is (inf|nan); the first .* of the critic is that"),
+        (
+            "advantage",
+            math.nan,
+            "policy_loss is nan; actor_grad_norm is nan; the first .* of the actor is that of model",
+        ),
+        (
+            "value_target",
+            math.inf,
+            "value_loss is inf; critic_grad_norm is (inf|nan); the first .* of the critic is that",
+        ),
         ("advantage", 1e38, "iteration 1 is not finite: actor_grad_norm is (inf|nan)"),  # every loss is finite
     ],
 )

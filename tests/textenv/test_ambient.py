@@ -178,7 +178,9 @@ def test_learning_on_control(name):
 
 
 @one_kind
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))], ids=["copy", "pickle"]
+)
 def test_copies_go_on_alone(small, models_kept, duplicate):
     """A copy in the middle of an episode returns what the original does, and neither disturbs the other."""
     env = TextGenEnv(**small | {"action_mask": ["top_k:50", "regex:[a-z ]*"]})

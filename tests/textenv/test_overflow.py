@@ -52,7 +52,9 @@ def test_the_environment_names_it_and_stays(task):
     assert dynamics.step(torch.tensor([GOOD, BAD])).reward.isfinite().all()
     before = dynamics.state
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"reference's log-probability is nan at row 1, token 1 \(id 99\).*float16"):
+        with pytest.raises(
+            ValueError, match=r"reference's log-probability is nan at row 1, token 1 \(id 99\).*float16"
+        ):
             dynamics.step(torch.tensor([GOOD, GOOD]))
         assert dynamics.state is before and dynamics.running.all()
     transition = dynamics.step(torch.tensor([GOOD, GOOD]), torch.tensor([True, False]))  # the other row goes on

@@ -110,7 +110,8 @@ class MaskPolicy:
 
         A checkpoint's weights are loaded into the first one, so no later one may hold more digits than fit in it.
         """
-        self.model = copy.deepcopy(model).requires_grad_(False).eval().to(self.dtype)
+        frozen: Any = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = frozen.to(self.dtype)
 
 
 class AllowedIds:
@@ -158,8 +159,8 @@ class Pattern:
     The text is the response without the single space that separates it from the prompt. A stop token is allowed where
     the text already matches. For each text that is not in the cache, every token is tried. That takes 1 to 3 ms of CPU
     time per text with the embedded 1,024 tokens, and 60 to 140 ms with 50,257 (a number, a word list, sentences,
-    anything). The first use also decodes every token by itself, which takes 5 and 260 ms. The cache holds a bit per text
-    and token, and drops the texts that were not used for longest beyond `CACHE_BYTES`.
+    anything). The first use also decodes every token by itself, which takes 5 and 260 ms. The cache holds one bit per
+    text and token, and beyond `CACHE_BYTES` drops the least recently used texts.
     """
 
     model = None
@@ -267,7 +268,9 @@ class Masker:
             logits = None if decoder is None else decoder.logits[rows]
             if logits is not None and not bool((finite := logits.amax(-1).isfinite()).all()):
                 row = int((~finite).nonzero()[0])
-                raise not_finite(f"the largest logit of action mask {mask.name!r}", logits[row].amax(), f"row {rows[row]}")
+                raise not_finite(
+                    f"the largest logit of action mask {mask.name!r}", logits[row].amax(), f"row {rows[row]}"
+                )
             by_mask = mask.allowed(Contexts(running_prompts, running_state, logits))
             _check_allowed(mask.name, by_mask, len(rows), self.vocabulary)
             allowed &= by_mask.to(allowed.device)
