@@ -120,7 +120,15 @@ class Collector(Protocol):
         ...
 
     def training_rows(self, data: TensorDict) -> TensorDict:
-        """The rows that are shuffled into minibatches or stored for replay, from a prepared rollout."""
+        """The rows that are shuffled into minibatches, from a prepared rollout."""
+        ...
+
+    def replay_rows(self, data: TensorDict) -> TensorDict:
+        """The rows that are stored for replay, from a rollout: observations and scores before any normalization."""
+        ...
+
+    def from_replay(self, rows: TensorDict) -> TensorDict:
+        """Stored rows with observations and scores normalized by the present statistics."""
         ...
 
     def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
@@ -145,23 +153,27 @@ class Collector(Protocol):
 
 
 class Algorithm(Protocol):
-    """A learner: three methods, a flag, and its networks."""
+    """A learner: three methods, a flag, a limit, and its networks."""
 
     on_policy: bool  # learns from each rollout once; otherwise from a replay buffer
+    target_kl: float  # a minibatch with an `approx_kl` above it ends the updates, without its step; 0: none does
     config: Any  # `epochs` if on policy; `buffer_size`, `learning_starts` and `gradient_steps` if not
     networks: Any  # `Networks`
     step_weights: Callable[[Tensor], Tensor]  # mask [B, R] to each step's weight in the minibatch mean, summing to 1
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
-        """Add what `loss` needs, such as `advantage` and `value_target`, [B, R] each. Returns metrics."""
+        """Add what `loss` needs, such as `advantage` and `value_target`, [B, R] each. Returns metrics.
+
+        rollout: a whole one, or rows sampled from replay.
+        """
         ...
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Loss terms by name, [B, R] each, and diagnostics, each summed over the valid steps."""
         ...
 
-    def after_step(self, metrics: dict[str, float]) -> bool:
-        """Called after each optimizer step. True stops the updates on this rollout."""
+    def after_step(self, metrics: dict[str, float]) -> None:
+        """Called after each optimizer step, with the metrics of its minibatch."""
         ...
 
 

@@ -25,7 +25,6 @@ from textenv.config import NAMES
 from textenv.task import is_embedded
 
 NOT_COMPARED = {"run", "resume", "micro_batch_size", "iterations"}  # do not change what is learned, or checked apart
-NAMES = ("reference", "reward", "prompts")  # environment arguments that may name files
 
 
 def refuse(folder: Path) -> None:

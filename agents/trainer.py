@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 
 from agents.config import TrainConfig
 from agents.interfaces import Algorithm, Collector, Rollout
 from agents.replay import Replay
+from agents.seeds import torch_generator
+from textenv.state import own_settings
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Trainer:
         self.config, self.algorithm, self.collector = config, algorithm, collector
         self.parameters = {name: list(network.parameters()) for name, network in algorithm.networks.trained.items()}
         self.optimizer = make_optimizer(config, self.parameters)
-        self.generator = torch.Generator().manual_seed(config.seed)  # of the minibatches' order
+        self.generator = torch_generator(config.seed, "minibatches")  # of their order
         self.replay = None if algorithm.on_policy else Replay(algorithm.config.buffer_size, self.device)
         self.iteration = 0  # completed
         self.steps = 0  # tokens or frames collected so far
@@ -69,13 +72,13 @@ class Trainer:
         if self.replay is not None:
             self.replay.load_state_dict(state["replay"])
 
+    @own_settings(gradients=True)
     def _iterate(self) -> Iteration:
         started = time.perf_counter()
         rollout = self.collector.collect(self.algorithm.networks.policy)
         collected = time.perf_counter()
         steps = int(rollout.data["mask"].sum())
-        metrics = rollout.metrics | self.algorithm.prepare(rollout.data)
-        metrics |= self._update(self.collector.training_rows(rollout.data))
+        metrics = rollout.metrics | self._update(rollout.data)
         seconds = time.perf_counter() - started
         self.iteration += 1
         self.steps += steps
@@ -89,22 +92,30 @@ class Trainer:
         }
         return Iteration(self.iteration, metrics, rollout)
 
-    def _update(self, rows: TensorDict) -> dict[str, float]:
+    def _update(self, data: TensorDict) -> dict[str, float]:
+        """Prepare a rollout, or store it for replay, and take optimizer steps. Returns the metrics' means."""
+        if self.replay is None:
+            metrics = self.algorithm.prepare(data)
+            return metrics | self._learn(self._shuffled(self.collector.training_rows(data)))
+        return self._learn(self._replayed(self.replay, self.collector.replay_rows(data)))
+
+    def _learn(self, minibatches: Iterator[TensorDict]) -> dict[str, float]:
         if self.config.schedule == "linear":
             for group in self.optimizer.param_groups:
                 initial = group.setdefault("initial_lr", group["lr"])  # an optimizer set from Python has none
                 group["lr"] = initial * (1 - self.iteration / self.config.iterations)
         totals: dict[str, list[float]] = defaultdict(list)
-        for minibatch in self._minibatches(rows):
-            metrics = self._step(minibatch)
-            for name, value in metrics.items():
-                totals[name].append(value)
-            if self.algorithm.after_step(metrics):
-                break
+        for minibatch in minibatches:
+            try:
+                metrics = self._backward(minibatch)
+                for name, value in metrics.items():
+                    totals[name].append(value)
+                if 0 < self.algorithm.target_kl < metrics.get("approx_kl", 0.0):
+                    break
+                self._step(metrics)
+            finally:  # gradients left behind would be added to those of the next step
+                self.optimizer.zero_grad()
         return {name: sum(values) / len(values) for name, values in totals.items()}
-
-    def _minibatches(self, rows: TensorDict) -> Iterator[TensorDict]:
-        yield from self._shuffled(rows) if self.replay is None else self._replayed(self.replay, rows)
 
     def _replayed(self, replay: Replay, rows: TensorDict) -> Iterator[TensorDict]:
         config = self.algorithm.config
@@ -117,7 +128,10 @@ class Trainer:
         replay.extend(rows)
         if len(replay) >= config.learning_starts:
             for _ in range(config.gradient_steps):
-                yield replay.sample(self.config.minibatch_size, self.generator)
+                # Stored as the environment gave them. Normalized when sampled, so that all rows are in today's units.
+                sampled = self.collector.from_replay(replay.sample(self.config.minibatch_size, self.generator))
+                self.algorithm.prepare(sampled)
+                yield sampled
 
     def _shuffled(self, rows: TensorDict) -> Iterator[TensorDict]:
         for _ in range(self.algorithm.config.epochs):
@@ -125,13 +139,16 @@ class Trainer:
             parts: Any = shuffled.chunk(max(1, round(len(rows) / self.config.minibatch_size)))
             yield from parts
 
-    def _step(self, minibatch: TensorDict) -> dict[str, float]:
-        """One optimizer step on the mean over a minibatch; micro-batches do not change it."""
+    def _backward(self, minibatch: TensorDict) -> dict[str, float]:
+        """Gradients of the mean over a minibatch, which micro-batches do not change. Returns the metrics.
+
+        Raises ValueError if a loss or a gradient is not finite.
+        """
         minibatch["weight"] = self.algorithm.step_weights(minibatch["mask"])  # [B, R]
         valid, totals = minibatch["mask"].sum(), defaultdict[str, Any](float)
         for batch in self.collector.micro_batches(minibatch):
             terms, diagnostics = self.algorithm.loss(batch)
-            means = (torch.stack(list(terms.values())) * batch["weight"]).flatten(1).sum(1)
+            means = weighted_sums(torch.stack(list(terms.values())), batch["weight"], batch["mask"])
             means.sum().backward()
             for name, mean in zip(terms, means.detach(), strict=True):
                 totals[name] += mean
@@ -139,22 +156,47 @@ class Trainer:
                 totals[name] += value / valid
         metrics = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
         for name, parameters in self.parameters.items():
-            metrics[f"{name}_grad_norm"] = self._clip(name, parameters)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            metrics[f"{name}_grad_norm"] = float(nn.utils.get_total_norm(gradients))
+        self._check_finite(metrics)
         return metrics
 
-    def _clip(self, name: str, parameters: list[nn.Parameter]) -> float:
-        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(total)
-        if not norm < float("inf"):
+    def _check_finite(self, metrics: dict[str, float]) -> None:
+        """Raise ValueError that names the losses, diagnostics and gradients that are not finite."""
+        listed = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        for name, network in self.algorithm.networks.trained.items():
+            if not math.isfinite(metrics[f"{name}_grad_norm"]):
+                listed += [f"the first such gradient of the {name} is that of {_first_not_finite(network)}"]
+        if listed:
             raise ValueError(
-                f"the {name}'s gradient norm is {norm} in iteration {self.iteration + 1}; its step was not taken, and "
-                "the last checkpoint is good. Look at the rewards, or lower learning_rate."
+                f"an update of iteration {self.iteration + 1} is not finite: {'; '.join(listed)}. Its step was not "
+                "taken, and the last checkpoint is good. Look at the rewards, or lower learning_rate."
             )
-        if norm > self.config.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, total)
-        return norm
+
+    def _step(self, metrics: dict[str, float]) -> None:
+        """Clip the gradient of each network to `max_grad_norm`, and take one optimizer step."""
+        for name, parameters in self.parameters.items():
+            norm = metrics[f"{name}_grad_norm"]
+            if norm > self.config.max_grad_norm:
+                nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, torch.tensor(norm))
+        self.optimizer.step()
+        self.algorithm.after_step(metrics)
+
+
+def weighted_sums(terms: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """Sums of loss terms [K, B, R] over the steps of the mask, by weight. weight, mask: [B, R]. Returns [K].
+
+    Steps outside the mask are left out, whatever they hold: 0 · NaN would be NaN.
+    """
+    return (terms.where(mask, 0.0) * weight).flatten(1).sum(1)
+
+
+def _first_not_finite(network: nn.Module) -> str:
+    """The first parameter of a network with a gradient that is not finite."""
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return name
+    return "none alone, only their sum of squares"  # finite entries whose norm overflows
 
 
 def make_optimizer(config: TrainConfig, trained: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:

@@ -156,7 +156,8 @@ def policy_loss(log_prob: Tensor, batch: dict[str, Tensor], clip: float) -> Tens
 
     Once ρ has passed 1 ± ε in the direction that A asks for, the loss is constant and its gradient stops.
     """
-    ratio, advantage = (log_prob - batch["log_prob"]).exp(), batch["advantage"]
+    ratio = (log_prob - batch["log_prob"]).clamp(max=20.0).exp()  # e^89 overflows float32
+    advantage = batch["advantage"]
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))  # [B, R]
     return masked_mean(loss, batch["mask"])
 

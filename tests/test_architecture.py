@@ -43,7 +43,7 @@ TEXTENV_ORDER = """
 """
 AGENTS_ORDER = """
     files
-    config | errors | reporting.plots | reporting.report
+    seeds | config | errors | reporting.plots | reporting.report
     interfaces
     objectives.advantages objectives.losses objectives.actor_critic objectives.group \
         objectives.soft_q

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textenv.kl import environment_reward
+from textenv.kl import environment_reward, not_finite
 from textenv.masks.masks import Masker
 from textenv.models.decoding import new_decoder
 from textenv.models.sampling import chosen_log_probs
@@ -28,7 +28,8 @@ from textenv.rewards.base import (
     read_scores,
     token_members,
 )
-from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
+from textenv.rewards.normalization import RAW
+from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, own_settings, start
 from textenv.task import Task
 
 
@@ -65,6 +66,7 @@ RowBatch = tuple[Tensor, ResponseBatch]  # indices of rows, int64 [b], and their
 class TextDynamics:
     """B episodes side by side. Rows may be at different steps and restart at different times."""
 
+    @own_settings()
     def __init__(self, task: Task, rows: int) -> None:
         self.task, self.rows = task, rows
         self.episode_prompts = [EpisodePrompt() for _ in range(rows)]
@@ -102,6 +104,7 @@ class TextDynamics:
         """Start new episodes in these rows, from the task's prompts of these indices."""
         return self.begin(rows, self.task.prompts.select(prompt_indices), prompt_indices)
 
+    @own_settings()
     def begin(self, rows: Sequence[int], prompts: Prompts, prompt_indices: Sequence[int]) -> TextState:
         """Start new episodes in these rows, from any prompts; an index is -1 for a prompt that is not the task's.
 
@@ -124,12 +127,14 @@ class TextDynamics:
         self.running = self.running | started
         return self.state
 
+    @own_settings()
     def action_mask(self) -> Tensor:
         """Which tokens may come next, bool [B, V]. All of them where no episode is running or no mask is set."""
         if self.masker is not None and self.masker.outdated():
             self.allowed = self._masks(self.masker, self.state, self.running)
         return self.allowed
 
+    @own_settings()
     def step(self, tokens: Tensor, active: Tensor | None = None) -> Transition:
         """Append one token to every active row, and pay for it.
 
@@ -153,7 +158,7 @@ class TextDynamics:
         # User code (rewards, masks) has run. Only now does the state change, so an error above leaves the step undone.
         self.state, self.running, self.allowed = state, running, allowed
         scores = self._paid_scores(batches, batch_scores)
-        self._update_samplers(ended, scores.total)
+        self._update_samplers(ended, scores.total if self.task.normalizer is None else scores.parts[RAW])
         if self.reference is not None and bool(running.any()):
             self.reference.advance(state)
         reward = environment_reward(scores.final + token_reward, reference_log_prob, self.task.config.kl_coef)
@@ -174,6 +179,7 @@ class TextDynamics:
             )
 
     def _update_samplers(self, ended: Tensor, score: Tensor) -> None:
+        """Record raw scores: normalized ones of different times are in different units."""
         for row in ended.nonzero()[:, 0].tolist():
             if self.episode_prompts[row].index >= 0:
                 self.samplers[row].update([self.episode_prompts[row].index], [float(score[row])])
@@ -194,7 +200,13 @@ class TextDynamics:
         if self.reference is None:
             return torch.zeros(self.rows, device=self.task.device)
         tokens = tokens.where(active, 0)
-        return chosen_log_probs(self.reference.logits, tokens, self.task.config.temperature).where(active, 0.0)
+        log_prob = chosen_log_probs(self.reference.logits, tokens, self.task.config.temperature).where(active, 0.0)
+        finite = log_prob.isfinite()
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            place = f"row {row}, token {int(self.state.generated_length[row])} (id {int(tokens[row])})"
+            raise not_finite("the reference's log-probability", log_prob[row], place)
+        return log_prob
 
     def _batches(self, state: TextState, code: Tensor, chosen: Tensor) -> list[RowBatch]:
         """The responses in the rows of `chosen` (bool [B]), one batch per set of prompt fields.

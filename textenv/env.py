@@ -14,7 +14,7 @@ from textenv.config import read_settings
 from textenv.dynamics import TextDynamics, Transition
 from textenv.prompts.reset_options import choose_prompts
 from textenv.rendering.viewers import FPS, VIEWERS, check_render_mode, make_viewer
-from textenv.state import TextState
+from textenv.state import TextState, own_settings
 from textenv.task import Task, build_task
 
 Observation = dict[str, Any]  # input_ids and attention_mask, arrays [L]
@@ -168,6 +168,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
         self.observation_space, self.action_space = make_spaces(self.task)
         self.viewer = make_viewer(render_mode, self.task, rows=1)
 
+    @own_settings()
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
@@ -184,6 +185,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
             self.viewer.restart([0], state)
         return observe(state, 0), {"prompt_index": self.dynamics.prompt_index[0], **self._mask_info()}
 
+    @own_settings()
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Append one token. Raises ValueError for anything but a token id, and after the episode's end."""
         tokens = torch.from_numpy(as_tokens(action, 1)).to(self.task.device)
@@ -201,6 +203,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     def _mask_info(self) -> dict[str, Any]:
         return {"action_mask": self.action_masks().astype(np.int8)} if self.task.masks else {}
 
+    @own_settings()
     def render(self) -> Any:
         """The episode so far: text (`ansi`), an image (`rgb_array`), or None (`human` types while it is written)."""
         return None if self.viewer is None else self.viewer.frames()[0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from textenv.kl import environment_reward, exact_kl
+from textenv.kl import check_finite_steps, environment_reward, exact_kl, not_finite
 from textenv.masks.masks import Masker
 from textenv.masks.token_sets import TokenSets
 from textenv.models.decoding import new_decoder
@@ -23,7 +23,7 @@ from textenv.models.language_model import response_logits
 from textenv.models.sampling import Sampling, chosen_log_probs, sample
 from textenv.prompts.tokenized import Prompts
 from textenv.rewards.base import ResponseBatch, Scores, concatenate, read_scores
-from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, start
+from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, own_settings, start
 from textenv.task import Task
 
 
@@ -43,6 +43,8 @@ class ScoredResponses:
     reward: Tensor  # float32 [B, R], the environment's reward at each token
     token_score: Tensor  # float32 [B, R], the part of `reward` that is score; `reward` adds β · reference_log_prob
     reference_log_prob: Tensor  # float32 [B, R], zero at tokens not generated, and where kl_coef is 0
+    raw_final: Tensor  # float32 [B], what the last token pays before normalization
+    token_rewards: Tensor  # float32 [B, R], the part of `token_score` that per-token rewards pay, never normalized
     score: Tensor  # float32 [B], the response's score: the sum of token_score over its tokens
     score_parts: dict[str, Tensor]  # reward name -> float32 [B], its share before weights and normalization
     finish_code: Tensor  # int64 [B], STOP or LENGTH
@@ -53,7 +55,7 @@ class ScoredResponses:
         return FINISH_REASONS[int(self.finish_code[row])]
 
 
-@torch.no_grad()
+@own_settings()
 def generate(
     task: Task, model: PreTrainedModel, prompts: Prompts, sampling: Sampling, generator: torch.Generator
 ) -> Generation:
@@ -74,6 +76,7 @@ def generate(
     allowed_sets: list[TokenSets] = []
     for step in range(budget):
         running, logits = code == RUNNING, decoder.logits  # [B], [b, V]
+        _check_logits(logits, running, cached, step)
         if masker is not None:
             texts = [prompts.texts[row] for row in cached.tolist()]
             allowed = masker.allowed(state.select(cached), texts, running[cached])  # [b, V]
@@ -97,6 +100,15 @@ def generate(
     return Generation(state, log_prob, _pad_steps(allowed_sets, rows, budget) if allowed_sets else None)
 
 
+def _check_logits(logits: Tensor, running: Tensor, cached: Tensor, step: int) -> None:
+    """Raise ValueError for logits [b, V] of the rows `cached` [b] that no token can be sampled from."""
+    largest = logits.amax(-1)  # [b]; not finite if a logit is NaN or ∞, or if all are −∞
+    bad = running[cached] & ~largest.isfinite()
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise not_finite("the largest of the policy's logits", largest[row], f"row {int(cached[row])}, token {step}")
+
+
 def _pad_steps(sets: list[TokenSets], rows: int, budget: int) -> TokenSets:
     """The sets of all R steps; steps that no row reached allow every token."""
     device = sets[0].ids.device
@@ -106,7 +118,7 @@ def _pad_steps(sets: list[TokenSets], rows: int, budget: int) -> TokenSets:
     return TokenSets.stack(sets + [empty] * (budget - len(sets)))
 
 
-@torch.no_grad()
+@own_settings()
 def score_responses(
     task: Task,
     state: TextState,
@@ -131,17 +143,18 @@ def score_responses(
         texts = [prompt_texts[index] for index in indices]
         passes.append(_score_pass(task, state.select(rows), texts, pass_fields, indices))
     # Normalize all rows at once: running statistics must not depend on rows_per_pass.
-    scores = concatenate([each.scores for each in passes])
+    raw = scores = concatenate([each.scores for each in passes])
     if task.normalizer is not None:
-        scores = task.normalizer(scores)
+        scores = task.normalizer(raw)
     reference_log_prob = torch.cat([each.reference_log_prob for each in passes])
-    token_score = scores.final[:, None].where(state.last_generated, 0.0)  # [B, R]
-    if scores.tokens is not None:
-        token_score = token_score + scores.tokens
+    token_rewards = torch.zeros_like(reference_log_prob) if raw.tokens is None else raw.tokens  # [B, R]
+    token_score = token_rewards + scores.final[:, None].where(state.last_generated, 0.0)  # [B, R]
     return ScoredResponses(
         reward=environment_reward(token_score, reference_log_prob, task.config.kl_coef),
         token_score=token_score,
         reference_log_prob=reference_log_prob,
+        raw_final=raw.final,
+        token_rewards=token_rewards,
         score=scores.total,
         score_parts=scores.parts,
         finish_code=torch.cat([each.finish_code for each in passes]),
@@ -149,17 +162,20 @@ def score_responses(
     )
 
 
+@own_settings()
 def response_log_probs(model: PreTrainedModel, state: TextState, temperature: float, rows_per_pass: int = 64) -> Tensor:
     """Log-probabilities of responses under `model`, by full forwards without gradients.
 
     Returns float32 [B, R], zero at tokens not generated.
     """
-    with torch.no_grad():
-        rows = torch.arange(len(state.length), device=state.length.device)
-        return torch.cat([_log_probs(model, state.select(part), temperature) for part in rows.split(rows_per_pass)])
+    rows = torch.arange(len(state.length), device=state.length.device)
+    parts = [_log_probs(model, state.select(part), temperature) for part in rows.split(rows_per_pass)]
+    log_prob = torch.cat(parts)
+    check_finite_steps(log_prob, "the model's log-probability", rows.tolist())
+    return log_prob
 
 
-@torch.no_grad()
+@own_settings()
 def response_kl(
     model: PreTrainedModel,
     reference: PreTrainedModel,
@@ -174,7 +190,9 @@ def response_kl(
     """
     rows = torch.arange(len(generation.log_prob), device=generation.log_prob.device)
     parts = [_exact_kl((model, reference), generation, part, temperature) for part in rows.split(rows_per_pass)]
-    return torch.cat(parts)
+    kl = torch.cat(parts)
+    check_finite_steps(kl, "the exact KL of the policy to the reference", rows.tolist())
+    return kl
 
 
 def _exact_kl(
@@ -223,4 +241,5 @@ def _score_pass(
         reference_log_prob = torch.zeros(mask.shape, device=mask.device)
     else:
         reference_log_prob = _log_probs(task.reference.model, state, task.config.temperature)
+        check_finite_steps(reference_log_prob, "the reference's log-probability", rows)
     return _Pass(scores, reference_log_prob, code, batch.responses)

@@ -27,12 +27,33 @@ its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+MAX_LOG_RATIO = 20.0  # bound of log-ratios before they are exponentiated; e^20 = 5e8, and float32 overflows at 88
+
+
+def not_finite(what: str, value: Tensor, place: str) -> ValueError:
+    """The error for a number of a model, such as `the reference's log-probability`, that is infinite or NaN."""
+    return ValueError(
+        f"{what} is {float(value)} at {place}: the model's logits overflow or are masked there. Use dtype='float32' or "
+        "'bfloat16' if it is 'float16'; otherwise look at the model's weights."
+    )
+
+
+def check_finite_steps(values: Tensor, what: str, rows: Sequence[int]) -> None:
+    """Raise ValueError that names the first row and token of values [b, R] that are not finite.
+
+    rows: b indices in the whole batch.
+    """
+    finite = values.isfinite()
+    if not bool(finite.all()):
+        row, token = (~finite).nonzero()[0].tolist()
+        raise not_finite(what, values[row, token], f"row {rows[row]}, token {token} of the response")
 
 
 def environment_reward(score: Tensor, reference_log_prob: Tensor, kl_coef: float | Tensor) -> Tensor:
@@ -67,8 +88,11 @@ def k2(log_prob: Tensor, reference_log_prob: Tensor) -> Tensor:
 
 
 def k3(log_prob: Tensor, reference_log_prob: Tensor) -> Tensor:
-    """exp(−d) − 1 + d: its mean is the KL, never negative, but huge where π_ref is far above π. Float [...]."""
-    difference = log_prob - reference_log_prob
+    """exp(−d) − 1 + d: its mean is the KL, never negative, but huge where π_ref is far above π. Float [...].
+
+    A d below −20 counts as −20 and has no gradient: there the estimate is e^20, and the exponential would overflow.
+    """
+    difference = (log_prob - reference_log_prob).clamp(min=-MAX_LOG_RATIO)
     return torch.expm1(-difference) + difference
 
 

@@ -1,11 +1,14 @@
 """The state of a batch of texts: tokens, masks, lengths, and the rule that ends a response.
 
-A state is a value: every operation returns a new state and leaves the old one as it was.
+A state is a value: every operation returns a new state and leaves the old one as it was. `own_settings` keeps its
+numbers independent of what the caller has set in torch.
 Letters in shape comments, here and everywhere: B rows, P prompt width, R response width, L = P + R, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +17,28 @@ from torch import Tensor
 # How a response ended, as codes that fit in a tensor; `FINISH_REASONS[code]` is the name in `info`.
 RUNNING, STOP, LENGTH = 0, 1, 2
 FINISH_REASONS = ("", "stop", "length")
+
+
+@contextmanager
+def own_settings(*, gradients: bool = False) -> Iterator[None]:
+    """Torch's defaults, whatever the caller has set: also a decorator, for every function that users call.
+
+    The caller may be in `inference_mode`, whose tensors could never be written again, in `no_grad` or in `autocast`,
+    and may have set another default dtype or device. None of that may change a number here, or outlast the call.
+    gradients: whether operations are recorded for `backward`.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if (dtype := torch.get_default_dtype()) is not torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        yield
 
 
 @dataclass(frozen=True)

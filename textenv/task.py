@@ -24,6 +24,7 @@ from textenv.reviews.weights import REWARD_MODEL, SUPERVISED
 from textenv.rewards.base import Reward
 from textenv.rewards.build import RewardContext, build_reward, built_parts, check_fields
 from textenv.rewards.normalization import Normalizer, make_normalizer, paid_part_names
+from textenv.state import own_settings
 from textenv.unread import Unread, refuse_unread
 
 EMBEDDED = "reviews"  # names a part of the embedded task
@@ -61,6 +62,20 @@ UNREAD: tuple[Unread, ...] = (
 )
 
 
+class ReferenceLoader:
+    """The reference model of a task, read from disk once, at the first call that needs it."""
+
+    def __init__(self, config: TextGenConfig, device: torch.device, loaded: LanguageModel | None) -> None:
+        self.config, self.device, self.loaded = config, device, loaded
+
+    @own_settings()
+    def __call__(self) -> LanguageModel:
+        """The reference. Every call returns the same object."""
+        if self.loaded is None:
+            self.loaded = _load_reference(self.config, self.device)
+        return self.loaded
+
+
 @dataclass(frozen=True)
 class Task:
     """A decision process, ready to run. The environments, the fast path and the learners share it."""
@@ -75,6 +90,7 @@ class Task:
     normalizer: Normalizer | None  # None where the score is paid as it is
     prompts: Prompts
     device: torch.device
+    load_reference: ReferenceLoader  # the reference, also where kl_coef is 0 and the environment does not run it
     masks: tuple[TokenMask, ...] = ()  # a token is allowed if every mask allows it
 
     @property
@@ -95,10 +111,7 @@ class Task:
         """The task with normalization frozen at its current statistics."""
         return self if self.normalizer is None else replace(self, normalizer=self.normalizer.with_frozen_statistics())
 
-    def load_reference(self) -> LanguageModel:
-        """The reference model, loaded on demand where `kl_coef` is 0 and the environment does not run it."""
-        return self.reference or _load_reference(self.config, self.device)
-
+    @own_settings()
     def read_prompts(self, source: Any) -> Prompts:
         """Read and tokenize prompts from any source that the argument `prompts` takes.
 
@@ -114,6 +127,7 @@ class Task:
         return make_sampler(strategy, len(prompts), prompts.fields.get("weight"), self.config.group_size)
 
 
+@own_settings()
 def build_task(config: TextGenConfig) -> Task:
     """Load models and prompts. Raises ValueError for settings that would fail later, or do nothing."""
     config = name_parts(config)
@@ -140,9 +154,8 @@ def build_task(config: TextGenConfig) -> Task:
     normalizer = make_normalizer(config)
     paid_part_names(reward, normalizer)  # raises for names that collide
     check_fields(reward, rows.fields, rows.places)
-    mask_context = MaskContext(
-        tokenizer, stops, vocabulary, reference=lambda: (reference or _load_reference(config, device)).model
-    )
+    load_reference = ReferenceLoader(config, device, reference)
+    mask_context = MaskContext(tokenizer, stops, vocabulary, reference=lambda: load_reference().model)
     return Task(
         config=config,
         tokenizer=tokenizer,
@@ -154,6 +167,7 @@ def build_task(config: TextGenConfig) -> Task:
         normalizer=normalizer,
         prompts=_task_prompts(rows, config, tokenizer, vocabulary).to(device),
         device=device,
+        load_reference=load_reference,
         masks=build_masks(config.action_mask, mask_context),
     )
 

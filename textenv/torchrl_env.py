@@ -18,7 +18,7 @@ from torchrl.envs import EnvBase
 from textenv.dynamics import TextDynamics
 from textenv.env import as_rows
 from textenv.prompts.reset_options import choose_prompts
-from textenv.state import LENGTH, TextState
+from textenv.state import LENGTH, TextState, own_settings
 from textenv.task import Task
 
 
@@ -37,6 +37,7 @@ class TextGenTorchEnv(EnvBase):
     for that reset only.
     """
 
+    @own_settings()
     def __init__(self, task: Task, rows: int, seed: int = 0) -> None:
         if not isinstance(task, Task):
             raise ValueError(
@@ -82,6 +83,7 @@ class TextGenTorchEnv(EnvBase):
         for row in range(self.batch_size[0]):
             self.dynamics.seed(row)
 
+    @own_settings()
     def _reset(
         self, tensordict: TensorDictBase | None = None, options: Mapping[str, Any] | None = None, **kwargs: object
     ) -> TensorDictBase:
@@ -100,6 +102,7 @@ class TextGenTorchEnv(EnvBase):
         zeros = self.observation_spec.zero().update(self.full_done_spec.zero())
         return zeros.update(self._context(state))
 
+    @own_settings()
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         transition = self.dynamics.step(self._tokens(tensordict["action"]), self._active(tensordict))
         done = ~self.dynamics.running

@@ -22,7 +22,7 @@ from textenv.dynamics import TextDynamics, Transition
 from textenv.env import as_rows, as_tokens, make_spaces, observe, step_info
 from textenv.prompts.reset_options import Choice, choose_prompts, rows_to_reset
 from textenv.rendering.viewers import FPS, check_render_mode, make_viewer
-from textenv.state import TextState
+from textenv.state import TextState, own_settings
 from textenv.task import build_task
 
 Arrays = dict[str, NDArray]
@@ -73,6 +73,7 @@ class TextGenVectorEnv(VectorEnv):
         self._ended = np.zeros(num_envs, dtype=bool)
         self.viewer = make_viewer(render_mode, self.task, num_envs)
 
+    @own_settings()
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Arrays, dict[str, Any]]:
@@ -87,6 +88,7 @@ class TextGenVectorEnv(VectorEnv):
         observation = observe(self._restart(rows, chosen))
         return observation, self._started(rows, {}) | self._mask_info(rows)
 
+    @own_settings()
     def step(self, actions: Any) -> tuple[Arrays, NDArray, NDArray, NDArray, dict[str, Any]]:
         """Append one token to every row; rows whose episode has ended restart as `autoreset_mode` says."""
         tokens = torch.from_numpy(as_tokens(actions, self.num_envs)).to(self.task.device)
@@ -113,6 +115,7 @@ class TextGenVectorEnv(VectorEnv):
         """Which tokens may come next in each row, bool [n, V]: all of them without `action_mask`."""
         return self.dynamics.action_mask().cpu().numpy().copy()
 
+    @own_settings()
     def render(self) -> tuple[Any, ...] | None:
         """The episodes so far, one text (`ansi`) or image (`rgb_array`) per row."""
         return None if self.viewer is None else self.viewer.frames()

@@ -43,6 +43,7 @@ class A2C:
     """Policy gradient with GAE advantages, and a critic fitted to their value targets."""
 
     on_policy = True
+    target_kl = 0.0
     step_weights = staticmethod(token_weights)
 
     def __init__(self, config: A2CConfig, factory: NetworkFactory) -> None:
@@ -56,15 +57,16 @@ class A2C:
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`policy_loss`, `value_loss` and, with an entropy bonus, `entropy_loss`; no diagnostics."""
-        distribution = self.networks.actor.distribution(batch)
+        distribution, mask = self.networks.actor.distribution(batch), batch["mask"]
+        log_prob = distribution.log_prob(batch["action"]).where(mask, 0.0)  # [B, R]
+        value = self.networks.critic.values(batch).where(mask, 0.0)  # [B, R]
         terms = {
-            "policy_loss": policy_gradient(distribution.log_prob(batch["action"]), batch["advantage"]),
-            "value_loss": value_loss(self.networks.critic.values(batch), batch["value_target"]),
+            "policy_loss": policy_gradient(log_prob, batch["advantage"]),
+            "value_loss": value_loss(value, batch["value_target"]),
         }
         if self.config.entropy_coef > 0:
             terms["entropy_loss"] = -self.config.entropy_coef * distribution.entropy()
         return terms, {}
 
-    def after_step(self, metrics: dict[str, float]) -> bool:
-        """Go on: one pass over the rollout."""
-        return False
+    def after_step(self, metrics: dict[str, float]) -> None:
+        """Do nothing: there are no target networks."""

@@ -72,6 +72,7 @@ class DQN:
     """Regression of action values on targets from a replay buffer."""
 
     on_policy = False
+    target_kl = 0.0
     step_weights = staticmethod(token_weights)
 
     def __init__(self, config: DQNConfig, factory: NetworkFactory) -> None:
@@ -94,15 +95,14 @@ class DQN:
             value = soft_value(online if config.double else target, target, self.alpha)  # [B, R + 1]
             old = value_of(action, target[:, :-1])  # [B, R]
             targets = action_targets(batch["reward"], value, old, ends_of(batch), config.gamma, config.lmbda)
-        predicted = value_of(action, online[:, :-1])  # [B, R]
+        predicted = value_of(action, online[:, :-1]).where(batch["mask"], 0.0)  # [B, R]
         loss = LOSSES[config.loss_function](predicted, targets, reduction="none")
-        return {"q_loss": loss}, {"q_value": predicted.detach().where(batch["mask"], 0.0).sum()}
+        return {"q_loss": loss}, {"q_value": predicted.detach().sum()}
 
-    def after_step(self, metrics: dict[str, float]) -> bool:
+    def after_step(self, metrics: dict[str, float]) -> None:
         """Update the target network and epsilon."""
         self.networks.target.update(self.networks.online)
         self._set_epsilon()
-        return False
 
     def _set_epsilon(self) -> None:
         if self.alpha == 0:

@@ -51,6 +51,7 @@ class GRPO:
     """Clipped policy gradient with advantages relative to the group."""
 
     on_policy = True
+    target_kl = 0.0
 
     def __init__(self, config: GRPOConfig, factory: NetworkFactory) -> None:
         self.config, self.group_size = config, check_group_size(factory)
@@ -70,6 +71,5 @@ class GRPO:
         """`policy_loss`, and `kl_loss` if it is on; diagnostics of the ratio."""
         return clipped_terms(self.networks.actor.distribution(batch), batch, self.config.clip, self.kl_loss)
 
-    def after_step(self, metrics: dict[str, float]) -> bool:
-        """Go on with the rollout."""
-        return False
+    def after_step(self, metrics: dict[str, float]) -> None:
+        """Do nothing: there are no target networks."""

@@ -37,7 +37,9 @@ class PPOConfig:
     clip: float = 0.2  # the ratio of new to old probability is clipped to 1 ± clip
     dual_clip: float = 0.0  # bound of the ratio where the advantage is negative (3 is usual); 0 is off
     value_clip: float = 0.2  # distance from the old value beyond which the value loss has no gradient; 0 is off
-    target_kl: float = 0.0  # stop updating on a rollout at this KL between old and new policy, nats; 0 is off
+    # KL between old and new policy, nats per step; a minibatch above it ends the updates on its rollout, before its
+    # step; 0 is off
+    target_kl: float = 0.0
     entropy_coef: float = 0.0  # weight of the entropy bonus; 0 skips its cost
     gamma: float = 1.0  # discount per step
     lmbda: float = 0.95  # GAE's mix of TD errors (0) and whole returns (1)
@@ -65,7 +67,7 @@ class PPO:
     step_weights = staticmethod(token_weights)
 
     def __init__(self, config: PPOConfig, factory: NetworkFactory) -> None:
-        self.config, self.networks = config, ActorCritic(factory)
+        self.config, self.networks, self.target_kl = config, ActorCritic(factory), config.target_kl
         self.kl_loss = available_kl_loss(config.kl_loss, factory)
 
     def prepare(self, rollout: TensorDict) -> dict[str, float]:
@@ -86,11 +88,11 @@ class PPO:
         return terms, diagnostics
 
     def _value_loss(self, batch: TensorDict) -> Tensor:
-        value, target = self.networks.critic.values(batch), batch["value_target"]  # [B, R] both
+        value = self.networks.critic.values(batch).where(batch["mask"], 0.0)  # [B, R]
+        target = batch["value_target"]  # [B, R]
         if self.config.value_clip == 0:
             return value_loss(value, target)
         return clipped_value_loss(value, batch["state_value"], target, self.config.value_clip)
 
-    def after_step(self, metrics: dict[str, float]) -> bool:
-        """Stop once the policy is further than `target_kl` from the old one."""
-        return 0 < self.config.target_kl < metrics["approx_kl"]
+    def after_step(self, metrics: dict[str, float]) -> None:
+        """Do nothing: there are no target networks."""

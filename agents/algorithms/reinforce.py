@@ -43,6 +43,7 @@ class Reinforce:
     """Policy gradient with whole returns, and a critic as the baseline."""
 
     on_policy = True
+    target_kl = 0.0
     step_weights = staticmethod(token_weights)
 
     def __init__(self, config: ReinforceConfig, factory: NetworkFactory) -> None:
@@ -56,12 +57,13 @@ class Reinforce:
 
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`policy_loss` and `value_loss`; no diagnostics."""
-        log_prob = self.networks.actor.distribution(batch).log_prob(batch["action"])  # [B, R]
+        distribution, mask = self.networks.actor.distribution(batch), batch["mask"]
+        log_prob = distribution.log_prob(batch["action"]).where(mask, 0.0)  # [B, R]
+        value = self.networks.critic.values(batch).where(mask, 0.0)  # [B, R]
         return {
             "policy_loss": policy_gradient(log_prob, batch["advantage"]),
-            "value_loss": value_loss(self.networks.critic.values(batch), batch["value_target"]),
+            "value_loss": value_loss(value, batch["value_target"]),
         }, {}
 
-    def after_step(self, metrics: dict[str, float]) -> bool:
-        """Go on: one pass over the rollout."""
-        return False
+    def after_step(self, metrics: dict[str, float]) -> None:
+        """Do nothing: there are no target networks."""

@@ -46,6 +46,7 @@ class RLOO:
     """Clipped policy gradient with the leave-one-out baseline."""
 
     on_policy = True
+    target_kl = 0.0
     step_weights = staticmethod(token_weights)
 
     def __init__(self, config: RLOOConfig, factory: NetworkFactory) -> None:
@@ -64,6 +65,5 @@ class RLOO:
         """`policy_loss`, and `kl_loss` if it is on; diagnostics of the ratio."""
         return clipped_terms(self.networks.actor.distribution(batch), batch, self.config.clip, self.kl_loss)
 
-    def after_step(self, metrics: dict[str, float]) -> bool:
-        """Go on with the rollout."""
-        return False
+    def after_step(self, metrics: dict[str, float]) -> None:
+        """Do nothing: there are no target networks."""

@@ -85,6 +85,7 @@ class SAC:
     """An actor that maximizes action values and entropy, and two critics fitted to targets from a replay buffer."""
 
     on_policy = False
+    target_kl = 0.0
     step_weights = staticmethod(token_weights)
 
     def __init__(self, config: SACConfig, factory: NetworkFactory) -> None:
@@ -109,7 +110,7 @@ class SAC:
         log_prob = self.networks.actor.all_states(batch).log_softmax(-1)  # [B, R + 1, A]
         action_values = [network.all_states(batch)[:, :-1] for network in self.networks.online]  # [B, R, A] each
         targets = self._targets(batch, log_prob.detach())  # [B, R]
-        predicted = [value_of(action, values) for values in action_values]  # [B, R] each
+        predicted = [value_of(action, values).where(mask, 0.0) for values in action_values]  # [B, R] each
         measure = LOSSES[self.config.loss_function]
         q_losses = [measure(values, targets, reduction="none") for values in predicted]
         log_prob = log_prob[:, :-1]  # [B, R, A]
@@ -117,19 +118,18 @@ class SAC:
             "policy_loss": -expected_value(log_prob, torch.minimum(*action_values).detach(), self.alpha),
             "q_loss": sum(q_losses, torch.zeros_like(targets)),
         }
-        diagnostics = {"q_value": torch.minimum(*predicted).detach().where(mask, 0.0).sum()}
+        diagnostics = {"q_value": torch.minimum(*predicted).detach().sum()}
         if (learned := self.networks.learned_alpha) is not None:
             entropy = -(log_prob.exp() * log_prob).sum(-1).detach()  # [B, R]
             excess = entropy - self.config.target_entropy * math.log(log_prob.shape[-1])
-            terms["alpha_loss"] = learned.log * excess
+            terms["alpha_loss"] = learned.log * excess.where(mask, 0.0)
             diagnostics["alpha"] = learned.log.detach().exp() * mask.sum()
         return terms, diagnostics
 
-    def after_step(self, metrics: dict[str, float]) -> bool:
+    def after_step(self, metrics: dict[str, float]) -> None:
         """Update the target networks."""
         for target, online in zip(self.networks.target, self.networks.online, strict=True):
             target.update(online)
-        return False
 
     @torch.no_grad()
     def _targets(self, batch: TensorDict, log_prob: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """Collects fixed-length rollouts from parallel environments.
 
 Keys of a rollout, batch size [B] environments: `observation` and `next_observation` [B, R, D]; `action` [B, R] or
-[B, R, A]; `action_log_prob`, `step_score`, the environment's reward, `mask`, `done` and `terminated` [B, R]. The mask
-leaves out steps that only reset an environment.
+[B, R, A]; `action_log_prob`, `step_score`, the environment's reward, `mask`, `done` and `terminated` [B, R]; and
+`raw_observation`, `raw_next_observation` and `raw_step_score`, the same before normalization. The mask leaves out steps
+that only reset an environment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,11 @@ from torch import nn
 
 from agents.control.config import ControlConfig
 from agents.control.environments import Environments
+from agents.seeds import seed_of, torch_generator
+from textenv.state import own_settings
 
 ON_POLICY = ("observation", "action", "action_log_prob", "mask", "state_value", "advantage", "value_target")
-OFF_POLICY = ("observation", "next_observation", "action", "reward", "done", "terminated", "mask")
+REPLAYED = ("raw_observation", "raw_next_observation", "action", "raw_step_score", "done", "terminated", "mask")
 
 
 @dataclass(frozen=True)
@@ -47,30 +50,33 @@ class ControlCollector:
         self.seed, self.reset_every = seed, reset_every
         self.resets = 0  # of all environments together; each has a seed of its own
         self.observation: np.ndarray | None = None  # [B, D]; None: reset before the next step
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch_generator(seed, "sampling")
 
-    @torch.no_grad()
+    @own_settings()
     def collect(self, policy: Any) -> ControlRollout:
         """Run `steps` steps in every environment."""
         env, shape = self.environments.env, (self.config.steps, self.config.num_envs)
         if self.observation is None:
             self.resets += 1
-            seed = np.random.SeedSequence([self.seed, self.resets]).generate_state(1)[0]
-            self.observation = self.environments.reset(int(seed))
+            self.observation = self.environments.reset(seed_of(self.seed, "resets", self.resets))
             self.ended = np.zeros(shape[1], dtype=bool)
         observation_array = np.empty((shape[0] + 1, *self.observation.shape), np.float32)  # [R + 1, B, D]
         observations = torch.from_numpy(observation_array)  # shares memory; the environment may reuse its own
+        raw_array, raw_rewards = np.empty_like(observation_array), np.empty(shape, np.float32)
+        raw = self.environments.raw
         actions: list[torch.Tensor] = []
         rewards, ended = np.empty(shape, np.float32), np.empty((shape[0] + 1, shape[1]), bool)
         terminated = np.empty(shape, bool)
         sample_action = policy.action_sampler(*shape, self.generator)
         for step, state in enumerate(observations[:-1].unbind()):
-            observation_array[step], ended[step] = self.observation, self.ended
+            observation_array[step], raw_array[step], ended[step] = self.observation, raw.observation, self.ended
             actions.append(sample_action(state))
             action = clip_action(actions[-1].numpy(), env.single_action_space)
             self.observation, rewards[step], terminated[step], truncated, _ = env.step(action)
-            self.ended = terminated[step] | truncated
-        observation_array[-1], ended[-1] = self.observation, self.ended
+            raw_rewards[step], self.ended = raw.reward, terminated[step] | truncated
+        observation_array[-1], raw_array[-1], ended[-1] = self.observation, raw.observation, self.ended
+        check_finite(raw_array, raw_rewards)
+        raw_observations = torch.from_numpy(raw_array).transpose(0, 1)  # [B, R + 1, D]
         observation, action = observations[:-1].transpose(0, 1), torch.stack(actions, 1)  # [B, R, ...] both
         reward = torch.from_numpy(rewards).T  # [B, R]
         mask = ~torch.from_numpy(ended[:-1]).T
@@ -84,6 +90,9 @@ class ControlCollector:
                 "done": torch.from_numpy(ended[1:]).T & mask,
                 "terminated": torch.from_numpy(terminated).T & mask,
                 "step_score": reward,
+                "raw_observation": raw_observations[:, :-1],
+                "raw_next_observation": raw_observations[:, 1:],
+                "raw_step_score": torch.from_numpy(raw_rewards).T,
             },
             batch_size=[shape[1]],
         )
@@ -91,10 +100,20 @@ class ControlCollector:
 
     def training_rows(self, data: TensorDict) -> TensorDict:
         """Valid steps as N rows of one step, [N, 1, ...]."""
-        present, mask = set(data.keys()), data["mask"]
-        keys = ON_POLICY if "advantage" in present else OFF_POLICY
-        rows = {key: data[key][mask][:, None] for key in keys if key in present}
-        return TensorDict(rows, batch_size=[len(rows["mask"])])
+        present = set(data.keys())
+        return single_steps(data, [key for key in ON_POLICY if key in present])
+
+    def replay_rows(self, data: TensorDict) -> TensorDict:
+        """Valid steps as N rows of one step, [N, 1, ...], before normalization."""
+        return single_steps(data, REPLAYED)
+
+    def from_replay(self, rows: TensorDict) -> TensorDict:
+        """Rows with `observation`, `next_observation` and `step_score`, normalized by the present statistics."""
+        raw: dict[str, Any] = {name: value.numpy() for name, value in rows.items()}
+        for name in ("observation", "next_observation"):
+            rows[name] = torch.from_numpy(self.environments.normalized_observations(raw[f"raw_{name}"]))
+        rows["step_score"] = torch.from_numpy(self.environments.normalized_rewards(raw["raw_step_score"])).float()
+        return rows.exclude("raw_observation", "raw_next_observation", "raw_step_score")
 
     def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
         """The whole minibatch: these networks are small."""
@@ -130,6 +149,28 @@ class ControlCollector:
             metrics["return"] = float(np.mean([episode.total for episode in episodes]))
             metrics["length"] = float(np.mean([episode.length for episode in episodes]))
         return metrics
+
+
+def single_steps(data: TensorDict, keys: Sequence[str]) -> TensorDict:
+    """The valid steps of a rollout as N rows of one step, [N, 1, ...]."""
+    mask = data["mask"]
+    rows = {key: data[key][mask][:, None] for key in keys}
+    return TensorDict(rows, batch_size=[len(rows["mask"])])
+
+
+def check_finite(observations: np.ndarray, rewards: np.ndarray) -> None:
+    """Raise ValueError for numbers of an environment that are not finite.
+
+    observations: [R + 1, B, D]; rewards: [R, B].
+    """
+    for name, values in (("observation", observations), ("reward", rewards)):
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            step, row = bad[0][:2]
+            raise ValueError(
+                f"the environment's {name} is {values[tuple(bad[0])]} in row {row} at step {step} of the rollout; "
+                "every observation and reward must be a finite number."
+            )
 
 
 def clip_action(action: np.ndarray, space: Any) -> np.ndarray:

@@ -63,6 +63,24 @@ class Returns(VectorWrapper):
         return finished
 
 
+class Raw(VectorWrapper):
+    """Keeps the latest observations and rewards, for the normalizers around it change them."""
+
+    observation: np.ndarray  # [B, D]
+    reward: np.ndarray  # [B]
+
+    def reset(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+        """Reset all environments."""
+        self.observation, info = self.env.reset(**arguments)
+        return self.observation, info
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """One step of every environment."""
+        result = self.env.step(actions)
+        self.observation, self.reward = result[:2]
+        return result
+
+
 class NormalizeReward(VectorWrapper):
     """Divides rewards by the running standard deviation of discounted returns and clips them to ±`CLIP`.
 
@@ -88,8 +106,11 @@ class NormalizeReward(VectorWrapper):
             self.return_rms.update(self.discounted[~self.resetting])
         self.resetting = terminated | truncated
         self.discounted[self.resetting] = 0.0
-        scaled = reward / np.sqrt(self.return_rms.var + 1e-8)
-        return observation, np.clip(scaled, -CLIP, CLIP), terminated, truncated, info
+        return observation, self.scaled(reward), terminated, truncated, info
+
+    def scaled(self, reward: np.ndarray) -> np.ndarray:
+        """Rewards divided by the present deviation of returns and clipped."""
+        return np.clip(reward / np.sqrt(self.return_rms.var + 1e-8), -CLIP, CLIP)
 
 
 class Environments:
@@ -98,13 +119,26 @@ class Environments:
     def __init__(self, config: TrainConfig, settings: ControlConfig, num_envs: int) -> None:
         self.limit = episode_limit(config)
         self.returns = Returns(make_vector(config, settings, num_envs))
-        self.env: VectorEnv = self.returns
+        self.raw = Raw(self.returns)
+        self.env: VectorEnv = self.raw
         self.observations = self.rewards = None
         if settings.normalize_observation:
             self.env = self.observations = wrappers.NormalizeObservation(self.env)
             self.env = wrappers.TransformObservation(self.env, clip_observation)
         if settings.normalize_reward:
             self.env = self.rewards = NormalizeReward(self.env, settings.reward_gamma)
+
+    def normalized_observations(self, raw: np.ndarray) -> np.ndarray:
+        """Observations [..., D] normalized by the present statistics, which do not change."""
+        if self.observations is None:
+            return raw
+        statistics = self.observations.obs_rms
+        scaled = (raw - statistics.mean) / np.sqrt(statistics.var + self.observations.epsilon)
+        return clip_observation(scaled.astype(np.float32))
+
+    def normalized_rewards(self, raw: np.ndarray) -> np.ndarray:
+        """Rewards [...] normalized by the present statistics, which do not change."""
+        return raw if self.rewards is None else self.rewards.scaled(raw)
 
     def reset(self, seed: int) -> np.ndarray:
         """Reset all environments; returns their observations [B, D]."""

@@ -17,9 +17,10 @@ from agents.control.environments import Environments
 from agents.control.networks import ControlNetworkFactory
 from agents.control.policy import export_policy
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, RED, Panel
+from agents.seeds import evaluation_seed
 from agents.trainer import Trainer
+from textenv.state import own_settings
 
-EVALUATION_SEED = 1_000_000  # every evaluation starts from the same initial states
 LONGEST = 10_000  # maximum length of an evaluation episode in an environment without a time limit
 
 PANELS: tuple[Panel, ...] = (
@@ -141,11 +142,11 @@ def check_checkpoints(config: TrainConfig, settings: ControlConfig, limit: int |
         )
 
 
-@torch.no_grad()
+@own_settings()
 def run_episodes(environments: Environments, policy: Any) -> Evaluation:
     """Run the deterministic policy for one episode in every environment."""
     env, space = environments.env, environments.env.single_action_space
-    observation, finished = environments.reset(EVALUATION_SEED), {}
+    observation, finished = environments.reset(evaluation_seed()), {}
     longest = environments.limit or LONGEST
     for _ in range(longest):
         action = policy.greedy(torch.as_tensor(observation, dtype=torch.float32)).numpy()

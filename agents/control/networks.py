@@ -21,6 +21,8 @@ from torchrl.modules import IndependentNormal, TanhNormal
 
 from agents.control.config import HIGHEST_LOG_STD, LOWEST_LOG_STD, ControlConfig
 from agents.objectives.actor_critic import Categorical
+from agents.seeds import seed_of
+from textenv.state import own_settings
 
 # By activation: the module, and the in-place function.
 LAYERS: dict[str, tuple[Any, Any]] = {"tanh": (nn.Tanh, torch.tanh_), "relu": (nn.ReLU, torch.relu_)}
@@ -225,7 +227,7 @@ class ControlNetworkFactory:
         with self._own_randomness():
             return QNetwork(self._sizes(self.outputs), self.config.activation, alpha)
 
-    @torch.no_grad()
+    @own_settings()
     def all_states(self, network: Any, data: TensorDict) -> Tensor:
         """Outputs of a network at s_0..s_R, [B, R + 1, ...]."""
         return network.all_states(data)
@@ -249,8 +251,8 @@ class ControlNetworkFactory:
     def _own_randomness(self) -> Iterator[None]:
         """Initial weights depend on the seed and on how many networks came before; global randomness is unchanged."""
         self.made += 1
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1_000_003 * self.seed + self.made)
+        with own_settings(gradients=True), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.seed, "networks", self.made))
             yield
 
 

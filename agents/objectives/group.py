@@ -31,7 +31,7 @@ def undiscounted_returns(reward: Tensor, mask: Tensor) -> Tensor:
 
 def add_response_advantages(rollout: TensorDict, advantage: Tensor) -> None:
     """Add `raw_advantage` and `advantage` [B, R]: each token gets its response's. advantage: [B]."""
-    per_token = advantage[:, None] * rollout["mask"]  # [B, R]
+    per_token = advantage[:, None].where(rollout["mask"], 0.0)  # [B, R]
     rollout["raw_advantage"], rollout["advantage"] = per_token, per_token
 
 

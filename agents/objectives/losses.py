@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from agents.interfaces import NetworkFactory
-from textenv.kl import ESTIMATORS
+from textenv.kl import ESTIMATORS, MAX_LOG_RATIO
 from textenv.unread import Unread
 
 KL_LOSSES = ("none", "k2", "k3")  # estimators of the KL in the loss
@@ -77,12 +77,13 @@ def clipped_terms(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """`policy_loss`, and `kl_loss` if it is on, [B, R] each; and the policy's `distance` from the old one.
 
-    distribution: the current actor's, at every step of the batch.
+    distribution: the current actor's, at every step of the batch. Log-ratios above 20 count as 20 and have no gradient:
+    the exponential of 89 is infinite in float32, and its gradient NaN. Small ones need no bound.
     """
     log_prob, mask = distribution.log_prob(batch["action"]), batch["mask"]  # [B, R] both
     log_ratio = (log_prob - batch["action_log_prob"]).where(mask, 0.0)
-    ratio = log_ratio.exp()
-    terms = {"policy_loss": clipped_surrogate(ratio, batch["advantage"], clip)}
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    terms = {"policy_loss": clipped_surrogate(ratio, batch["advantage"].where(mask, 0.0), clip)}
     return terms | kl_terms(kl_loss, log_prob, batch), distance(log_ratio, ratio, clip)
 
 

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from agents.seeds import torch_generator
 from agents.text.config import TextConfig
-from textenv.generation import generate, response_log_probs, score_responses
+from textenv.generation import generate, score_responses
 from textenv.models.loading import load_function
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
 from textenv.reviews.gold import gold as gold_of_reviews
 from textenv.reviews.prompts import held_out_prompts
-from textenv.state import STOP
+from textenv.state import STOP, own_settings
 from textenv.task import Task, is_embedded
 
 Gold = Callable[[list[str], list[str]], Sequence[float]]
@@ -49,6 +50,7 @@ class Evaluation:
         return numbers if self.gold is None else numbers | {"gold": mean(self.gold)}
 
 
+@own_settings()
 def evaluate(
     task: Task,
     model: PreTrainedModel,
@@ -59,14 +61,14 @@ def evaluate(
 ) -> Evaluation:
     """Sample one response per prompt at the task's temperature and measure it. Same seed, same responses.
 
-    Scores are the reward's own, before normalization, so that evaluations can be compared.
+    Scores are the reward's own, before normalization, so that evaluations can be compared. The KL is measured where
+    `kl_coef` is 0 too.
     batch: responses generated at a time (which determines their random numbers), and responses per forward pass.
     """
-    task = task.without_normalization()
+    task = dataclasses.replace(task.without_normalization(), reference=task.load_reference())
     generator = torch.Generator(task.device).manual_seed(seed)
     chunks = torch.arange(len(prompts)).split(batch[0])
-    reference = task.load_reference().model
-    parts = [_evaluate(task, (model, reference), prompts.select(rows.tolist()), generator, batch[1]) for rows in chunks]
+    parts = [_evaluate(task, model, prompts.select(rows.tolist()), generator, batch[1]) for rows in chunks]
     gathered: dict[str, Any] = {
         field.name: [value for part in parts for value in getattr(part, field.name) or []]
         for field in dataclasses.fields(Evaluation)
@@ -89,22 +91,20 @@ def rate(gold: Gold, prompts: list[str], responses: list[str]) -> list[float]:
 
 def _evaluate(
     task: Task,
-    models: tuple[PreTrainedModel, PreTrainedModel],
+    model: PreTrainedModel,
     prompts: Prompts,
     generator: torch.Generator,
     rows_per_pass: int,
 ) -> Evaluation:
-    """Evaluate one batch, without gold scores. models: the policy and the reference."""
-    temperature = task.config.temperature
-    generation = generate(task, models[0], prompts, Sampling(temperature=temperature), generator)
+    """Evaluate one batch, without gold scores, by one forward of the reference and of the reward model."""
+    generation = generate(task, model, prompts, Sampling(temperature=task.config.temperature), generator)
     scored = score_responses(task, generation.state, prompts.texts, rows_per_pass, prompts.fields)
-    reference_log_prob = response_log_probs(models[1], generation.state, temperature, rows_per_pass)
     return Evaluation(
         prompts=list(prompts.texts),
         responses=scored.responses,
         score=scored.score.tolist(),
         gold=None,
-        kl=(generation.log_prob - reference_log_prob).sum(1).tolist(),
+        kl=(generation.log_prob - scored.reference_log_prob).sum(1).tolist(),
         length=generation.state.generated_length.tolist(),
         stopped=(scored.finish_code == STOP).tolist(),
     )
@@ -134,7 +134,7 @@ def split_prompts(task: Task, config: TextConfig, seed: int = 0) -> tuple[Prompt
             f"the environment has {size} different prompts, too few to hold any out; give more, or set --held-out."
         )
     count = max(1, min(config.evaluation_prompts, size // 5))
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(size, generator=torch_generator(seed, "split")).tolist()
     held_out_texts = {unique[index] for index in order[:count]}
     kept = [index for index, text in enumerate(task.prompts.texts) if text not in held_out_texts]
     first_indices = sorted(task.prompts.texts.index(text) for text in held_out_texts)

@@ -18,6 +18,7 @@ from agents.config import TrainConfig, id_of
 from agents.errors import is_ours
 from agents.reporting import plots
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, ORANGE, RED, Panel
+from agents.seeds import evaluation_seed
 from agents.text.config import TextConfig
 from agents.text.evaluation import Evaluation, evaluate, find_gold, mean, rate, split_prompts
 from agents.text.fingerprints import HELD_OUT, fingerprints, save_prompts
@@ -31,7 +32,6 @@ from textenv.env import TextGenEnv
 from textenv.prompts.tokenized import Prompts
 from textenv.task import Task, is_embedded
 
-EVALUATION_SEED = 0  # of the responses in every evaluation
 EQUAL = 1e-6  # a smaller standard deviation of float32 scores, relative to their mean, is rounding error
 FAR = 1.0  # nats a response; two iterations that wreck a model of 135M weights move it by six
 
@@ -91,7 +91,7 @@ class TextExperiment:
     def evaluate(self, policy: nn.Module) -> Evaluation:
         """One response to each held-out prompt, with the same seed every time."""
         batch = (self.settings.rollout_size, self.settings.micro_batch_size)
-        return evaluate(self.task, language_model_of(policy), self.held_out, self.gold, EVALUATION_SEED, batch)
+        return evaluate(self.task, language_model_of(policy), self.held_out, self.gold, evaluation_seed(), batch)
 
     def summarize(self, evaluation: Evaluation) -> dict[str, float]:
         """Means over the prompts."""
@@ -192,7 +192,7 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
     assert isinstance(collector, TextCollector)
     # Running statistics must not change.
     task, penalty = collector.task.with_frozen_statistics(), collector.penalty()
-    generator = torch.Generator(task.device).manual_seed(EVALUATION_SEED)
+    generator = torch.Generator(task.device).manual_seed(evaluation_seed())
     # Whole groups, for the learners that compare the responses to a prompt.
     prompts = held_out.select(
         [row // task.config.group_size % len(held_out) for row in range(8 * task.config.group_size)]

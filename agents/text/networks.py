@@ -17,14 +17,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.objectives.actor_critic import Categorical
+from agents.seeds import seed_of
 from textenv.masks.token_sets import TokenSets
 from textenv.models.decoding import decodes_from_cache
 from textenv.models.language_model import find_backbone, hidden_states, read, read_states, response_logits
 from textenv.models.probe import check_backbone
 from textenv.rewards.reward_model import RewardModel, reads_every_position
+from textenv.state import own_settings
 from textenv.task import Task
 
-FORBIDDEN = -1e4  # logit of a masked token: exp(-1e4) is 0 in float32, and no gradient turns into NaN
+# Logit of a token without probability, below the largest of its row: exp(-1e4) is 0 in float32, and finite logits keep
+# 0 · log 0 and its gradient free of NaN.
+FORBIDDEN = -1e4
 
 
 class TextActor(nn.Module):
@@ -99,7 +103,9 @@ def _allowed_only(logits: Tensor, batch: TensorDict) -> Tensor:
 
 def forbid(logits: Tensor, allowed: TokenSets) -> Tensor:
     """Logits [B, R, V] with all probability on the allowed tokens of each position [B, R]."""
-    return logits.masked_fill(~allowed.dense(logits.shape[-1]), FORBIDDEN)
+    inside = allowed.dense(logits.shape[-1])  # [B, R, V]
+    largest = logits.detach().masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)  # [B, R, 1], of the allowed ones
+    return torch.where(inside, logits, largest + FORBIDDEN)
 
 
 def certain_outside(logits: Tensor, mask: Tensor) -> Tensor:
@@ -142,22 +148,28 @@ class TextNetworkFactory:
         self.task, self.start, self.rows_per_pass, self.seed = task, start, rows_per_pass, seed
         self.group_size = task.config.group_size
         self.alpha = task.config.kl_coef
-        self.q_networks = 0  # built so far
+        self.made = 0  # networks with random weights, built so far
 
+    @own_settings(gradients=True)
     def actor(self) -> TextActor:
         """A policy that starts as the reference."""
         return make_actor(self.task)
 
+    @own_settings(gradients=True)
     def critic(self) -> TextCritic:
         """A critic with the chosen start."""
-        return make_critic(self.task, self.start, self.seed)
+        return make_critic(self.task, self.start, self._next_seed())
 
+    @own_settings(gradients=True)
     def q_network(self, alpha: float) -> TextQ:
         """Values of tokens; the policy starts as the reference, and every network has another random head."""
-        self.q_networks += 1
-        return make_q_network(self.task, alpha, self.seed + self.q_networks)
+        return make_q_network(self.task, alpha, self._next_seed())
 
-    @torch.no_grad()
+    def _next_seed(self) -> int:
+        self.made += 1
+        return seed_of(self.seed, "networks", self.made)
+
+    @own_settings()
     def all_states(self, network: Any, data: TensorDict) -> Tensor:
         """`network.all_states`, `rows_per_pass` rows at a time. Returns [B, R + 1, ...]."""
         return torch.cat([network.all_states(part) for part in data.split(self.rows_per_pass)])

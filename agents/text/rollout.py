@@ -2,8 +2,9 @@
 
 Keys of a rollout, batch size [B]: `input_ids` and `attention_mask` [B, L]; `action`, `action_log_prob`, `mask`, `done`,
 `terminated`, `step_score`, `reference_log_prob` and `kl`, an estimate of the KL, [B, R]; the response's `score` and β,
-`kl_coef`, [B]; with action masks also `allowed_ids` [B, R, K] and `allowed_inside` [B, R], the two halves of a
-`TokenSets`. Per-step numbers are zero outside the mask.
+`kl_coef`, [B]; with normalized scores also `raw_final_score` [B], what the last token paid before normalization, and
+`token_score` [B, R], what is not normalized; with action masks also `allowed_ids` [B, R, K] and `allowed_inside`
+[B, R], the two halves of a `TokenSets`. Per-step numbers are zero outside the mask.
 
 The penalty of a run is here too: the estimator of the KL and the controller of its weight β.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.objectives.advantages import masked_mean, response_ends
+from agents.seeds import seed_of, torch_generator
 from agents.text.config import TextConfig
 from agents.text.networks import language_model_of
 from textenv.generation import Generation, ScoredResponses, generate, response_kl, score_responses
@@ -29,6 +31,8 @@ from textenv.kl import ESTIMATORS, EXACT, AdaptiveKL, Controller, FixedKL, penal
 from textenv.masks.masks import MaskPolicy
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
+from textenv.rewards.normalization import RAW
+from textenv.state import own_settings
 from textenv.task import Task
 
 
@@ -50,6 +54,7 @@ class TextRollout:
     scored: ScoredResponses
 
 
+@own_settings()
 def collect(
     task: Task,
     model: PreTrainedModel,
@@ -85,6 +90,8 @@ def collect(
         batch_size=[len(prompts)],
         device=task.device,
     )
+    if task.normalizer is not None:
+        data["raw_final_score"], data["token_score"] = scored.raw_final, scored.token_rewards
     if generation.allowed is not None:
         data["allowed_ids"], data["allowed_inside"] = generation.allowed.ids, generation.allowed.inside
     metrics = rollout_metrics(data) | part_metrics(scored.score_parts)
@@ -152,7 +159,6 @@ def make_controller(config: TextConfig, kl_coef: float) -> Controller:
     return AdaptiveKL(kl_coef, config.kl_target, config.kl_horizon, config.kl_unit)
 
 
-@torch.no_grad()
 def estimate_kl(
     task: Task,
     model: PreTrainedModel,
@@ -173,7 +179,9 @@ def estimate_kl(
     return ESTIMATORS[estimator](generation.log_prob, reference_log_prob)
 
 
-REPORT_ONLY = ("td_error", "raw_advantage", "kl", "step_score")  # keys that no loss needs
+REPORT_ONLY = ("td_error", "raw_advantage", "kl", "step_score", "score", "raw_final_score", "token_score")  # no loss's
+# Keys that no learner from replay needs. It forms rewards when rows are sampled, from raw scores if there are any.
+NOT_REPLAYED = ("kl", "score", "action_log_prob")
 
 
 class TextCollector:
@@ -189,8 +197,8 @@ class TextCollector:
         for mask in self.mask_policies:
             mask.refresh(task.load_reference().model)  # so that it has weights of its own for a checkpoint to restore
         self.sampler = task.prompt_sampler(prompts, "shuffle")
-        self.prompt_generator = np.random.default_rng(seed)
-        self.sampling_generator = torch.Generator(task.device).manual_seed(seed)
+        self.prompt_generator = np.random.default_rng(seed_of(seed, "prompts"))
+        self.sampling_generator = torch_generator(seed, "sampling", task.device)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -203,7 +211,9 @@ class TextCollector:
         indices = self.sampler.draw(self.prompt_generator, self.config.rollout_size)
         prompts, rows = self.prompts.select(indices), self.config.micro_batch_size
         rollout = collect(self.task, language_model_of(policy), prompts, self.sampling_generator, rows, self.penalty())
-        self.sampler.update(indices, rollout.data["score"].tolist())
+        # Raw scores: normalized ones of different times are in different units.
+        raw = rollout.scored.score if self.task.normalizer is None else rollout.scored.score_parts[RAW]
+        self.sampler.update(indices, raw.tolist())
         if self.task.reference is not None:
             kl, lengths = rollout.data["kl"], rollout.data["mask"].sum(1)
             rollout.metrics.update(self.controller.update(float(kl.sum()), int(lengths.sum()), len(lengths)))
@@ -212,6 +222,18 @@ class TextCollector:
     def training_rows(self, data: TensorDict) -> TensorDict:
         """Whole responses, without the keys for the report."""
         return data.exclude(*REPORT_ONLY)
+
+    def replay_rows(self, data: TensorDict) -> TensorDict:
+        """Whole responses with their scores before normalization."""
+        unused = (*NOT_REPLAYED, "step_score") if self.task.normalizer is not None else NOT_REPLAYED
+        return data.exclude(*unused)
+
+    def from_replay(self, rows: TensorDict) -> TensorDict:
+        """Rows with `step_score`, the final score normalized by the present statistics."""
+        if (normalizer := self.task.normalizer) is not None:
+            final = normalizer.normalized(rows["raw_final_score"])  # [B]
+            rows["step_score"] = rows["token_score"] + final[:, None].where(rows["done"], 0.0)
+        return rows
 
     def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
         """Responses of similar length together, which saves padding."""

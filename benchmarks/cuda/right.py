@@ -61,7 +61,8 @@ def first_update(scale: Scale) -> Iterator[Row]:
         model = language_model_of(trainer.algorithm.networks.policy)
         state = TextState.from_masks(data["input_ids"], data["attention_mask"], data["mask"])
         change = (response_log_probs(model, state, 0.7) - data["action_log_prob"]).where(data["mask"], 0.0)
-        metrics = trainer._step(trainer.collector.training_rows(data))
+        metrics = trainer._backward(trainer.collector.training_rows(data))
+        trainer._step(metrics)
         yield {
             "case": dtype,
             "largest_log_ratio": float(change.abs().max()),

@@ -16,10 +16,10 @@ from agents import play as playing
 from agents import run
 from agents.__main__ import main
 from agents.config import TrainConfig
-from agents.control.experiment import EVALUATION_SEED
 from agents.play import load_player, play
 from agents.presets import defaults
 from agents.run_folder import load_config
+from agents.seeds import evaluation_seed
 from tests.support import tiny
 
 
@@ -86,7 +86,7 @@ def test_control_plays_as_it_was_evaluated(control_run, tmp_path):
     """Seed for seed the same returns and lengths: statistics, clips and bounds travel with the policy, and only they."""
     folder, env, evaluation = control_run
     shutil.copytree(folder / "actor", tmp_path / "copy" / "actor")  # no trainer, checkpoint or configuration
-    episodes = play(tmp_path / "copy", gym.make(env), episodes=4, seed=EVALUATION_SEED)
+    episodes = play(tmp_path / "copy", gym.make(env), episodes=4, seed=evaluation_seed())
     assert [episode.length for episode in episodes] == evaluation.lengths
     assert [episode.total for episode in episodes] == pytest.approx(evaluation.returns, abs=1e-6)
     assert len(set(evaluation.returns)) > 1
@@ -107,7 +107,7 @@ def test_the_window_is_where_there_is_one(control_run, capsys, monkeypatch):
     folder = control_run[0]
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
-    main(["play", "--run", str(folder), "--episodes", "2", "--seed", str(EVALUATION_SEED)])
+    main(["play", "--run", str(folder), "--episodes", "2", "--seed", str(evaluation_seed())])
     printed = capsys.readouterr().out
     assert "--video FOLDER records them" in printed and printed.count("return ") == 2
     with pytest.raises(SystemExit, match=r"draws no images|pygame is not installed|cannot be shown"):

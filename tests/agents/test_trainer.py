@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -73,12 +75,15 @@ def test_order_of_prompts(settings):
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-def test_the_curriculum_receives_scores(settings):
-    """The prompt sampler receives the mean score of each prompt in the rollout."""
-    trainer = make_trainer({**settings, "prompt_sampling": "prioritized", "group_size": 2})
+@pytest.mark.parametrize("normalization", ["none", "running"])
+def test_the_curriculum_receives_scores(settings, normalization):
+    """The prompt sampler receives the mean raw score of each prompt in the rollout."""
+    changes = dict(prompt_sampling="prioritized", group_size=2, score_normalization=normalization)
+    trainer = make_trainer(settings | changes)
     rollout = next(trainer.iterate()).rollout
     means: dict[str, list[float]] = {}
-    for text, score in zip(rollout.prompts, rollout.data["score"].tolist(), strict=True):
+    scores = rollout.data["score"] if normalization == "none" else rollout.scored.score_parts["raw"]
+    for text, score in zip(rollout.prompts, scores.tolist(), strict=True):
         means.setdefault(text, []).append(score)
     state = trainer.state_dict()["collector"]["sampler"]["sampler"]
     for text, returns in zip(trainer.collector.prompts.texts, state["returns"], strict=True):
@@ -184,17 +189,64 @@ def test_repeated_prompts_are_not_on_both_sides(settings):
     assert not set(kept.texts) & set(held_out.texts)
 
 
-def test_a_nan_gradient_changes_nothing(settings):
-    """A gradient that is not finite raises an error before any weight changes."""
-    trainer = make_trainer(settings)
-    data = make_rollout(trainer).data
-    before = weights(trainer.algorithm.networks.actor), weights(trainer.algorithm.networks.critic)
-    data["advantage"][0, 0] = float("nan")
-    with pytest.raises(ValueError, match="gradient norm is nan in iteration 1"):
-        trainer._step(data)
-    assert same(before[0], weights(trainer.algorithm.networks.actor)) and same(
-        before[1], weights(trainer.algorithm.networks.critic)
-    )
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "advantage",
+            math.nan,
+            "policy_loss is nan; actor_grad_norm is nan; the first .* of the actor is that of model",
+        ),
+        (
+            "value_target",
+            math.inf,
+            "value_loss is inf; critic_grad_norm is (inf|nan); the first .* of the critic is that",
+        ),
+        ("advantage", 1e38, "iteration 1 is not finite: actor_grad_norm is (inf|nan)"),  # every loss is finite
+    ],
+)
+def test_an_update_that_is_not_finite_changes_nothing(settings, key, value, message):
+    """No weight moves, no gradient is left or clipped, the error names what was not finite, and the run can go on."""
+    trainer = make_trainer(settings, iterations=2)
+    rows = trainer.collector.training_rows(make_rollout(trainer).data)
+    spoilt = rows.clone()
+    spoilt[key][spoilt["mask"]] = value
+    networks = trainer.algorithm.networks.trained.values()
+    before = [weights(network) for network in networks]
+    with pytest.raises(ValueError, match=message):
+        trainer._learn(trainer._shuffled(spoilt))
+    assert all(same(weights(network), old) for network, old in zip(networks, before, strict=True))
+    assert all(parameter.grad is None for network in networks for parameter in network.parameters())
+    metrics = trainer._learn(trainer._shuffled(rows))
+    untouched = make_trainer(settings, iterations=2)
+    untouched.generator.set_state(trainer_generator_after_one_order(untouched))
+    assert metrics == untouched._learn(untouched._shuffled(rows))
+    assert same(weights(trainer.algorithm.networks.actor), weights(untouched.algorithm.networks.actor))
+
+
+def trainer_generator_after_one_order(trainer):
+    """The generator's state after the order of one pass has been drawn."""
+    generator = trainer.generator.clone_state()
+    torch.randperm(8, generator=generator)
+    return generator.get_state()
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_an_error_in_a_micro_batch_leaves_no_gradient(settings):
+    """Whatever interrupts a minibatch between its micro-batches, the next minibatch starts from no gradient."""
+    trainer = make_trainer(settings, minibatch_size=8)
+    rows = trainer.collector.training_rows(make_rollout(trainer).data)
+    parts = trainer.collector.micro_batches
+
+    def interrupted(minibatch):
+        yield next(parts(minibatch))
+        raise KeyboardInterrupt
+
+    trainer.collector.micro_batches = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer._learn(trainer._shuffled(rows))
+    assert all(parameter.grad is None for parameter in trainer.algorithm.networks.actor.parameters())
 
 
 def test_another_configuration_is_not_resumed(settings, tmp_path):

@@ -11,7 +11,7 @@ from agents.config import TrainConfig
 from agents.text.config import TextConfig
 from agents.text.networks import TextNetworkFactory
 from agents.text.rollout import TextCollector, TextRollout, collect
-from agents.trainer import Trainer
+from agents.trainer import Trainer, weighted_sums
 from tests.support import tiny
 from textenv import TextGenConfig, build_task
 
@@ -46,8 +46,8 @@ def make_rollout(trainer: Trainer, rows: int = 8) -> TextRollout:
 
 def losses(trainer: Trainer, batch) -> dict[str, torch.Tensor]:
     """Every loss term's mean over a batch, as the trainer takes it."""
-    weight = trainer.algorithm.step_weights(batch["mask"])
-    return {name: (term * weight).sum() for name, term in trainer.algorithm.loss(batch)[0].items()}
+    terms, weight = trainer.algorithm.loss(batch)[0], trainer.algorithm.step_weights(batch["mask"])
+    return dict(zip(terms, weighted_sums(torch.stack(list(terms.values())), weight, batch["mask"]), strict=True))
 
 
 def weights(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -38,20 +38,20 @@ class OneLayer(PreTrainedModel):
         """The head."""
         return self.head
 
-    def forward(self, input_ids, attention_mask, position_ids, past_key_values=None, logits_to_keep=0, **_):
-        """Logits of the last `logits_to_keep` columns; attention_mask: [B, T], or a bias [B, 1, T, keys] (cached)."""
-        hidden = self.tokens(input_ids) + self.positions(position_ids)  # [B, T, H]
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, **_):
+        """Logits of all columns of whole texts, or of single tokens with a bias [B, 1, 1, keys] and positions [B, 1]."""
+        positions = torch.arange(input_ids.shape[1]) if position_ids is None else position_ids
+        hidden = self.tokens(input_ids) + self.positions(positions)  # [B, T, H]
         query, key, value = self.attention(hidden)[:, None].chunk(3, -1)  # [B, 1, T, H]
         bias = attention_mask
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, 0)
-        else:
-            seen = attention_mask.bool()[:, None, None] & torch.ones(2 * input_ids.shape[1:], dtype=torch.bool).tril()
-            bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        if bias is None:
+            bias = torch.full(2 * input_ids.shape[1:], torch.finfo(torch.float32).min).triu(1)
         weight = (query @ key.transpose(-1, -2) + bias).softmax(-1)  # [B, 1, T, keys]
         hidden = hidden + 2 * (weight @ value)[:, 0]
         # A quarter: the comparisons below are of float32 to a millionth, and temperatures and penalties magnify these.
-        return SimpleNamespace(logits=self.head(hidden[:, -logits_to_keep:]) / 4)
+        return SimpleNamespace(logits=self.head(hidden) / 4)
 
 
 def _small_model() -> LanguageModel:

@@ -10,9 +10,11 @@ An object that follows `TokenMask` is accepted as `action_mask`; it needs no bas
 from __future__ import annotations
 
 import copy
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,11 +23,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textenv.kl import not_finite
 from textenv.models.decoding import Decoder, new_decoder
 from textenv.models.sampling import Sampling, log_probs
 from textenv.models.token_texts import TokenTexts
 from textenv.rewards.calling import describe
 from textenv.state import TextState
+
+CACHE_BYTES = 2**25  # of the texts that a pattern remembers: 5,000 texts of a vocabulary of 50,257
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class MaskPolicy:
 
     def __init__(self, model: PreTrainedModel, keep: Sampling) -> None:
         self.model: PreTrainedModel | None = model
-        self.keep = keep
+        self.keep, self.dtype = keep, model.dtype
         self.name = f"top_k:{keep.top_k}" if keep.top_k else f"top_p:{keep.top_p:g}"
 
     def allowed(self, contexts: Contexts) -> Tensor:
@@ -101,8 +106,12 @@ class MaskPolicy:
         return log_probs(contexts.logits, self.keep).isfinite()
 
     def refresh(self, model: PreTrainedModel) -> None:
-        """Replace the mask's model by a frozen copy of `model`."""
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        """Replace the mask's model by a frozen copy of `model`, in the precision of the first one.
+
+        A checkpoint's weights are loaded into the first one, so no later one may hold more digits than fit in it.
+        """
+        frozen: Any = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = frozen.to(self.dtype)
 
 
 class AllowedIds:
@@ -150,7 +159,8 @@ class Pattern:
     The text is the response without the single space that separates it from the prompt. A stop token is allowed where
     the text already matches. For each text that is not in the cache, every token is tried. That takes 1 to 3 ms of CPU
     time per text with the embedded 1,024 tokens, and 60 to 140 ms with 50,257 (a number, a word list, sentences,
-    anything). The first use also decodes every token by itself, which takes 5 and 260 ms.
+    anything). The first use also decodes every token by itself, which takes 5 and 260 ms. The cache holds one bit per
+    text and token, and beyond `CACHE_BYTES` drops the least recently used texts.
     """
 
     model = None
@@ -164,12 +174,26 @@ class Pattern:
             raise ValueError(f"action_mask has an invalid regular expression, {pattern!r}: {error}.") from error
         self.name, self.vocabulary = f"regex:{pattern}", vocabulary
         self.tokenizer, self.stops = tokenizer, list(stop_token_ids)
-        self._allowed_after = lru_cache(4096)(self._try_tokens)  # texts repeat: rows share prefixes, episodes starts
+        # By text, V bits each. Texts repeat: rows share prefixes, episodes starts.
+        self.cache: OrderedDict[str, np.ndarray] = OrderedDict()
+        self.cached_bytes = 0
 
     def allowed(self, contexts: Contexts) -> Tensor:
         """Bool [b, V]."""
         rows = [self._allowed_after("".join(self.pieces[token] for token in ids)) for ids in contexts.responses()]
-        return _dense(rows, self.vocabulary).to(contexts.state.length.device)
+        allowed = np.unpackbits(np.stack(rows), axis=1, count=self.vocabulary).view(bool)
+        return torch.from_numpy(allowed).to(contexts.state.length.device)
+
+    def _allowed_after(self, text: str) -> np.ndarray:
+        """The tokens that may follow, V bits packed into bytes."""
+        bits = self.cache.get(text)
+        if bits is None:
+            bits = self.cache[text] = np.packbits(self._try_tokens(text))
+            self.cached_bytes += _entry_bytes(text, bits)
+            while self.cached_bytes > CACHE_BYTES and len(self.cache) > 1:
+                self.cached_bytes -= _entry_bytes(*self.cache.popitem(last=False))
+        self.cache.move_to_end(text)
+        return bits
 
     @cached_property
     def pieces(self) -> list[str]:
@@ -181,12 +205,19 @@ class Pattern:
         ]
         return pieces + [""] * (self.vocabulary - len(pieces))
 
-    def _try_tokens(self, text: str) -> list[int]:
-        ids = self.stops if text and self.pattern.fullmatch(text.removeprefix(" ")) else []
-        return [*ids, *(token for token, piece in enumerate(self.pieces) if piece and self._can_match(text + piece))]
+    def _try_tokens(self, text: str) -> np.ndarray:
+        """Bool [V]."""
+        allowed = np.array([bool(piece) and self._can_match(text + piece) for piece in self.pieces])
+        allowed[self.stops] = bool(text) and self.pattern.fullmatch(text.removeprefix(" ")) is not None
+        return allowed
 
     def _can_match(self, text: str) -> bool:
         return self.pattern.fullmatch(text.removeprefix(" "), partial=True) is not None
+
+
+def _entry_bytes(text: str, bits: np.ndarray) -> int:
+    """Memory of a cached text, its bits and its place in the cache."""
+    return sys.getsizeof(text) + sys.getsizeof(bits) + 100
 
 
 def word_list(words: Sequence[str]) -> str:
@@ -235,6 +266,11 @@ class Masker:
         allowed = result[rows]
         for mask, decoder in zip(self.masks, self._refreshed(state), strict=True):
             logits = None if decoder is None else decoder.logits[rows]
+            if logits is not None and not bool((finite := logits.amax(-1).isfinite()).all()):
+                row = int((~finite).nonzero()[0])
+                raise not_finite(
+                    f"the largest logit of action mask {mask.name!r}", logits[row].amax(), f"row {rows[row]}"
+                )
             by_mask = mask.allowed(Contexts(running_prompts, running_state, logits))
             _check_allowed(mask.name, by_mask, len(rows), self.vocabulary)
             allowed &= by_mask.to(allowed.device)

@@ -108,8 +108,11 @@ class Normalizer:
     def __call__(self, scores: Scores) -> Scores:
         """Normalize the final scores, and add the part "raw"."""
         self.statistics.update(scores.final)
-        final = standardize(scores.final, self.statistics.mean, self.statistics.std, self.clip)
-        return replace(scores, final=final, parts=scores.parts | {RAW: scores.total})
+        return replace(scores, final=self.normalized(scores.final), parts=scores.parts | {RAW: scores.total})
+
+    def normalized(self, final: Tensor) -> Tensor:
+        """Final scores [B] normalized by the present statistics, which do not change. Float32 [B]."""
+        return standardize(final, self.statistics.mean, self.statistics.std, self.clip)
 
     def with_frozen_statistics(self) -> Normalizer:
         """A normalizer with the current mean and standard deviation as constants."""

@@ -31,6 +31,7 @@ PRESETS = AGENTS / "presets.py"
 # What a learner needs to be done here in seconds; its own settings stand under `algorithm`.
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": dict(algorithm=dict(epochs=2)),
+    "grpo": dict(iterations=20),  # over five seeds the last scores are 3.2 to 3.9, and after 14 iterations 0.8 to 2.9
     "dqn": dict(algorithm=dict(learning_starts=8)),
     "sac": dict(algorithm=dict(learning_starts=8)),
 }

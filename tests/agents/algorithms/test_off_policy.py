@@ -149,8 +149,7 @@ def test_gradients_do_not_depend_on_micro_batches(settings, name):
         trainer = make(settings, name, minibatch_size=8, micro_batch_size=size, max_grad_norm=1e9)
         data = make_rollout(trainer).data
         perturb(trainer)
-        trainer.optimizer.zero_grad = lambda: None  # keeps the gradients for this test to read
-        trainer._step(data)
+        trainer._backward(data)
         found[size] = gradients(trainer)
     scale = found[8].abs().max()
     # float32 sums in another order: a few roundings of the largest entry
@@ -159,24 +158,26 @@ def test_gradients_do_not_depend_on_micro_batches(settings, name):
 
 @BOTH
 def test_padding_changes_no_loss_and_no_gradient(settings, name):
-    """Ids and rewards in padding change nothing, to the bit; columns that are all padding can be left out."""
+    """Ids, infinite and NaN rewards in padding change nothing, to the bit; columns of padding can be left out."""
     trainer = make(settings, name)
     data = make_rollout(trainer).data
     perturb(trainer)
     short = data[data["mask"].sum(1) < data["mask"].shape[1]]
     assert trim(short)["input_ids"].shape[1] < short["input_ids"].shape[1]
-    spoilt = short.clone()
-    spoilt["reward"][~short["mask"]] = 1e9
-    spoilt["action"][~short["mask"]] = 5
-    spoilt["input_ids"][~short["attention_mask"]] = 7
+    spoilt = {value: short.clone() for value in (1e9, math.inf, math.nan)}
+    for value, batch in spoilt.items():
+        for key in ("reward", "step_score", "reference_log_prob", "action_log_prob"):
+            batch[key][~short["mask"]] = value
+        batch["action"][~short["mask"]] = 5
+        batch["input_ids"][~short["attention_mask"]] = 7
     results = []
-    for batch in (short, spoilt, trim(short)):
+    for batch in (short, trim(short), *spoilt.values()):
         trainer.optimizer.zero_grad()
         terms = losses(trainer, batch)
         sum(terms.values()).backward()
         results.append([*terms.values(), gradients(trainer)])
-    assert same(results[0], results[1])
-    for whole, trimmed in zip(results[0], results[2], strict=True):
+    assert all(same(results[0], other) for other in results[2:])
+    for whole, trimmed in zip(results[0], results[1], strict=True):
         torch.testing.assert_close(whole, trimmed, atol=1e-4 * float(whole.detach().abs().max()), rtol=1e-4)
 
 

@@ -92,8 +92,9 @@ class TRLStylePPO(PPO):
     def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         terms, diagnostics = super().loss(batch)
         mask, advantage = batch["mask"], batch["advantage"]
-        tokens = mask.sum()
-        terms["value_loss"] = pulled_back(terms["value_loss"], mask) * tokens / (tokens + one_past(mask).sum())
+        tokens, beyond = mask.sum(), one_past(mask)
+        wider = self._value_loss(TensorDict({**batch, "mask": mask | beyond}, batch_size=batch.batch_size))
+        terms["value_loss"] = pulled_back(wider, mask) * tokens / (tokens + beyond.sum())
         ratio = (self.networks.actor.distribution(batch).log_prob(batch["action"]) - batch["action_log_prob"]).exp()
         self.clipped += int(((terms["policy_loss"] > -ratio * advantage) & mask).sum())
         return terms, diagnostics
@@ -104,9 +105,8 @@ class TRLStylePPO(PPO):
         self.steps.append(dict(gradient=projections(gradients), clipped=self.clipped))
         self.clipped = 0
 
-    def after_step(self, metrics: dict[str, float]) -> bool:
+    def after_step(self, metrics: dict[str, float]) -> None:
         self.steps[-1] |= {name: metrics[name] for name in ("policy_loss", "value_loss")}
-        return super().after_step(metrics)
 
 
 def named_parameters(algorithm: PPO) -> dict[str, torch.nn.Parameter]:

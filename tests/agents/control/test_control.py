@@ -520,3 +520,25 @@ def test_frames_and_resets_add_up():
     assert trainer.steps == 16  # every other step resets
     lines = experiment.result_lines(summary, Path("run"))
     assert "16 frames (and 16 steps that reset an environment)" in lines[1]
+
+
+@pytest.mark.parametrize("name", ["observation", "reward"])
+def test_numbers_that_are_not_finite_are_named(name):
+    """An environment's infinite or missing number is named with row and step, before anything learns from it."""
+    _, trainer = build("CartPole-v1", dict(num_envs=2, steps=4))
+    env, steps = trainer.collector.environments.env.env, []
+    step = env.step
+
+    def spoilt(actions):
+        steps.append(1)
+        result = list(step(actions))
+        if len(steps) == 3:
+            place = {"observation": 0, "reward": 1}[name]
+            result[place] = result[place].copy()
+            result[place][1] = np.nan
+        return tuple(result)
+
+    env.step = spoilt
+    expected = f"environment's {name} is nan in row 1 at step {3 if name == 'observation' else 2} of the rollout"
+    with pytest.raises(ValueError, match=expected):
+        next(trainer.iterate())

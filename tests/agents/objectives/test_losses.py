@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -143,3 +145,35 @@ def test_distance_by_hand():
     _, found = clipped_terms(torch.distributions.Categorical(logits=logits), batch, 0.2, "none")
     assert float(found["approx_kl"]) == pytest.approx(1.5 - 1 - 0.4054651, rel=1e-4)
     assert float(found["clip_fraction"]) == 1.0
+
+
+@pytest.mark.parametrize("log_ratio", [-200.0, -90.0, -19.0, 19.0, 90.0, 200.0])
+@pytest.mark.parametrize("advantage", [-2.0, 2.0])
+@pytest.mark.parametrize("kl_loss", ["none", "k2", "k3"])
+def test_far_policies_have_finite_losses_and_gradients(log_ratio, advantage, kl_loss):
+    """Log-ratios count up to 20, to the old policy and to the reference; up to there losses and slopes are exact."""
+    logits = torch.tensor([[[0.0, -log_ratio]]], requires_grad=True)  # log π of action 0: about min(log_ratio, 0)
+    distribution = torch.distributions.Categorical(logits=logits)
+    log_prob = distribution.log_prob(torch.zeros(1, 1, dtype=torch.long))
+    batch = TensorDict(
+        {
+            "action": torch.zeros(1, 1, dtype=torch.long),
+            "action_log_prob": log_prob.detach() - log_ratio,
+            "reference_log_prob": log_prob.detach() + log_ratio,  # d = −log_ratio
+            "advantage": torch.full((1, 1), advantage),
+            "mask": torch.ones(1, 1, dtype=torch.bool),
+            "kl_coef": torch.ones(1),
+        },
+        batch_size=[1],
+    )
+    terms, diagnostics = clipped_terms(distribution, batch, 0.2, kl_loss)
+    sum(term.sum() for term in terms.values()).backward()
+    assert all(bool(value.isfinite().all()) for value in (*terms.values(), *diagnostics.values(), logits.grad))
+    ratio = math.exp(min(log_ratio, 20.0))
+    clipped = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+    assert float(terms["policy_loss"].detach()) == pytest.approx(-clipped, rel=1e-5, abs=1e-6)
+    if kl_loss == "k3":
+        d = max(-log_ratio, -20.0)
+        assert float(terms["kl_loss"].detach()) == pytest.approx(math.exp(-d) - 1 + d, rel=1e-5)
+    if kl_loss == "k2":
+        assert float(terms["kl_loss"].detach()) == pytest.approx(0.5 * log_ratio**2, rel=1e-5)

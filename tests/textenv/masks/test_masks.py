@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import tracemalloc
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -20,7 +24,7 @@ from tests.support.learning import losses, make_rollout, make_trainer, same, wei
 from textenv import LanguageModel, TextGenConfig, build_task, shared
 from textenv.dynamics import TextDynamics
 from textenv.generation import generate
-from textenv.masks.masks import MaskPolicy
+from textenv.masks.masks import MaskPolicy, Pattern
 from textenv.masks.token_sets import TokenSets
 from textenv.models.sampling import Sampling, log_probs
 from textenv.torchrl_env import TextGenTorchEnv
@@ -410,9 +414,13 @@ def test_trainer_refreshes_the_mask_policy(settings):
 
 
 @one_kind
-def test_resume_with_a_mask_policy(settings, tmp_path):
-    """The mask policy is in the checkpoint: a run resumed between refreshes equals the uninterrupted run to the bit."""
-    settings = settings | {"action_mask": "top_k:9"}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_resume_with_a_mask_policy(settings, tmp_path, dtype):
+    """The mask policy is in the checkpoint: a run resumed between refreshes equals the uninterrupted run to the bit.
+
+    Its precision is the reference's from the first to the last iteration.
+    """
+    settings = settings | {"action_mask": "top_k:9", "dtype": dtype}
     changes = dict(iterations=4, mask_refresh=2)
     whole = make_trainer(settings, **changes)
     expected = [iteration.metrics["score"] for iteration in whole.iterate()]
@@ -422,6 +430,8 @@ def test_resume_with_a_mask_policy(settings, tmp_path):
     save_checkpoint(tmp_path, stopped)
     resumed = make_trainer(settings, **changes)
     load_checkpoint(tmp_path, resumed)
+    models = [trainer.collector.mask_policies[0].model for trainer in (stopped, resumed)]
+    assert models[0].dtype == models[1].dtype and same(*map(weights, models))
     scores += [iteration.metrics["score"] for iteration in resumed.iterate()]
     assert scores == expected
     assert same(weights(whole.algorithm.networks.actor), weights(resumed.algorithm.networks.actor))
@@ -597,3 +607,36 @@ def test_masks_are_called_once(settings):
 def test_mask_policy_name():
     """A mask policy is named after its filter, for error messages."""
     assert MaskPolicy(tiny.language_model(), Sampling(top_p=0.9)).name == "top_p:0.9"
+
+
+@one_kind
+def test_a_patterns_memory_is_bounded(settings, monkeypatch):
+    """However many texts and tokens: the measured memory stays below the bound, and the masks right."""
+    vocabulary, bound = 5_000, 40_000
+    monkeypatch.setattr("textenv.masks.masks.CACHE_BYTES", bound)
+    mask = Pattern(".*", tiny.tokenizer(), [tiny.END], vocabulary)
+    mask.pieces = [chr(97 + token % 26) for token in range(vocabulary)]  # every token is allowed
+    mask._can_match = lambda text: text[-1] != "b" or len(text) % 2 == 0
+    lists = 100 * vocabulary * 8  # bytes of 100 lists of ids, at least
+    tracemalloc.start()
+    for length in range(100):
+        mask._allowed_after("a" * length)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert bound / 2 < held < 1.2 * bound < lists / 50 and mask.cached_bytes <= bound
+    for length in (3, 98, 99):  # dropped, kept, newest
+        bits = np.unpackbits(mask._allowed_after("a" * length), count=vocabulary).astype(bool)
+        expected = [piece != "b" or (length + 1) % 2 == 0 for piece in mask.pieces]
+        expected[tiny.END] = True
+        assert bits.tolist() == expected
+
+
+@one_kind
+def test_masks_survive_copies(settings):
+    """A pattern's copy, by copy.deepcopy or pickle, allows the same tokens and remembers its own texts."""
+    mask = Pattern("[ab]{2}", tiny.tokenizer(), [tiny.END], tiny.VOCABULARY)
+    expected = mask._allowed_after("a")
+    for other in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert (other._allowed_after("a") == expected).all() and other.cache is not mask.cache
+        other._allowed_after("b")
+    assert len(mask.cache) == 1

@@ -123,9 +123,13 @@ def test_prioritized_environment(quick):
     assert hard > 0.35  # a quarter, and three standard deviations of 200 draws
 
 
-def test_prioritized_updates_from_scores(quick, folders):
-    """The sampler of each row is updated with `info["score"]` of its episodes, not with the return, which has the penalty."""
-    quick = {**quick, "prompt_sampling": "prioritized", "kl_coef": 0.3}
+@pytest.mark.parametrize("normalization", ["none", "running"])
+def test_prioritized_updates_from_scores(quick, folders, normalization):
+    """The sampler of each row is updated with the raw scores of its episodes.
+
+    Not with the return, which has the penalty, nor with normalized scores: their units change with the statistics.
+    """
+    quick = {**quick, "prompt_sampling": "prioritized", "kl_coef": 0.3, "score_normalization": normalization}
     env = TextGenVectorEnv(2, autoreset_mode="SameStep", **quick)
     expected = [PrioritizedSampler(12) for _ in range(2)]
     _, info = env.reset(seed=0)
@@ -133,7 +137,9 @@ def test_prioritized_updates_from_scores(quick, folders):
     for actions in random_tokens(25, 2):
         _, _, ended, _, info = env.step(actions)
         for row in np.flatnonzero(ended):
-            expected[row].update([current[row]], [info["final_info"]["score"][row]])
+            final = info["final_info"]
+            score = final["score"] if normalization == "none" else final["score_parts"]["raw"]
+            expected[row].update([current[row]], [score[row]])
             current[row] = info["prompt_index"][row]
     samplers = env.dynamics.samplers
     assert [sampler.state_dict() for sampler in samplers] == [sampler.state_dict() for sampler in expected]
