@@ -186,8 +186,7 @@ def _tell_changes(folder: Path, experiment: Experiment, unused: set[str]) -> Non
     names = [name for name in run_folder.changed(folder, experiment.fingerprints()) if name not in unused]
     if names:
         print(
-            f"note: changed since the run was started: {', '.join(names)}. Numbers that depend on it differ from the "
-            "run's.",
+            f"note: changed since the run was started: {', '.join(names)}. Numbers that depend on it differ.",
             file=sys.stderr,
         )
 

@@ -93,8 +93,10 @@ class Started:
         assert code is not None
         return code
 
-    def signal_after(self, seconds: float, number: int) -> int:
-        """Send a signal; returns the exit code."""
+    def signal_after(self, seconds: float, number: int, since: Path | None = None) -> int:
+        """Send a signal, `seconds` after a file is there, or after the start; returns the exit code."""
+        while since is not None and not since.exists() and self.process.exitcode is None:
+            self.process.join(0.002)
         self.process.join(seconds)
         if self.process.exitcode is None:
             assert self.process.pid is not None
@@ -117,18 +119,20 @@ def test_killed_at_random_moments(bench, number, times):
     moments, stopped, resumed = random.Random(int(number)), 0, 0
     for trial in range(times):
         run = bench.folder / f"{number}-{trial}"
-        code = bench.begin(run.name).signal_after(moments.uniform(0.1, 1.0) * bench.seconds, number)
+        # Two thirds are stopped after the first checkpoint, however busy the machine is; the others at any moment.
+        since = run / "checkpoint.pt" if trial % 3 else None
+        code = bench.begin(run.name).signal_after(moments.uniform(0.0, 0.6) * bench.seconds, number, since)
         output = bench.output()
         assert code in (0, -number, 128 + number), output
-        if code == 128 + number and (run / "metrics.jsonl").exists():
+        if code == 128 + number and (run / "metrics.jsonl").exists() and not (run / "summary.json").exists():
             assert "stopped. The last checkpoint is good: continue from it with --run" in output
         assert "Traceback" not in output
         if trial % 2 and (run / "checkpoint.pt").exists():
-            bench.begin(run.name, "--resume").signal_after(moments.uniform(0.1, 1.0) * bench.seconds, number)
+            bench.begin(run.name, "--resume").signal_after(moments.uniform(0.0, 1.0) * bench.seconds, number)
         stopped += code != 0
         if run.exists():
             resumed += bench.finish(run)
-    assert stopped >= times / 2 and resumed >= times / 3  # the moments were in the middle of something
+    assert stopped >= 1 and resumed >= times / 2  # the moments were in the middle of something
 
 
 def test_a_full_disk_at_random_moments(bench, tmp_path):
