@@ -73,7 +73,7 @@ def test_it_learns_a_known_answer(letters, name):
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_resumed_equals_uninterrupted(letters, tmp_path, name):
     """A run stopped after one iteration and resumed ends with the same weights, to the bit, as one never stopped."""
-    trainers = [make_trainer(letters, learner=name, **SETTINGS.get(name, {})) for _ in range(3)]
+    trainers = [make_trainer(letters, settings_of(name), name) for _ in range(3)]
     whole, stopped, resumed = trainers
     expected = [iteration.metrics["score"] for iteration in whole.iterate()]
     scores = [next(stopped.iterate()).metrics["score"]]
