@@ -16,10 +16,10 @@ from torch import nn
 from agents import run, run_folder
 from agents.config import TrainConfig
 from agents.errors import is_ours
-from agents.files import as_utf8, never_fail_to_print, write_json
 from agents.interfaces import Experiment
 from agents.play import PlayConfig, show
 from agents.presets import defaults, describe_defaults
+from agents.reporting.files import as_utf8, never_fail_to_print, write_json
 from agents.text.config import GenerateConfig
 from agents.text.experiment import TextExperiment
 from agents.text.fingerprints import EVALUATION, REFERENCE, TRAINING

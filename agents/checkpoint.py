@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from agents.files import replacing
 from agents.interfaces import Algorithm, Collector
+from agents.reporting.files import replacing
 from agents.trainer import Trainer
 
 FILE = "checkpoint.pt"

@@ -17,10 +17,10 @@ from agents import checkpoint, run_folder
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.domains import domain_of
-from agents.files import never_fail_to_print, no_room, write_json
 from agents.interfaces import Algorithm, Experiment
 from agents.presets import describe_defaults
 from agents.reporting import plots, report
+from agents.reporting.files import never_fail_to_print, no_room, write_json
 from agents.trainer import Trainer
 from agents.unread import Job, check_settings
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.domains import domain_of
-from agents.files import write_json
+from agents.reporting.files import write_json
 from textenv.config import NAMES
 from textenv.task import is_embedded
 

@@ -42,7 +42,7 @@ TEXTENV_ORDER = """
     adapters.whole_penalty adapters.stable_baselines | conformance
 """
 AGENTS_ORDER = """
-    files
+    reporting.files
     seeds | config | errors | reporting.plots | reporting.report
     interfaces
     objectives.advantages objectives.losses objectives.actor_critic objectives.group \

@@ -73,6 +73,7 @@ class ReferenceLoader:
         """The reference. Every call returns the same object."""
         if self.loaded is None:
             self.loaded = _load_reference(self.config, self.device)
+        check_causal(self.loaded.model, "reference", self.config.width)
         return self.loaded
 
 
@@ -155,6 +156,8 @@ def build_task(config: TextGenConfig) -> Task:
     paid_part_names(reward, normalizer)  # raises for names that collide
     check_fields(reward, rows.fields, rows.places)
     load_reference = ReferenceLoader(config, device, reference)
+    if config.kl_coef > 0:
+        load_reference()  # and checked
     mask_context = MaskContext(tokenizer, stops, vocabulary, reference=lambda: load_reference().model)
     return Task(
         config=config,
@@ -244,7 +247,6 @@ def _load_reference(config: TextGenConfig, device: torch.device) -> LanguageMode
         stops = _stop_token_ids(name, config, tokenizer)
         reference = LanguageModel(load_causal_lm(name, device, DTYPES[config.dtype]), tokenizer, stops)
     check_room("reference", reference.model.config, config.width)
-    check_causal(reference.model, "reference", config.width)
     return reference
 
 

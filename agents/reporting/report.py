@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from agents.files import write_text
+from agents.reporting.files import write_text
 
 PACKAGES = ("torch", "torchrl", "tensordict", "gymnasium", "transformers")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from agents.files import write_text
+from agents.reporting.files import write_text
 from textenv.prompts.tokenized import Prompts
 from textenv.rewards.base import Reward, WeightedSum
 from textenv.rewards.reward_model import RewardModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from agents.files import write_text
+from agents.reporting.files import write_text
 from agents.text.evaluation import Evaluation, mean
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from agents.checkpoint import FILE, load_checkpoint, load_networks, load_policy, save_checkpoint
-from agents.files import no_room, replacing
+from agents.reporting.files import no_room, replacing
 from agents.trainer import Trainer
 from tests.support.learning import make_trainer, same, weights
 from tests.support.runs import saved

@@ -83,7 +83,7 @@ def test_hints_for_the_shell(tmp_path):
     summary: dict[str, Any] = numbers | dict(tokens=1, frames=1, evaluation_episodes=1)
     lines = [
         *TextExperiment.result_lines(SimpleNamespace(), summary, folder),  # type: ignore[arg-type]
-        *ControlExperiment.result_lines(SimpleNamespace(), summary, folder),  # type: ignore[arg-type]
+        *ControlExperiment.result_lines(SimpleNamespace(_resets=lambda _: ""), summary, folder),  # type: ignore[arg-type]
     ]
     with pytest.raises(ValueError, match="stop") as stopped, run._resumable(folder, True):
         raise ValueError("stop")

@@ -247,7 +247,8 @@ def test_registered_under_another_name(quick):
 
 
 MEMORY = """
-import gc, json, sys
+import ctypes, gc, json, sys
+ctypes.CDLL(None).mallopt(-3, 1 << 16)  # blocks of 64 KB and more go back to the system when they are freed
 import gymnasium as gym
 import psutil, torch
 from transformers import GPT2Config, GPT2LMHeadModel

@@ -70,6 +70,7 @@ OTHER = {
     "prompt_sampling": lambda folders: "shuffle",
     "group_size": lambda folders: 3,
     "chat": lambda folders: True,  # refused here: the tokenizer has no template, which shows that it is read
+    "chat_template_kwargs": lambda folders: {"enable_thinking": False},  # as for `chat`
     "kl_coef": lambda folders: 0.7,
     "max_prompt_tokens": lambda folders: 18,
     "max_new_tokens": lambda folders: 4,
