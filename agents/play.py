@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,8 +27,11 @@ from agents.config import TrainConfig, check_counts
 from agents.control.experiment import LONGEST
 from agents.control.policy import SIZES, ControlPlayer
 from agents.domains import TEXT, domain_of
-from agents.run_folder import load_config
+from agents.run_folder import load_config, located
+from agents.text.experiment import available
 from agents.text.policy import TextPlayer
+from textenv.config import NAMES
+from textenv.settings import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,10 @@ class PlayConfig:
     video: Path | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, ("episodes",))
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be 0 or more and below 2^63, got {self.seed}.")
 
 
 class Player(Protocol):
@@ -95,15 +102,17 @@ def play_episode(env: gym.Env, player: Player, seed: int | None = None) -> Episo
 
 def show(run_folder: Path, config: PlayConfig) -> list[Episode]:
     """Play the environment of a finished run in a window, in the terminal or into videos, and print the returns."""
-    train, *_ = load_config(run_folder)
+    parts = load_config(run_folder)
+    train, _ = located(run_folder, *parts[:2])
+    if domain_of(train.env) is TEXT:
+        train = available(train, run_folder)
     try:
-        env = open_shown(train, config.video)
-        player = load_player(run_folder, env, config.seed)
-        episodes = []
-        for seed in range(config.seed, config.seed + config.episodes):
-            episodes.append(play_episode(env, player, seed))
-            print(f"seed {seed}: return {episodes[-1].total:+.2f} in {episodes[-1].length} steps", flush=True)
-        env.close()
+        with closing(open_shown(train, config.video)) as env:
+            player = load_player(run_folder, env, config.seed)
+            episodes = []
+            for seed in range(config.seed, config.seed + config.episodes):
+                episodes.append(play_episode(env, player, seed))
+                print(f"seed {seed}: return {episodes[-1].total:+.2f} in {episodes[-1].length} steps", flush=True)
     except gym.error.DependencyNotInstalled as error:
         raise ValueError(f"the episodes cannot be shown: {error}.") from error
     if config.video is not None:
@@ -129,10 +138,12 @@ def open_shown(train: TrainConfig, video: Path | None) -> gym.Env:
 
 
 def _make(train: TrainConfig, render_mode: str | None) -> gym.Env:
+    arguments = train.env_arguments(texts=NAMES if domain_of(train.env) is TEXT else ())
+    arguments.pop("render_mode", None)
     # Not every environment takes the argument.
     rendering: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
     try:
-        return gym.make(train.env, **train.env_arguments(), **rendering)
+        return gym.make(train.env, **arguments, **rendering)
     except gym.error.Error as error:
         raise ValueError(f"gym.make cannot make {train.env!r}: {error}") from error
 

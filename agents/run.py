@@ -163,9 +163,10 @@ def _resumable(folder: Path, resumed: bool) -> Iterator[None]:
         )
         metrics = folder / "metrics.jsonl"
         reported = metrics.is_file() and metrics.stat().st_size > 0
-        if not reported and not resumed and isinstance(error, Exception):
+        without_checkpoint = not (folder / checkpoint.FILE).is_file()
+        if not resumed and (without_checkpoint or (not reported and isinstance(error, Exception))):
             shutil.rmtree(folder)
-        else:
+        elif not without_checkpoint:
             shown.add_note(
                 f"The last checkpoint is good: continue from it with --run {shlex.quote(str(folder))} --resume."
             )

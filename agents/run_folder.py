@@ -22,7 +22,7 @@ from agents.config import TrainConfig
 from agents.domains import domain_of
 from agents.reporting.files import write_json
 from textenv.config import NAMES
-from textenv.task import is_embedded
+from textenv.task import PARTS, is_embedded
 
 NOT_COMPARED = {"run", "resume", "micro_batch_size", "iterations"}  # do not change what is learned, or checked apart
 
@@ -78,9 +78,11 @@ def load_config(folder: Path) -> tuple[TrainConfig, Any, Any]:
     with _readable(folder):
         stored = _read(folder)
         train: dict[str, Any] = _tuples(stored["train"]) | {"run": str(folder)}
-        config = TrainConfig(**train)
-        _import_from(Path(stored["directory"]))
-        settings, (algorithm_settings, _) = domain_of(config.env).settings, find_algorithm(config.algorithm)
+        config, directory = TrainConfig(**train), Path(stored["directory"])
+    _import_from(directory)
+    domain = domain_of(config.env)  # imports the user's module, whose errors are not the file's
+    with _readable(folder):
+        settings, (algorithm_settings, _) = domain.settings, find_algorithm(config.algorithm)
         return config, settings(**_tuples(stored["settings"])), algorithm_settings(**_tuples(stored["algorithm"]))
 
 
@@ -143,7 +145,7 @@ def located(folder: Path, config: TrainConfig, settings: Any) -> tuple[TrainConf
     """The settings with names of files that exist only where the run was started made absolute."""
     directory = Path(_read(folder)["directory"])
     arguments = config.env_arguments(texts=NAMES)
-    found = {name: _found(arguments[name], directory) for name in NAMES if name in arguments}
+    found = {name: _found(arguments[name], directory) for name in PARTS if name in arguments}
     items = tuple(f"{name}={json.dumps(value)}" for name, value in found.items() if value != arguments[name])
     held_out = getattr(settings, "held_out", None)
     if held_out is not None:

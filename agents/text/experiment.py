@@ -163,7 +163,13 @@ def describe_gain(summary: dict[str, Any]) -> str:
 
 
 def reopen_text(config: TrainConfig, settings: TextConfig, folder: Path) -> TextExperiment:
-    """Open the environment of a run again, to measure its policy.
+    """Open the environment of a run again, to measure its policy."""
+    held_out = folder / HELD_OUT
+    return TextExperiment(available(config, folder), settings, held_out=str(held_out) if held_out.is_file() else None)
+
+
+def available(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The settings of a run with the prompts and the device that are here.
 
     The evaluation's prompts come from the run's folder, if they are there: those that the run trained on may be gone.
     So may the device that its settings name.
@@ -175,8 +181,7 @@ def reopen_text(config: TrainConfig, settings: TextConfig, folder: Path) -> Text
     if not _is_here(arguments.get("device", "auto")):
         changes["device"] = "auto"
     items = (f"{name}={json.dumps(value)}" for name, value in changes.items())
-    config = replace(config, env_arg=(*config.env_arg, *items))
-    return TextExperiment(config, settings, held_out=str(held_out) if held_out.is_file() else None)
+    return replace(config, env_arg=(*config.env_arg, *items))
 
 
 def _is_here(device: str) -> bool:

@@ -158,6 +158,12 @@ def another(name, values):
     return next(changes for changes in candidates if changes[name] != values[name])
 
 
+def shows_elsewhere(parts, changes):
+    """Whether the changes show with another seed: a clip or a maximum need not bind in a run of two iterations."""
+    seeded = (change(parts, {"seed": seed}) for seed in range(1, 9))
+    return any(differ(result(one), result(change(one, changes))) for one in seeded)
+
+
 SHOWN: dict[str, set[str]] = {}  # context -> flags that have changed something there, filled by the walk
 
 
@@ -183,7 +189,7 @@ def test_every_flag_changes_something_or_is_refused(context, folders):
             assert f"{name}=" in str(error) and "would do nothing" in str(error), (name, str(error))
             continue
         SHOWN[context].add(name)
-        if not differ(base, after):
+        if not differ(base, after) and not shows_elsewhere(parts, another(name, values)):
             dead.append(name)
     assert not dead
 
