@@ -158,7 +158,7 @@ def build_task(config: TextGenConfig) -> Task:
     load_reference = ReferenceLoader(config, device, reference)
     if config.kl_coef > 0:
         load_reference()  # and checked
-    mask_context = MaskContext(tokenizer, stops, vocabulary, reference=lambda: load_reference().model)
+    mask_context = MaskContext(tokenizer, stops, vocabulary, config.width, reference=lambda: load_reference().model)
     return Task(
         config=config,
         tokenizer=tokenizer,

@@ -214,6 +214,7 @@ def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TextCritic:
         assert isinstance(reward, RewardModel)
         backbone = _trainable_copy(find_backbone(reward.model))
         if task.normalizer is None:
+            check_backbone(backbone, "critic", task.width, task.vocabulary)
             return TextCritic(backbone, _head(reward.model, reward.label))
     else:
         backbone = _trainable_copy(_random(reference, seed) if start == "scratch" else find_backbone(reference))

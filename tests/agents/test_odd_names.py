@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
-from agents import run
+from agents import checkpoint, run
 from agents.config import TrainConfig
 from agents.control.experiment import ControlExperiment
 from agents.text.experiment import TextExperiment, make_task
@@ -85,6 +85,7 @@ def test_hints_for_the_shell(tmp_path):
         *TextExperiment.result_lines(SimpleNamespace(), summary, folder),  # type: ignore[arg-type]
         *ControlExperiment.result_lines(SimpleNamespace(_resets=lambda _: ""), summary, folder),  # type: ignore[arg-type]
     ]
+    (folder / checkpoint.FILE).touch()
     with pytest.raises(ValueError, match="stop") as stopped, run._resumable(folder, True):
         raise ValueError("stop")
     lines += stopped.value.__notes__

@@ -46,7 +46,8 @@ from typing import Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textenv.masks.masks import AllowedIds, MaskPolicy, NoSpecialTokens, Pattern, TokenMask, word_list
-from textenv.models.loading import load_function, unwrap
+from textenv.models.loading import check_room, load_function, unwrap
+from textenv.models.probe import check_causal
 from textenv.models.sampling import Sampling
 
 
@@ -57,6 +58,7 @@ class MaskContext:
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
     vocabulary: int  # V
+    width: int  # L
     reference: Callable[[], PreTrainedModel]  # called only if a mask policy needs a model to start from
 
 
@@ -116,6 +118,8 @@ def _check_mask(mask: TokenMask, context: MaskContext) -> None:
             f"action mask {mask.name!r} has a model of {width} token ids, and the vocabulary has "
             f"{context.vocabulary}; give it a model with the policy's vocabulary."
         )
+    check_room(f"model of action mask {mask.name!r}", model.config, context.width)
+    check_causal(model, f"model of action mask {mask.name!r}", context.width)
 
 
 def _build_named(name: str, context: MaskContext) -> TokenMask:

@@ -269,7 +269,7 @@ class Masker:
             if logits is not None and not bool((finite := logits.amax(-1).isfinite()).all()):
                 row = int((~finite).nonzero()[0])
                 raise not_finite(
-                    f"the largest logit of action mask {mask.name!r}", logits[row].amax(), f"row {rows[row]}"
+                    f"the largest logit of action mask {mask.name!r}", logits[row].amax(), f"row {int(rows[row])}"
                 )
             by_mask = mask.allowed(Contexts(running_prompts, running_state, logits))
             _check_allowed(mask.name, by_mask, len(rows), self.vocabulary)

@@ -198,6 +198,8 @@ def _why_not(model: PreTrainedModel, columns: int) -> str:
     texts = sample_texts(vocabulary, columns, min(3, columns - 1), model.device)
     try:
         cached = _decode_samples(CachedDecoder(model, 3, columns, vocabulary), texts)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:  # of any kind: the architecture wants another cache than ours
         return f"{type(error).__name__} in its forward"
     difference = relative_difference(cached, _decode_samples(Decoder(model, 3, columns, vocabulary), texts))

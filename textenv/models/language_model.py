@@ -7,6 +7,7 @@ recurrent layers, positions that a model counts by itself. Never samples, never 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +53,11 @@ def read(model: PreTrainedModel, input_ids: Tensor, positions: Tensor, **cache: 
     [B, K, V] and [B, K, H].
     """
     narrowed: list[Tensor] = []
+    reader = threading.get_ident()  # frozen models are shared, and other threads may be reading
 
     def narrow(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if threading.get_ident() != reader:
+            return arguments
         narrowed.append(at_positions(arguments[0], positions))
         return (narrowed[-1], *arguments[1:])
 
@@ -117,7 +121,8 @@ def hidden_states(backbone: PreTrainedModel, input_ids: Tensor, positions: Tenso
 def position_limit(model: PreTrainedModel) -> int | None:
     """The most tokens that a model has positions for; None if its configuration names no limit."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    words = model.get_input_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
     for table in tables:
         # RoBERTa counts positions from its pad id on: the first rows of the table are never used.
         if table.num_embeddings == limit and table.padding_idx is not None:

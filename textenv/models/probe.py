@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from textenv.models.comparison import bound, relative_difference, sample_texts
+from textenv.models.comparison import bound, largest_difference, relative_difference, sample_texts
 from textenv.models.decoding import decodes_from_cache
 from textenv.models.language_model import hidden_states, output_width, read
 from textenv.state import left_aligned
@@ -59,7 +59,7 @@ def check_backbone(model: PreTrainedModel, role: str, width: int, vocabulary: in
         alone = refuse.failing(lambda: _each_prefix(model, ids, positions, hidden=True))
         if hidden.shape != alone.shape:
             raise refuse("its hidden states have another shape for several texts than for one")
-        if float((hidden - alone).abs().max()) > bound(model.dtype) * float(alone.std()) * 10:
+        if largest_difference(hidden, alone) > max(bound(model.dtype), 1e-4):
             raise refuse("its hidden states change with the later tokens or with the other texts of a batch")
     return hidden.shape[-1]
 
@@ -79,6 +79,8 @@ class Refusal:
         """The result of a forward; whatever it raises becomes a refusal."""
         try:
             return forward()
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:  # the architecture may raise anything
             line = (str(error).strip().splitlines() or [""])[0]
             raise self(f"its forward fails on texts of plain tokens ({type(error).__name__}: {line})") from error

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.models.comparison import bound, sample_texts
+from textenv.models.comparison import bound, largest_difference, sample_texts
 from textenv.models.encoding import added_tokens, check_ids, encode, end_with
 from textenv.models.language_model import find_backbone, hidden_states, position_limit
 from textenv.models.probe import Refusal
@@ -75,8 +75,7 @@ class RewardModel:
             raise refuse(
                 f"it gives outputs of shape {tuple(scores.shape)} that are not one finite row per text", REMEDY
             )
-        # Relative to the outputs, which depend on the scale of the head.
-        if float((scores - alone).abs().max()) > 10 * bound(self.model.dtype) * float(alone.abs().max()):
+        if largest_difference(scores, alone) > max(bound(self.model.dtype), 3e-4):
             raise refuse("its scores of a text depend on the other texts of a batch", REMEDY)
 
     def _encode(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
