@@ -46,7 +46,7 @@ UNREAD: tuple[Unread, ...] = (
     Unread(
         ("reward_label",),
         lambda job: not job[1].with_label,
-        "the reward is no classifier of several labels that is loaded here; leave it out, or pass "
+        "the reward is not a classifier with several labels that is loaded here; leave it out, or pass "
         "shared(RewardModel(model, label=...)).",
     ),
     Unread(

@@ -213,14 +213,12 @@ def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TextCritic:
     if start in ("auto", "reward-model") and fits:
         assert isinstance(reward, RewardModel)
         backbone = _trainable_copy(find_backbone(reward.model))
-        if task.normalizer is None:
-            check_backbone(backbone, "critic", task.width, task.vocabulary)
-            return TextCritic(backbone, _head(reward.model, reward.label))
     else:
         backbone = _trainable_copy(_random(reference, seed) if start == "scratch" else find_backbone(reference))
-    return TextCritic(
-        backbone, _zero_head(check_backbone(backbone, "critic", task.width, task.vocabulary), backbone.device)
-    )
+    width = check_backbone(backbone, "critic", task.width, task.vocabulary)
+    if start in ("auto", "reward-model") and isinstance(reward, RewardModel) and fits and task.normalizer is None:
+        return TextCritic(backbone, _head(reward.model, reward.label))
+    return TextCritic(backbone, _zero_head(width, backbone.device))
 
 
 def _random(model: PreTrainedModel, seed: int) -> PreTrainedModel:

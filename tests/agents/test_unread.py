@@ -255,7 +255,9 @@ def test_training_renders_nothing(env):
 )
 def test_presets_are_accepted(env, algorithm):
     """No preset trips over its own settings."""
-    run.build(*defaults(env, algorithm))
+    parts = defaults(env, algorithm)
+    _, trainer = run.build(*parts)
+    assert trainer.config == parts[0]
 
 
 def test_a_preset_is_no_choice_of_the_user():

@@ -157,7 +157,8 @@ def test_unread_settings_are_refused(tasks, kind, changes, says):
 def test_live_models_keep_their_label_and_sums_read_both(tasks):
     """What is read is accepted: a label of a loaded classifier, a timeout and normalization in a sum."""
     for kind, changes in (("labels", dict(reward_label="LABEL_2")), ("sum", dict(reward_timeout=9.0, score_clip=1.0))):
-        build_task(TextGenConfig(**(tasks[kind] | changes)))
+        config = build_task(TextGenConfig(**(tasks[kind] | changes))).config
+        assert {name: getattr(config, name) for name in changes} == changes
 
 
 @pytest.mark.parametrize("name", ["reference", "reward", "prompts"])

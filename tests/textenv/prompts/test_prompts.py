@@ -238,7 +238,7 @@ def test_bad_prompts_of_a_file(tmp_path):
 
 @pytest.mark.parametrize("kind", ["wordpiece", "metaspace", "byte_level"])
 def test_prompts_do_not_end(kind):
-    """The end token that a tokenizer appends is no part of a prompt; its start token is, once, also if the text has it."""
+    """The end token that a tokenizer appends does not belong to a prompt; its start token is, once, also if the text has it."""
     tokenizer = getattr(tiny_tokenizers, kind)()
     start, end = {"wordpiece": ("[CLS]", "[SEP]"), "metaspace": ("<s>", "</s>"), "byte_level": ("", "<end>")}[kind]
     prompts = tokenize(["the cat", f"{start}the cat"], tokenizer, 9)
