@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -100,7 +101,7 @@ def evaluate_command(folder: Annotated[Path, tyro.conf.arg(name="run")], output:
         folder: Run folder written by `train`.
         output: JSON file to write the numbers to, in addition to printing them.
     """
-    if output is not None and not output.absolute().parent.is_dir():
+    if output is not None and not os.path.isdir(output.absolute().parent):
         raise ValueError(
             f"--output names a file in {str(output.absolute().parent)!r}, which is no folder; create it first."
         )
@@ -110,7 +111,10 @@ def evaluate_command(folder: Annotated[Path, tyro.conf.arg(name="run")], output:
     for name, value in numbers.items():
         print(f"{name:18} {value:.4f}")
     if output is not None:
-        write_json(output, numbers)
+        try:
+            write_json(output, numbers)
+        except OSError as error:
+            raise ValueError(f"--output cannot be written: {error.strerror}; choose another file.") from error
 
 
 def generate_command(

@@ -7,6 +7,7 @@ saved on need not exist. `torch.load` reads it without running code (`weights_on
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +86,7 @@ def iterations_done(folder: Path) -> int:
 
 def _read(folder: Path, mmap: bool) -> dict[str, Any]:
     """mmap: read tensors when they are copied, for callers that copy a few; they must not keep them."""
-    if not (folder / FILE).is_file():
+    if not os.path.isfile(folder / FILE):
         raise ValueError(f"no checkpoint in {str(folder)!r}: the run stopped before its first one; start a new run.")
     with _fitting(folder):
         return torch.load(folder / FILE, map_location="cpu", weights_only=True, mmap=mmap)

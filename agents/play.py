@@ -72,9 +72,9 @@ def load_player(run_folder: Path | str, env: gym.Env, seed: int = 0) -> Player:
     seed: of the sampling, on text. Raises ValueError if the run has not finished, or the environment does not fit.
     """
     folder = Path(run_folder) / "actor"
-    if (folder / SIZES).is_file():
+    if os.path.isfile(folder / SIZES):  # Path.is_file raises OSError for a name that is too long
         return ControlPlayer(folder, env)
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):
         return TextPlayer(folder, env, seed)
     raise ValueError(
         f"there is no policy in {str(folder)!r}: a run writes it when it ends. Pass the folder of a finished run, or "
@@ -132,8 +132,12 @@ def open_shown(train: TrainConfig, video: Path | None) -> gym.Env:
         return _make(train, wanted)
     if wanted not in modes:
         raise ValueError(f"{train.env!r} draws no images (its render modes are {modes}), so --video cannot record it.")
-    if video.exists() and (not video.is_dir() or any(video.iterdir())):
+    if os.path.exists(video) and (not os.path.isdir(video) or any(video.iterdir())):
         raise ValueError(f"{str(video)!r} exists already; choose a new folder for --video.")
+    try:
+        video.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--video cannot be recorded: {error.strerror}; choose another folder.") from error
     return RecordVideo(_make(train, wanted), str(video), episode_trigger=lambda _: True, name_prefix="play")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import time
@@ -60,7 +61,7 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
                 console.print(f"the run in {folder}/ is finished, with {config.iterations} iterations.")
                 return summary
             config, settings = run_folder.located(folder, config, settings)
-        elif folder.exists():
+        elif os.path.exists(folder):  # Path.exists raises OSError for a name that is too long
             run_folder.refuse(folder)
         experiment, trainer = build(config, settings, algorithm_config)
         fingerprints = experiment.fingerprints()
@@ -162,8 +163,8 @@ def _resumable(folder: Path, resumed: bool) -> Iterator[None]:
             )
         )
         metrics = folder / "metrics.jsonl"
-        reported = metrics.is_file() and metrics.stat().st_size > 0
-        without_checkpoint = not (folder / checkpoint.FILE).is_file()
+        reported = os.path.isfile(metrics) and metrics.stat().st_size > 0
+        without_checkpoint = not os.path.isfile(folder / checkpoint.FILE)
         if not resumed and (without_checkpoint or (not reported and isinstance(error, Exception))):
             shutil.rmtree(folder)
         elif not without_checkpoint:

@@ -160,8 +160,8 @@ def _found(name: Any, directory: Path) -> Any:
         not isinstance(name, str)
         or not name
         or is_embedded(name)
-        or Path(name).exists()
-        or not (directory / name).exists()
+        or os.path.exists(name)
+        or not os.path.exists(directory / name)
     ):
         return name
     return str(directory / name)
@@ -169,7 +169,7 @@ def _found(name: Any, directory: Path) -> Any:
 
 def _import_from(directory: Path) -> None:
     """Let functions be imported from where the run was started; the present directory comes first."""
-    if directory.is_dir() and str(directory) not in sys.path:
+    if os.path.isdir(directory) and str(directory) not in sys.path:
         sys.path.append(str(directory))
 
 
@@ -189,7 +189,7 @@ def _check_iterations(folder: Path, old: TrainConfig, new: TrainConfig) -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
         raise ValueError(f"no run in {str(folder)!r} (no config.json); pass a run folder written by train.")
     return json.loads(path.read_text(encoding="utf-8"))
 

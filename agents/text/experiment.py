@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -165,7 +166,7 @@ def describe_gain(summary: dict[str, Any]) -> str:
 def reopen_text(config: TrainConfig, settings: TextConfig, folder: Path) -> TextExperiment:
     """Open the environment of a run again, to measure its policy."""
     held_out = folder / HELD_OUT
-    return TextExperiment(available(config, folder), settings, held_out=str(held_out) if held_out.is_file() else None)
+    return TextExperiment(available(config, folder), settings, held_out=str(held_out) if os.path.isfile(held_out) else None)
 
 
 def available(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -176,7 +177,7 @@ def available(config: TrainConfig, folder: Path) -> TrainConfig:
     """
     arguments = gym.spec(id_of(config.env)).kwargs | config.env_arguments(texts=NAMES)
     held_out, prompts, changes = folder / HELD_OUT, arguments.get("prompts"), {}
-    if held_out.is_file() and prompts is not None and not is_embedded(prompts):
+    if os.path.isfile(held_out) and prompts is not None and not is_embedded(prompts):
         changes["prompts"] = str(held_out)
     if not _is_here(arguments.get("device", "auto")):
         changes["device"] = "auto"

@@ -215,7 +215,7 @@ def _refuse_run(name: str) -> None:
     config, actor = Path(name, "config.json"), Path(name, "actor")
     if not os.path.isfile(actor / "config.json"):  # Path.is_file raises OSError for a name that is too long
         return
-    if config.is_file() and b'"model_type"' in config.read_bytes():
+    if os.path.isfile(config) and b'"model_type"' in config.read_bytes():
         return
     raise ValueError(f"{name!r} is the folder of a run, not of a model; did you mean {str(actor)!r}?")
 

@@ -300,8 +300,8 @@ class RewardReport:
 def check_output(folder: Path) -> None:
     """Raise ValueError for a folder that is not empty or cannot be written. Creates nothing."""
     parent = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not parent.is_dir() or not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
-        why = "is not writable" if parent.is_dir() else "is not a folder"
+    if not os.path.isdir(parent) or not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
+        why = "is not writable" if os.path.isdir(parent) else "is not a folder"
         raise ValueError(f"{str(folder)!r} cannot be written: {str(parent)!r} {why}; choose another output folder.")
     if parent == folder and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} exists already and is not empty; choose another output folder.")
