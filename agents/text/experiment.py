@@ -166,7 +166,9 @@ def describe_gain(summary: dict[str, Any]) -> str:
 def reopen_text(config: TrainConfig, settings: TextConfig, folder: Path) -> TextExperiment:
     """Open the environment of a run again, to measure its policy."""
     held_out = folder / HELD_OUT
-    return TextExperiment(available(config, folder), settings, held_out=str(held_out) if os.path.isfile(held_out) else None)
+    return TextExperiment(
+        available(config, folder), settings, held_out=str(held_out) if os.path.isfile(held_out) else None
+    )
 
 
 def available(config: TrainConfig, folder: Path) -> TrainConfig:
