@@ -167,3 +167,19 @@ def left_aligned(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Ten
     length = mask.sum(1)  # [B]
     columns = torch.arange(max(int(length.max()), 1), device=length.device).minimum((length[:, None] - 1).clamp_min(0))
     return input_ids.gather(1, mask.int().argmax(1, keepdim=True) + columns), length
+
+
+def batches(length: Tensor, tokens: int) -> list[Tensor]:
+    """Texts of similar length together, so that rows times the longest text is at most `tokens` in each batch.
+
+    length: int64 [B], tokens of each text. Returns row indices, int64 [b], shortest texts first; a text that is longer
+    than `tokens` is a batch by itself.
+    """
+    order = length.argsort(stable=True)
+    sizes, size = [], 0
+    for longest in length[order].tolist():
+        if size and (size + 1) * longest > tokens:
+            sizes.append(size)
+            size = 0
+        size += 1
+    return list(order.split([*sizes, size]))

@@ -8,6 +8,7 @@ recurrent layers, positions that a model counts by itself. Never samples, never 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,28 +47,37 @@ def output_width(model: PreTrainedModel) -> int:
 def read(model: PreTrainedModel, input_ids: Tensor, positions: Tensor, **cache: Any) -> tuple[Tensor, Tensor]:
     """A causal model's logits at some positions of left-aligned texts, and the hidden states that its head reads there.
 
-    The forward is the model's own, so soft caps and logit scales apply. Only the input of its head is narrowed: logits
-    of whole texts would not fit in memory.
-
     input_ids: int64 [B, T]; positions: int64 [B, K]; cache: arguments of the forward, by default no cache. Returns
     [B, K, V] and [B, K, H].
     """
-    narrowed: list[Tensor] = []
+    logits, hidden = at_head(model, input_ids, lambda hidden: at_positions(hidden, positions), **cache)
+    return logits, at_positions(hidden, positions)
+
+
+def at_head(
+    model: PreTrainedModel, input_ids: Tensor, put: Callable[[Tensor], Tensor] | None = None, **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """A model's own forward with another input to its head, whose logits of whole texts would not fit in memory.
+
+    So soft caps and logit scales apply. put: from the head's input [B, T, H] to the one it gets, [B, K, H]; by default
+    the first token's alone, for callers who need no logits. Returns logits [B, K, V], and the head's input as it was.
+    """
+    inputs: list[Tensor] = []
     reader = threading.get_ident()  # frozen models are shared, and other threads may be reading
 
-    def narrow(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def replace(head: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if threading.get_ident() != reader:
-            return arguments
-        narrowed.append(at_positions(arguments[0], positions))
-        return (narrowed[-1], *arguments[1:])
+            return given
+        inputs.append(given[0])
+        return (given[0][:, :1] if put is None else put(given[0]), *given[1:])
 
     head: Any = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(narrow)
+    hook = head.register_forward_pre_hook(replace)
     try:
-        logits: Tensor = model(input_ids=input_ids, **(cache or {"use_cache": False})).logits
+        logits: Tensor = model(input_ids=input_ids, **(arguments or {"use_cache": False})).logits
     finally:
         hook.remove()
-    return logits, narrowed[0]
+    return logits, inputs[0]
 
 
 def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
