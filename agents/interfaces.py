@@ -7,6 +7,7 @@ steps the policy took; other columns are padding, or tokens of the environment. 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -129,6 +130,10 @@ class Collector(Protocol):
 
     def from_replay(self, rows: TensorDict) -> TensorDict:
         """Stored rows with observations and scores normalized by the present statistics."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision in which trained networks compute, for one forward."""
         ...
 
     def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:

@@ -95,7 +95,8 @@ class Trainer:
     def _update(self, data: TensorDict) -> dict[str, float]:
         """Prepare a rollout, or store it for replay, and take optimizer steps. Returns the metrics' means."""
         if self.replay is None:
-            metrics = self.algorithm.prepare(data)
+            with self.collector.autocast():
+                metrics = self.algorithm.prepare(data)
             return metrics | self._learn(self._shuffled(self.collector.training_rows(data)))
         return self._learn(self._replayed(self.replay, self.collector.replay_rows(data)))
 
@@ -147,7 +148,8 @@ class Trainer:
         minibatch["weight"] = self.algorithm.step_weights(minibatch["mask"])  # [B, R]
         valid, totals = minibatch["mask"].sum(), defaultdict[str, Any](float)
         for batch in self.collector.micro_batches(minibatch):
-            terms, diagnostics = self.algorithm.loss(batch)
+            with self.collector.autocast():
+                terms, diagnostics = self.algorithm.loss(batch)
             means = weighted_sums(torch.stack(list(terms.values())), batch["weight"], batch["mask"])
             means.sum().backward()
             for name, mean in zip(terms, means.detach(), strict=True):

@@ -9,6 +9,7 @@ that only reset an environment.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class ControlCollector:
 
     unit = "frames"
     modules: Mapping[str, nn.Module] = {}
+    autocast = staticmethod(nullcontext)  # float32
 
     def __init__(self, environments: Environments, config: ControlConfig, seed: int, reset_every: int) -> None:
         """reset_every: iterations between resets of all environments, equal to those between checkpoints."""

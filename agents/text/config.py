@@ -12,6 +12,8 @@ from textenv.settings import check_types
 from textenv.unread import Unread, refuse_unread
 
 CRITICS = ("auto", "reward-model", "reference", "scratch")
+PRECISIONS = ("auto", "float32", "bf16")
+OLD_LOG_PROBS = ("auto", "sampled", "recomputed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,10 @@ class TextConfig:
 
     rollout_size: int = 128  # responses per rollout
     micro_batch_size: int = 16  # responses per forward pass; affects speed and memory, not gradients
+    # of actor and critic: float32, bf16 (bfloat16 products, float32 weights), or auto (bf16 on CUDA, else float32)
+    precision: str = "auto"
+    # old log-probabilities of ratios: sampled, recomputed by the training forward, or auto (recomputed in bf16)
+    old_log_probs: str = "auto"
     mask_refresh: int = 20  # iterations between copies of the actor into a mask policy (NLPO); 0: never
     # initial critic: reward-model, reference, scratch, or auto (reward-model if its tokens match, else reference)
     critic: str = "auto"
@@ -40,6 +46,11 @@ class TextConfig:
             lambda job: not job.experiment.collector.mask_policies,
             "no mask of the environment has a policy that could be refreshed; give --env-arg action_mask=top_k:20 or "
             "so, or leave it out.",
+        ),
+        Unread(
+            ("old_log_probs",),
+            lambda job: not job.learner.on_policy,
+            "the algorithm learns from a replay buffer, without ratios to old probabilities; leave it out.",
         ),
         Unread(("critic",), lambda job: "critic" not in job.trained, "the algorithm has no critic; leave it out."),
         Unread(
@@ -72,6 +83,8 @@ class TextConfig:
         self._check_kl()
         check_counts(self, ("rollout_size", "micro_batch_size", "evaluation_prompts", "kl_horizon"))
         check_choice(self, "critic", CRITICS)
+        check_choice(self, "precision", PRECISIONS)
+        check_choice(self, "old_log_probs", OLD_LOG_PROBS)
         if self.mask_refresh < 0:
             raise ValueError(f"mask_refresh must be 0 (never) or more, got {self.mask_refresh}.")
 

@@ -69,7 +69,8 @@ class TextExperiment:
             self.prompts, self.held_out = self.task.prompts, self.task.read_prompts(held_out)
         self.gold = find_gold(self.task, settings)
         self.network_factory = TextNetworkFactory(self.task, settings.critic, settings.micro_batch_size, config.seed)
-        self.collector = TextCollector(self.task, self.prompts, settings, config.seed)
+        on_policy = find_algorithm(config.algorithm)[1].on_policy
+        self.collector = TextCollector(self.task, self.prompts, settings, config.seed, ratios=on_policy)
 
     def describe(self) -> str:
         """Device, prompts, reward, penalty and the amount of work."""
@@ -92,7 +93,10 @@ class TextExperiment:
     def evaluate(self, policy: nn.Module) -> Evaluation:
         """One response to each held-out prompt, with the same seed every time."""
         batch = (self.settings.rollout_size, self.settings.micro_batch_size)
-        return evaluate(self.task, language_model_of(policy), self.held_out, self.gold, evaluation_seed(), batch)
+        precision = self.collector.precision
+        with precision.tensor_cores():
+            model = precision.sampling_model(language_model_of(policy))
+            return evaluate(self.task, model, self.held_out, self.gold, evaluation_seed(), batch)
 
     def summarize(self, evaluation: Evaluation) -> dict[str, float]:
         """Means over the prompts."""
@@ -135,7 +139,7 @@ class TextExperiment:
         export_policy(language_model_of(trainer.algorithm.networks.policy), self.task, folder / "actor")
         write_samples(folder / "samples.md", before, after)
         plots.draw_credit(folder / "credit.png", assign_credit(trainer, self.held_out))
-        return make_summary(before, after)
+        return make_summary(before, after) | self.collector.describe_precision()
 
     def panels(self) -> tuple[Panel, ...]:
         """The panels of the learning curves."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from agents.objectives.advantages import masked_mean, response_ends
 from agents.seeds import seed_of, torch_generator
 from agents.text.config import TextConfig
 from agents.text.networks import language_model_of
+from agents.text.precision import Precision, mismatch
 from textenv.generation import Generation, ScoredResponses, generate, response_kl, score_responses
 from textenv.kl import ESTIMATORS, EXACT, AdaptiveKL, Controller, FixedKL, penalized_reward
 from textenv.masks.masks import MaskPolicy
@@ -179,6 +181,7 @@ def estimate_kl(
     return ESTIMATORS[estimator](generation.log_prob, reference_log_prob)
 
 
+READ = ("input_ids", "attention_mask", "action", "mask", "allowed_ids", "allowed_inside")  # by an actor
 REPORT_ONLY = ("td_error", "raw_advantage", "kl", "step_score", "score", "raw_final_score", "token_score")  # no loss's
 # Keys that no learner from replay needs. It forms rewards when rows are sampled, from raw scores if there are any.
 NOT_REPLAYED = ("kl", "score", "action_log_prob")
@@ -189,13 +192,18 @@ class TextCollector:
 
     unit = "tokens"
 
-    def __init__(self, task: Task, prompts: Prompts, config: TextConfig, seed: int) -> None:
+    def __init__(self, task: Task, prompts: Prompts, config: TextConfig, seed: int, ratios: bool = True) -> None:
+        """ratios: whether the learner divides by old probabilities."""
         check_groups(config, task)
         self.task, self.prompts, self.config = task, prompts, config
+        self.precision = Precision(config.precision, task.device)
+        choice = config.old_log_probs
+        self.recompute = ratios and (choice == "recomputed" or (choice == "auto" and self.precision.half))
         self.controller = make_controller(config, task.config.kl_coef)  # of β
         self.mask_policies = [mask for mask in task.masks if isinstance(mask, MaskPolicy)]
         for mask in self.mask_policies:
             mask.refresh(task.load_reference().model)  # so that it has weights of its own for a checkpoint to restore
+        self.mismatch: dict[str, float] = {}  # of the latest rollout, if log-probabilities are recomputed
         self.sampler = task.prompt_sampler(prompts, "shuffle")
         self.prompt_generator = np.random.default_rng(seed_of(seed, "prompts"))
         self.sampling_generator = torch_generator(seed, "sampling", task.device)
@@ -210,7 +218,12 @@ class TextCollector:
         """One rollout of responses by the language model in `policy`."""
         indices = self.sampler.draw(self.prompt_generator, self.config.rollout_size)
         prompts, rows = self.prompts.select(indices), self.config.micro_batch_size
-        rollout = collect(self.task, language_model_of(policy), prompts, self.sampling_generator, rows, self.penalty())
+        model = self.precision.sampling_model(language_model_of(policy))
+        with self.precision.tensor_cores():
+            rollout = collect(self.task, model, prompts, self.sampling_generator, rows, self.penalty())
+        if self.recompute:
+            self.mismatch = self._recompute_log_probs(policy, rollout.data)
+            rollout.metrics.update(self.mismatch)
         # Raw scores: normalized ones of different times are in different units.
         raw = rollout.scored.score if self.task.normalizer is None else rollout.scored.score_parts[RAW]
         self.sampler.update(indices, raw.tolist())
@@ -218,6 +231,30 @@ class TextCollector:
             kl, lengths = rollout.data["kl"], rollout.data["mask"].sum(1)
             rollout.metrics.update(self.controller.update(float(kl.sum()), int(lengths.sum()), len(lengths)))
         return rollout
+
+    @own_settings()
+    def _recompute_log_probs(self, policy: Any, data: TensorDict) -> dict[str, float]:
+        """Replace `action_log_prob` by that of the training forward. Returns the metrics of the difference."""
+        sampled, places = data["action_log_prob"], torch.arange(len(data), device=data["mask"].device)
+        recomputed = torch.zeros_like(sampled)
+        for batch in self.micro_batches(data.select(*READ, strict=False).set("row", places)):
+            with self.autocast():
+                log_prob = policy.distribution(batch).log_prob(batch["action"])
+            recomputed[batch["row"], : log_prob.shape[1]] = log_prob
+        data["action_log_prob"] = recomputed
+        return mismatch(sampled, recomputed, data["mask"])
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of the run, for one forward of trained networks."""
+        return self.precision.autocast()
+
+    def describe_precision(self) -> dict[str, Any]:
+        """For the summary: the precision, where ratios start from, and the latest mismatch if that was recomputed."""
+        return {
+            "precision": self.precision.name,
+            "old_log_probs": "recomputed" if self.recompute else "sampled",
+            **self.mismatch,
+        }
 
     def training_rows(self, data: TensorDict) -> TensorDict:
         """Whole responses, without the keys for the report."""

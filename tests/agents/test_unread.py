@@ -46,6 +46,7 @@ NOT_WALKED = {"env", "env_arg", "algorithm", "run", "resume", "checkpoint_every"
 OTHER = {
     **{"seed": 7, "iterations": 2, "minibatch_size": 2, "learning_rate": 3e-3, "critic_learning_rate": 3e-3},
     **{"schedule": "constant", "max_grad_norm": 1e-3, "rollout_size": 16, "micro_batch_size": 2, "mask_refresh": 2},
+    **{"precision": "bf16", "old_log_probs": "recomputed"},
     **{"critic": "scratch", "kl_estimator": "k2", "kl_target": 100.0, "kl_horizon": 8, "kl_unit": "token"},
     **{"evaluation_prompts": 1, "held_out": f"{HERE}:held_out", "gold": f"{HERE}:gold"},
     **{"num_envs": 3, "steps": 6, "vectorization": "async", "hidden": (8,)},

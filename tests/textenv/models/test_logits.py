@@ -99,7 +99,8 @@ def test_what_a_model_does_after_its_head(kind):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1e-3)
-    read_logits(model, *[torch.ones(1, 3, dtype=torch.long)] * 2, torch.ones(1, 1, dtype=torch.bool))
+    ids = torch.ones(1, 3, dtype=torch.long)
+    read_logits(model, ids, ids, torch.ones(1, 1, dtype=torch.bool))
     after, raw = module._after[model], torch.tensor([40.0])
     expected = {"gemma2": torch.tanh(raw / 3) * 3, "granite": raw / 1.7}
     assert after is not None and torch.equal(after(raw), expected[kind])
