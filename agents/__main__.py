@@ -6,12 +6,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
+from rich.console import Console
 from torch import nn
 
 from agents import run, run_folder
@@ -20,6 +22,7 @@ from agents.errors import is_ours
 from agents.interfaces import Experiment
 from agents.play import PlayConfig, show
 from agents.presets import defaults, describe_defaults
+from agents.reporting import profile
 from agents.reporting.files import as_utf8, never_fail_to_print, write_json
 from agents.text.config import GenerateConfig
 from agents.text.experiment import TextExperiment
@@ -44,17 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         commands = {
-            "train": train_command(arguments),
+            "train": job_command(arguments, run.train, "Train a policy and write the results to the run folder."),
             "evaluate": evaluate_command,
             "generate": generate_command,
             "play": play_command,
+            "profile": job_command(arguments, profile_job, "Measure where the time of one iteration goes."),
             "reward-model": reward_model_command,
         }
         tyro.extras.subcommand_cli_from_dict(
             commands,
             args=arguments,
             prog="python -m agents",
-            description="Train a policy by reinforcement learning, evaluate it, generate from it, and play it.",
+            description="Train a policy by reinforcement learning, evaluate it, generate from it, play and profile it.",
         )
     except (ValueError, TypeError) as error:
         if not is_ours(error):
@@ -65,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None  # the shell's convention
 
 
-def train_command(arguments: Sequence[str]) -> Callable[..., None]:
-    """The `train` command, with flags for the environment and the algorithm that the command line names.
+def job_command(arguments: Sequence[str], action: Callable[..., Any], purpose: str) -> Callable[..., None]:
+    """A command with flags for the environment and the algorithm that the command line names.
 
     Defaults come from the preset, or from the run's configuration under --resume.
     """
@@ -80,18 +84,37 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
         config, settings, algorithm_config = defaults(env, name, given.env_arguments())
         source = describe_defaults(given)
 
-    def train(shared: TrainConfig = config, environment: Any = settings, algorithm: Any = algorithm_config) -> None:
-        run.train(shared, environment, algorithm)
+    def job(shared: TrainConfig = config, environment: Any = settings, algorithm: Any = algorithm_config) -> None:
+        action(shared, environment, algorithm)
 
-    train.__doc__ = f"Train a policy and write the results to the run folder.\n\n{source}"
-
-    train.__annotations__ = {
+    job.__doc__ = f"{purpose}\n\n{source}"
+    job.__annotations__ = {
         "shared": tyro.conf.OmitArgPrefixes[tyro.conf.UseAppendAction[TrainConfig]],
         "environment": tyro.conf.OmitArgPrefixes[type(settings)],
         "algorithm": tyro.conf.OmitArgPrefixes[type(algorithm_config)],
         "return": None,
     }
-    return train
+    return job
+
+
+def profile_job(config: TrainConfig, settings: Any, algorithm_config: Any) -> None:
+    """Print the phases of one iteration, and write them with a trace to the run folder."""
+    if config.resume:
+        raise ValueError("a profile is of a new run; leave --resume out.")
+    folder = Path(config.run or f"{run.default_folder(config)}-profile")
+    if os.path.exists(folder):
+        run_folder.refuse(folder)
+    experiment, trainer = run.build(
+        replace(config, iterations=profile.ITERATIONS, schedule="constant"), settings, algorithm_config
+    )
+    run_folder.create(folder)
+    print(f"{config.algorithm} on {config.env} {experiment.describe()}")
+    files = folder / "profile.json", folder / "trace.json.gz"
+    measured, unit = profile.profile_iterations(trainer, files[1]), experiment.collector.unit
+    profile.write_profile(measured, unit, trainer.device, files[0])
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(measured.table(unit))
+    print(*profile.lines(measured, files), sep="\n")
 
 
 def evaluate_command(folder: Annotated[Path, tyro.conf.arg(name="run")], output: Path | None = None) -> None:

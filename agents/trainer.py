@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from agents.config import TrainConfig
 from agents.interfaces import Algorithm, Collector, Rollout
 from agents.replay import Replay
+from agents.reporting.phases import phase
 from agents.seeds import torch_generator
 from textenv.state import own_settings
 
@@ -95,7 +96,7 @@ class Trainer:
     def _update(self, data: TensorDict) -> dict[str, float]:
         """Prepare a rollout, or store it for replay, and take optimizer steps. Returns the metrics' means."""
         if self.replay is None:
-            with self.collector.autocast():
+            with phase("prepare"), self.collector.autocast():
                 metrics = self.algorithm.prepare(data)
             return metrics | self._learn(self._shuffled(self.collector.training_rows(data)))
         return self._learn(self._replayed(self.replay, self.collector.replay_rows(data)))
@@ -108,12 +109,14 @@ class Trainer:
         totals: dict[str, list[float]] = defaultdict(list)
         for minibatch in minibatches:
             try:
-                metrics = self._backward(minibatch)
+                with phase("update"):
+                    metrics = self._backward(minibatch)
                 for name, value in metrics.items():
                     totals[name].append(value)
                 if 0 < self.algorithm.target_kl < metrics.get("approx_kl", 0.0):
                     break
-                self._step(metrics)
+                with phase("optimizer"):
+                    self._step(metrics)
             finally:  # gradients left behind would be added to those of the next step
                 self.optimizer.zero_grad()
         return {name: sum(values) / len(values) for name, values in totals.items()}

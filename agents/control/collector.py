@@ -20,6 +20,7 @@ from torch import nn
 
 from agents.control.config import ControlConfig
 from agents.control.environments import Environments
+from agents.reporting.phases import phase
 from agents.seeds import seed_of, torch_generator
 from textenv.state import own_settings
 
@@ -55,6 +56,7 @@ class ControlCollector:
         self.generator = torch_generator(seed, "sampling")
 
     @own_settings()
+    @phase("play")
     def collect(self, policy: Any) -> ControlRollout:
         """Run `steps` steps in every environment."""
         env, shape = self.environments.env, (self.config.steps, self.config.num_envs)

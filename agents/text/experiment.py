@@ -93,9 +93,8 @@ class TextExperiment:
     def evaluate(self, policy: nn.Module) -> Evaluation:
         """One response to each held-out prompt, with the same seed every time."""
         batch = (self.settings.rollout_size, self.settings.micro_batch_size)
-        precision = self.collector.precision
-        with precision.tensor_cores():
-            model = precision.sampling_model(language_model_of(policy))
+        with self.collector.precision.tensor_cores():
+            model = self.collector.sampling_model(policy)
             return evaluate(self.task, model, self.held_out, self.gold, evaluation_seed(), batch)
 
     def summarize(self, evaluation: Evaluation) -> dict[str, float]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.objectives.advantages import masked_mean, response_ends
+from agents.reporting.phases import phase
 from agents.seeds import seed_of, torch_generator
 from agents.text.config import TextConfig
 from agents.text.networks import language_model_of
@@ -68,11 +69,13 @@ def collect(
     """One response to each prompt; `penalty` defaults to the environment's β with k1."""
     penalty = penalty or Penalty(coef=task.config.kl_coef)
     sampling = Sampling(temperature=task.config.temperature)
-    generation = generate(task, model, prompts, sampling, generator)
+    with phase("decode"):
+        generation = generate(task, model, prompts, sampling, generator)
     state = generation.state
-    scored = score_responses(task, state, prompts.texts, rows_per_pass, prompts.fields)
+    with phase("score"):
+        scored = score_responses(task, state, prompts.texts, rows_per_pass, prompts.fields)
+        kl = estimate_kl(task, model, generation, scored.reference_log_prob, penalty.estimator, rows_per_pass)
     mask = state.response_mask
-    kl = estimate_kl(task, model, generation, scored.reference_log_prob, penalty.estimator, rows_per_pass)
     ends = response_ends(mask)
     data = TensorDict(
         {
@@ -218,11 +221,12 @@ class TextCollector:
         """One rollout of responses by the language model in `policy`."""
         indices = self.sampler.draw(self.prompt_generator, self.config.rollout_size)
         prompts, rows = self.prompts.select(indices), self.config.micro_batch_size
-        model = self.precision.sampling_model(language_model_of(policy))
         with self.precision.tensor_cores():
+            model = self.sampling_model(policy)
             rollout = collect(self.task, model, prompts, self.sampling_generator, rows, self.penalty())
         if self.recompute:
-            self.mismatch = self._recompute_log_probs(policy, rollout.data)
+            with phase("recompute"):
+                self.mismatch = self._recompute_log_probs(policy, rollout.data)
             rollout.metrics.update(self.mismatch)
         # Raw scores: normalized ones of different times are in different units.
         raw = rollout.scored.score if self.task.normalizer is None else rollout.scored.score_parts[RAW]
@@ -231,6 +235,10 @@ class TextCollector:
             kl, lengths = rollout.data["kl"], rollout.data["mask"].sum(1)
             rollout.metrics.update(self.controller.update(float(kl.sum()), int(lengths.sum()), len(lengths)))
         return rollout
+
+    def sampling_model(self, policy: nn.Module) -> PreTrainedModel:
+        """The model that writes the responses of a policy, with its present weights."""
+        return self.precision.sampling_model(language_model_of(policy))
 
     @own_settings()
     def _recompute_log_probs(self, policy: Any, data: TensorDict) -> dict[str, float]:

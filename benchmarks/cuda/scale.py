@@ -21,9 +21,6 @@ from textenv.task import Task
 
 Row = dict[str, Any]
 
-# Vendor's figures: dense bf16 operations per second, and memory bandwidth in bytes per second.
-PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12)}
-
 
 @dataclass(frozen=True)
 class Scale:
@@ -107,12 +104,6 @@ def task_for(model: PreTrainedModel, scale: Scale, rows: int, stops: tuple[int, 
 def parameters_of(model: torch.nn.Module) -> int:
     """Number of parameters of the model."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def peak_of(device: torch.device) -> tuple[float, float]:
-    """Peak operations and memory bytes per second of the GPU; zeros if unknown."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for card, peak in PEAKS.items() if card in name), (0.0, 0.0))
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from agents.algorithms.ppo import PPO, PPOConfig
 from agents.config import TrainConfig
+from agents.reporting.profile import peak_of
 from agents.text.config import TextConfig
 from agents.text.experiment import TextExperiment
 from agents.trainer import Trainer
@@ -21,7 +22,6 @@ from benchmarks.cuda.scale import (
     free,
     parameters_of,
     peak_memory,
-    peak_of,
     random_model,
     seconds_of,
     task_for,
