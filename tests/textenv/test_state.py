@@ -70,5 +70,5 @@ def test_finish_counts_all_tokens():
 def test_a_batch_without_rows():
     """It is refused in a sentence before a model sees it: attention in Transformers takes none."""
     state = make_state().select(torch.tensor([], dtype=torch.long))
-    with pytest.raises(ValueError, match="the batch has no texts.*pass one or more"):
+    with pytest.raises(ValueError, match=r"the batch has no texts.*pass one or more"):
         left_aligned(state.input_ids, state.attention_mask)

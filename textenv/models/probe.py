@@ -61,7 +61,7 @@ def check_backbone(model: PreTrainedModel, role: str, width: int, vocabulary: in
         alone = refuse.failing(lambda: _each_prefix(model, ids, positions, hidden=True))
         if hidden.shape != alone.shape:
             raise refuse("its hidden states have another shape for several texts than for one")
-        if not bool(hidden.isfinite().all()):
+        if not bool(hidden.isfinite().all() & alone.isfinite().all()):
             raise refuse(f"its hidden states are not finite in {model.dtype}", "Check its weights.")
         if largest_difference(hidden, alone) > max(bound(model.dtype), 1e-4):
             raise refuse("its hidden states change with the later tokens or with the other texts of a batch")

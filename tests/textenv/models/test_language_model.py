@@ -353,8 +353,11 @@ def test_threads_share_a_model(model):
     def read_one(text):
         return read(model, *text)
 
+    def wait(*_):
+        both.wait(10)  # until both have put their hooks on the head
+
     alone = [read_one(text) for text in texts]
-    meet = model.register_forward_pre_hook(lambda *_: both.wait(10) and None)  # both are on their way to the head
+    meet = model.register_forward_pre_hook(wait)
     with ThreadPoolExecutor(2) as threads:
         together = list(threads.map(read_one, texts))
     meet.remove()
