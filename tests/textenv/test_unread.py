@@ -45,7 +45,7 @@ def tasks(folders, tmp_path_factory):
     labels = tiny.save(tiny.reward_model("gpt2", labels=3), root / "labels")
     small = dict(prompts=tiny.PROMPTS, max_prompt_tokens=16, max_new_tokens=5, kl_coef=0.3, device="cpu")
     chat = tiny.tokenizer()
-    chat.chat_template = "{{ messages[0].content }}{% if enable_thinking is defined %}?{% endif %}"
+    chat.chat_template = "{{ messages[0].content }}!{% if enable_thinking is defined %}?{% endif %}"
     live = shared(textenv.LanguageModel(tiny.language_model("gpt2"), tokenizer, (tiny.END,)))
     return {
         "models": small | dict(reference=folders["gpt2"], reward=folders["gpt2_reward"]),
@@ -133,7 +133,10 @@ def test_every_setting_changes_something_or_is_refused(tasks, folders, name):
     """In every task, another value either shows or is refused; and there is a task where it shows."""
     effects = {}
     for kind, arguments in tasks.items():
-        result = shown(arguments | {name: OTHER[name](folders)})
+        value = OTHER[name](folders)
+        if name in arguments and same(value, arguments[name]):
+            value = getattr(TextGenConfig(), name)
+        result = shown(arguments | {name: value})
         refused = isinstance(result, str) and f"{name}=" in result and "would do nothing" in result
         assert refused or not same(result, shown(arguments)), f"{name} does nothing in {kind}"
         effects[kind] = not refused
