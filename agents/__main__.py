@@ -18,6 +18,7 @@ from torch import nn
 
 from agents import run, run_folder
 from agents.config import TrainConfig
+from agents.domains import arguments_of
 from agents.errors import is_ours
 from agents.interfaces import Experiment
 from agents.play import PlayConfig, show
@@ -32,6 +33,7 @@ from agents.text.shading import shaded_responses
 from textenv.generation import generate, score_responses
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
+from textenv.settings import check_name
 from textenv.task import Task
 from textenv.training.reward_model import DEFAULT, RewardConfig, train_reward_model
 
@@ -81,7 +83,7 @@ def job_command(arguments: Sequence[str], action: Callable[..., Any], purpose: s
     else:
         env, name, env_arg = _flag(arguments, "env"), _flag(arguments, "algorithm"), _flags(arguments, "env_arg")
         given = TrainConfig(env=env, algorithm=name, env_arg=tuple(env_arg))
-        config, settings, algorithm_config = defaults(env, name, given.env_arguments())
+        config, settings, algorithm_config = defaults(env, name, arguments_of(given))
         source = describe_defaults(given)
 
     def job(shared: TrainConfig = config, environment: Any = settings, algorithm: Any = algorithm_config) -> None:
@@ -124,10 +126,8 @@ def evaluate_command(folder: Annotated[Path, tyro.conf.arg(name="run")], output:
         folder: Run folder written by `train`.
         output: JSON file to write the numbers to, in addition to printing them.
     """
-    if output is not None and not os.path.isdir(output.absolute().parent):
-        raise ValueError(
-            f"--output names a file in {str(output.absolute().parent)!r}, which is no folder; create it first."
-        )
+    if output is not None:
+        _check_output(output)
     experiment, policy = run.load_policy(folder)
     _tell_changes(folder, experiment, {TRAINING})
     numbers = experiment.summarize(experiment.evaluate(policy))
@@ -194,6 +194,16 @@ def reward_model_command(
         train_reward_model(base, data, output, config)
     except ImportError as error:
         raise ValueError(f"{error} Install it with: pip install 'textenv[reward-model]'") from error
+
+
+def _check_output(file: Path) -> None:
+    """Raise ValueError for a file that cannot be written, before the work whose results it is to hold."""
+    folder = file.absolute().parent
+    if not os.path.isdir(folder):
+        raise ValueError(f"--output names a file in {str(folder)!r}, which is no folder; create it first.")
+    if os.path.isdir(file):
+        raise ValueError(f"--output must name a file, and {str(file)!r} is a folder; give it a file's name.")
+    check_name(file, "--output")
 
 
 def _responses(

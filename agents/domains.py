@@ -17,6 +17,7 @@ from agents.control.experiment import ControlExperiment
 from agents.interfaces import Experiment
 from agents.text.config import TextConfig
 from agents.text.experiment import TextExperiment, reopen_text
+from textenv.config import NAMES
 from textenv.env import TextGenEnv
 
 BYPASSED = ("reset", "step", "action_masks")  # methods of TextGenEnv that the learners never call
@@ -51,6 +52,11 @@ def domain_of(env: str) -> Domain:
         return CONTROL
     check_overrides(env, entry_point)
     return TEXT
+
+
+def arguments_of(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of `gym.make` in a configuration, where text environments take names of files as texts."""
+    return config.env_arguments(texts=NAMES if domain_of(config.env) is TEXT else ())
 
 
 def entry_point_of(env: str) -> Any:

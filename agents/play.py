@@ -26,12 +26,11 @@ from gymnasium.wrappers import RecordVideo
 from agents.config import TrainConfig, check_counts
 from agents.control.experiment import LONGEST
 from agents.control.policy import SIZES, ControlPlayer
-from agents.domains import TEXT, domain_of
+from agents.domains import TEXT, arguments_of, domain_of
 from agents.run_folder import load_config, located
 from agents.text.experiment import available
 from agents.text.policy import TextPlayer
-from textenv.config import NAMES
-from textenv.settings import check_types
+from textenv.settings import check_new_folder, check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +101,8 @@ def play_episode(env: gym.Env, player: Player, seed: int | None = None) -> Episo
 
 def show(run_folder: Path, config: PlayConfig) -> list[Episode]:
     """Play the environment of a finished run in a window, in the terminal or into videos, and print the returns."""
+    if config.video is not None:
+        check_new_folder(config.video, "--video")
     parts = load_config(run_folder)
     train, _ = located(run_folder, *parts[:2])
     if domain_of(train.env) is TEXT:
@@ -132,17 +133,11 @@ def open_shown(train: TrainConfig, video: Path | None) -> gym.Env:
         return _make(train, wanted)
     if wanted not in modes:
         raise ValueError(f"{train.env!r} draws no images (its render modes are {modes}), so --video cannot record it.")
-    if os.path.exists(video) and (not os.path.isdir(video) or any(video.iterdir())):
-        raise ValueError(f"{str(video)!r} exists already; choose a new folder for --video.")
-    try:
-        video.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--video cannot be recorded: {error.strerror}; choose another folder.") from error
     return RecordVideo(_make(train, wanted), str(video), episode_trigger=lambda _: True, name_prefix="play")
 
 
 def _make(train: TrainConfig, render_mode: str | None) -> gym.Env:
-    arguments = train.env_arguments(texts=NAMES if domain_of(train.env) is TEXT else ())
+    arguments = arguments_of(train)
     arguments.pop("render_mode", None)
     # Not every environment takes the argument.
     rendering: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}

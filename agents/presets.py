@@ -18,7 +18,9 @@ import gymnasium as gym
 
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig, id_of
-from agents.domains import TEXT, domain_of
+from agents.domains import TEXT, arguments_of, domain_of, entry_point_of
+from agents.text.experiment import make_env
+from textenv.env import TextGenEnv
 from textenv.task import is_embedded
 
 
@@ -163,8 +165,7 @@ def defaults(env: str, algorithm: str, env_arguments: Mapping[str, Any] | None =
 def find_preset(env: str, algorithm: str, env_arguments: Mapping[str, Any]) -> tuple[str, Preset]:
     """The preset of a task and an algorithm, and the task's name in words."""
     if domain_of(env) is TEXT:
-        reference = ({**gym.spec(id_of(env)).kwargs, **env_arguments}).get("reference")
-        if reference is None or is_embedded(reference):
+        if _is_embedded_task(env, {**gym.spec(id_of(env)).kwargs, **env_arguments}):
             return "the embedded task", REVIEWS.get(algorithm, Preset())
         return "a pretrained model", ANY_REFERENCE.get(algorithm, PRETRAINED)
     if algorithm in PRESETS.get(id_of(env), {}):
@@ -172,9 +173,26 @@ def find_preset(env: str, algorithm: str, env_arguments: Mapping[str, Any]) -> t
     return "any environment of vectors", CONTROL.get(algorithm, Preset())
 
 
+_found: dict[tuple[Any, str], bool] = {}  # class and arguments -> whether it was the embedded task
+
+
+def _is_embedded_task(env: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether the reference is the embedded task's. A class with a constructor of its own may set it: it is made."""
+    kind = entry_point_of(env)
+    if kind.__init__ is TextGenEnv.__init__:
+        reference = arguments.get("reference")
+        return reference is None or is_embedded(reference)
+    key = (kind, repr(arguments))
+    if key not in _found:
+        quiet = {name: value for name, value in arguments.items() if name != "render_mode"}  # opens no window
+        core: Any = make_env(env, quiet).unwrapped
+        _found[key] = is_embedded(core.task.config.reference)
+    return _found[key]
+
+
 def describe_defaults(config: TrainConfig) -> str:
     """Which preset the defaults come from, in a line."""
-    task, preset = find_preset(config.env, config.algorithm, config.env_arguments())
+    task, preset = find_preset(config.env, config.algorithm, arguments_of(config))
     rates = {name: value for name, value in preset.train.items() if name.endswith("learning_rate")}
     listed = "".join(f", {name} {value:g}" for name, value in rates.items())
     return f"Defaults: {config.algorithm} on {task}{listed}."

@@ -61,8 +61,8 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
                 console.print(f"the run in {folder}/ is finished, with {config.iterations} iterations.")
                 return summary
             config, settings = run_folder.located(folder, config, settings)
-        elif os.path.exists(folder):  # Path.exists raises OSError for a name that is too long
-            run_folder.refuse(folder)
+        else:
+            run_folder.check_new(folder)
         experiment, trainer = build(config, settings, algorithm_config)
         fingerprints = experiment.fingerprints()
         before = experiment.evaluate(trainer.algorithm.networks.policy)

@@ -22,6 +22,7 @@ from agents.config import TrainConfig
 from agents.domains import domain_of
 from agents.reporting.files import write_json
 from textenv.config import NAMES
+from textenv.settings import check_new_folder
 from textenv.task import PARTS, is_embedded
 
 NOT_COMPARED = {"run", "resume", "micro_batch_size", "iterations"}  # do not change what is learned, or checked apart
@@ -32,6 +33,13 @@ def refuse(folder: Path) -> None:
     raise ValueError(
         f"the run folder {str(folder)!r} already exists; choose another --run, or continue it with --resume."
     )
+
+
+def check_new(folder: Path) -> None:
+    """Raise ValueError for a run folder that exists or cannot be created. Creates nothing."""
+    if os.path.lexists(folder):
+        refuse(folder)
+    check_new_folder(folder, "--run")
 
 
 def create(folder: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from agents.config import TrainConfig
+from agents.domains import arguments_of
 from agents.interfaces import Algorithm, Experiment, NetworkFactory
 from agents.presets import defaults
 from textenv.unread import refuse_unread
@@ -42,7 +43,7 @@ def check_settings(job: Job) -> None:
     train = job.train
     parts = (train, job.settings, job.algorithm)
     by_class = [{field.name: field.default for field in fields(part)} for part in parts]
-    by_preset = [vars(part) for part in defaults(train.env, train.algorithm, train.env_arguments())]
+    by_preset = [vars(part) for part in defaults(train.env, train.algorithm, arguments_of(train))]
     rendered = {"render_mode": train.env_arguments().get("render_mode")}
     rules = [rule for part in parts for rule in type(part).UNREAD]
     known = [_merged(by_class) | {"render_mode": None}, _merged(by_preset) | {"render_mode": None}]

@@ -106,10 +106,6 @@ def _check_template_arguments(config: TextGenConfig) -> None:
             f"chat_template_kwargs must be a mapping of names to values, or None, got {arguments!r}; write for "
             'instance {"enable_thinking": False}.'
         )
-    if not config.chat:
-        raise ValueError(
-            f"chat_template_kwargs={dict(arguments)!r} has an effect only with chat=True; set it, or leave them out."
-        )
     try:
         json.dumps(dict(arguments), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

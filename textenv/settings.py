@@ -1,4 +1,4 @@
-"""Checks the values of settings by the types that their dataclass declares."""
+"""Checks the values of settings: by the types that their dataclass declares, and names of what is to be written."""
 
 from __future__ import annotations
 
@@ -99,3 +99,38 @@ def _describe(declared: Any) -> str:
     if origin is tuple:
         return f"a list, each item {_describe(members[0])}"
     return NAMES.get(origin or declared, f"a {getattr(declared, '__name__', declared)}")
+
+
+def check_name(path: Path, setting: str) -> None:
+    """Raise ValueError for a name that no file can have here, such as one that is too long. Creates nothing.
+
+    setting: the name of the setting, for the message.
+    """
+    parent = _nearest(path)
+    for place in (path, *(parent / part for part in path.absolute().relative_to(parent).parts)):  # each may be too long
+        try:
+            place.lstat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ValueError(f"{str(path)!r} cannot be written: {error.strerror}; choose another {setting}.") from error
+
+
+def check_new_folder(folder: Path, setting: str) -> None:
+    """Raise ValueError for a folder that is not empty or cannot be written. Creates nothing.
+
+    setting: the name of the setting, for the message.
+    """
+    parent = _nearest(folder)
+    if not os.path.isdir(parent) or not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
+        why = "is not writable" if os.path.isdir(parent) else "is not a folder"
+        raise ValueError(f"{str(folder)!r} cannot be written: {str(parent)!r} {why}; choose another {setting}.")
+    check_name(folder, setting)
+    if os.path.isdir(folder) and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} exists already and is not empty; choose another {setting}.")
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the first folder above it that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if os.path.exists(place))  # false for a name that is too long

@@ -161,10 +161,13 @@ def left_aligned(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Ten
     token of the text, because the pad token need not be one of the model's.
 
     input_ids: int64 [B, L]; attention_mask: [B, L], true or 1 = a token, contiguous in each row. Returns ids, int64
-    [B, T] for the longest text of T tokens (at least 1), and the number of tokens of each text, int64 [B].
+    [B, T] for the longest text of T tokens (at least 1), and the number of tokens of each text, int64 [B]. Raises
+    ValueError for a batch without rows, which Transformers' attention does not take.
     """
     mask = attention_mask.bool()
     length = mask.sum(1)  # [B]
+    if not len(length):
+        raise ValueError("the batch has no texts, and models read one at least; pass one or more prompts or responses.")
     columns = torch.arange(max(int(length.max()), 1), device=length.device).minimum((length[:, None] - 1).clamp_min(0))
     return input_ids.gather(1, mask.int().argmax(1, keepdim=True) + columns), length
 

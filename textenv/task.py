@@ -59,6 +59,12 @@ UNREAD: tuple[Unread, ...] = (
         lambda job: isinstance(unwrap(job[0].reference), LanguageModel) and not job[1].with_dtype,
         "the reference is a live model, which keeps its own dtype, and the reward loads no model; leave it out.",
     ),
+    Unread(
+        ("chat_template_kwargs",),
+        lambda job: not job[0].chat,
+        "they are variables of the chat template, which formats prompts with chat=True alone; set it, or leave them "
+        "out.",
+    ),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,18 +234,23 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
 
 def make_task(config: TrainConfig) -> Task:
     """The task of the environment that the configuration names."""
-    try:
-        env = gym.make(config.env, **config.env_arguments(texts=NAMES))
-    except gym.error.Error as error:
-        raise ValueError(f"gym.make cannot make {config.env!r}: {error}") from error
-    except TypeError as error:  # Gymnasium raises the constructor's again
-        if error.__cause__ is None or not is_ours(error.__cause__):
-            raise
-        raise ValueError(f"gym.make cannot make {config.env!r}: {error.__cause__}") from error
+    env = make_env(config.env, config.env_arguments(texts=NAMES))
     core: Any = env.unwrapped
     assert isinstance(core, TextGenEnv)
     _refuse_wrappers(env)
     return core.task
+
+
+def make_env(name: str, arguments: Mapping[str, Any]) -> gym.Env:
+    """The environment of an id and its arguments. Raises ValueError if it cannot be made."""
+    try:
+        return gym.make(name, **arguments)
+    except gym.error.Error as error:
+        raise ValueError(f"gym.make cannot make {name!r}: {error}") from error
+    except TypeError as error:  # Gymnasium raises the constructor's again
+        if error.__cause__ is None or not is_ours(error.__cause__):
+            raise
+        raise ValueError(f"gym.make cannot make {name!r}: {error.__cause__}") from error
 
 
 def check_minibatch(config: TrainConfig, settings: TextConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ import gymnasium as gym
 import pytest
 
 from agents import checkpoint, run
+from agents.__main__ import main
 from agents.config import TrainConfig
 from agents.control.experiment import ControlExperiment
+from agents.play import load_player
 from agents.text.experiment import TextExperiment, make_task
 from tests.support import tiny
 from textenv.training.reward_model import load_base
@@ -91,3 +94,65 @@ def test_hints_for_the_shell(tmp_path):
     lines += stopped.value.__notes__
     commands = [line[line.index("--run") :] for line in lines if "--run" in line]
     assert [shlex.split(command)[:2] for command in commands] == [["--run", str(folder)]] * 3
+
+
+TOO_LONG = [300, 5000]  # one name, and a whole path: the system's limits are 255 and 4,096
+EMBEDDED = dict.fromkeys(("reference", "reward", "prompts"), "reviews")
+
+
+def refused(*arguments):
+    """The sentence of a command that is refused."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert str(end.value.code).startswith("error: ")
+    return str(end.value.code)
+
+
+def arguments_of(**parts):
+    """Arguments of `gym.make` as flags."""
+    return [word for name, value in parts.items() for word in ("--env-arg", f"{name}={value}")]
+
+
+@pytest.mark.parametrize("length", TOO_LONG)
+@pytest.mark.parametrize("part", EMBEDDED)
+def test_parts_whose_names_are_too_long(part, length):
+    """They are what is not there: in Python and on the command line."""
+    parts = EMBEDDED | {part: "x" * length + (".jsonl" if part == "prompts" else "")}
+    with pytest.raises(ValueError, match=r"no model configuration in|no prompts file at"):
+        gym.make("TextGen-v0", **parts, device="cpu")
+    assert "x" * 50 in refused("train", *arguments_of(**parts, device="cpu"))
+
+
+@pytest.mark.parametrize("length", TOO_LONG)
+def test_files_whose_names_are_too_long(tmp_path, monkeypatch, length):
+    """Every name on the command line that is read, and every one that is written, before any work."""
+    monkeypatch.chdir(tmp_path)
+    name, there = "x" * length, "no/" * 3 + "x" * length
+    assert "no prompts file at" in refused("train", *arguments_of(device="cpu"), "--held-out", f"{name}.jsonl")
+    with pytest.raises(ValueError, match="there is no policy in"):
+        load_player(name, gym.make("TextGen-v0", device="cpu"))
+    for flags in (["train", "--resume"], ["evaluate"], ["generate", "--prompt", "a"], ["play"]):
+        assert "no run in" in refused(*flags, "--run", name)
+    rows = [{"prompt": f"p{row}", "chosen": "a", "rejected": "b"} for row in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    good = {"--base": "base", "--data": "pairs.jsonl", "--output": "model"}
+    for flag, says in (
+        ("--base", "no model configuration in"),
+        ("--data", "no training data at"),
+        ("--output", "cannot be written: File name too long; choose another output folder"),
+    ):
+        assert says in refused("reward-model", *(word for pair in (good | {flag: name}).items() for word in pair))
+    with pytest.MonkeyPatch.context() as patch:
+        for work in ("agents.run.build", "agents.run.load_policy", "agents.play.load_config"):
+            patch.setattr(work, None)
+        for new in (name, there):
+            for command in (
+                ["train", "--run"],
+                ["evaluate", "--run", "a", "--output"],
+                ["play", "--run", "a", "--video"],
+            ):
+                message = refused(*command, new)
+                assert "cannot be written: File name too long; choose another --" in message or (
+                    command[0] == "evaluate" and new == there and "is no folder; create it first" in message
+                )
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]

@@ -169,7 +169,7 @@ def test_text_is_recorded(text_run, tmp_path, capsys):
     """One video for each episode, in a new folder."""
     main(["play", "--run", str(text_run), "--episodes", "2", "--video", str(tmp_path / "video")])
     assert sorted(path.suffix for path in (tmp_path / "video").iterdir()) == [".mp4", ".mp4"]
-    with pytest.raises(SystemExit, match=r"exists already; choose a new folder for --video"):
+    with pytest.raises(SystemExit, match=r"exists already and is not empty; choose another --video"):
         main(["play", "--run", str(text_run), "--video", str(tmp_path / "video")])
 
 

@@ -14,6 +14,7 @@ from agents.config import TrainConfig
 from agents.presets import defaults, describe_defaults
 from agents.text.experiment import TextExperiment
 from tests.support import tiny
+from textenv.env import TextGenEnv
 
 HERE = __name__
 
@@ -60,6 +61,44 @@ def test_the_embedded_task_keeps_its_own(env, arguments):
     """The embedded model has its tuned rates under every id and by name."""
     assert defaults(env, "grpo", arguments)[0].learning_rate == 5e-4
     assert defaults(env, "ppo", arguments)[0].learning_rate == 1e-4
+
+
+@pytest.fixture
+def own_constructors(folders):
+    """Ids of classes that set arguments in their own constructors: the reference, and something else."""
+
+    def ready(prompts, responses):
+        return [0.0] * len(responses)
+
+    class OwnReference(TextGenEnv):
+        def __init__(self, **settings):
+            parts = dict(reference=folders["gpt2"], reward=ready, prompts=tiny.PROMPTS, max_prompt_tokens=16)
+            super().__init__(**parts | settings)
+
+    class OwnLength(TextGenEnv):
+        def __init__(self, max_new_tokens=7, **settings):
+            super().__init__(max_new_tokens=max_new_tokens, **settings)
+
+    kinds = {"OwnReference-v0": OwnReference, "OwnLength-v0": OwnLength}
+    for name, kind in kinds.items():
+        gym.register(name, kind)
+    yield
+    for name in kinds:
+        del gym.registry[name]
+
+
+def test_a_constructor_that_sets_the_reference(own_constructors, folders):
+    """What a class makes decides, not what `gym.make` is given: the rates follow the reference in its constructor."""
+    rates = {
+        env: defaults(env, "grpo", {"device": "cpu"})[0].learning_rate for env in ("OwnReference-v0", "OwnLength-v0")
+    }
+    assert rates == {"OwnReference-v0": 1e-6, "OwnLength-v0": 5e-4}
+    embedded = dict(reference="reviews", reward="reviews", prompts="reviews", max_prompt_tokens=24)
+    assert defaults("OwnReference-v0", "grpo", embedded)[0].learning_rate == 5e-4
+    mine = dict(reference=folders["gpt2"], reward="tests.support.oracle_models:length_reward", prompts=tiny.PROMPTS)
+    assert defaults("OwnLength-v0", "grpo", mine)[0].learning_rate == 1e-6
+    with pytest.raises(ValueError, match="TextGen-v0 has no argument 'betas'"):
+        defaults("OwnLength-v0", "grpo", {"betas": 1})
 
 
 def test_the_preset_is_named(capsys):

@@ -48,6 +48,15 @@ def byte_level(start: str = "", end: str = "<end>") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<end>", eos_token="<end>")
 
 
+def words(start: str = "<s>", end: str = "</s>", unknown: str | None = "<unk>") -> PreTrainedTokenizerFast:
+    """Whole words and no letters: "a" is an unknown word here, which is an error where there is no token for it."""
+    names = ["<s>", "</s>", "<unk>", "the", "cat", "sat"]
+    raw = Tokenizer(models.WordLevel({name: at for at, name in enumerate(names)}, unk_token=unknown))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    _surround(raw, start, end)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token=unknown)
+
+
 def _surround(raw: Tokenizer, start: str, end: str) -> None:
     if start or end:
         ids = [(name, raw.token_to_id(name)) for name in {start, end} if name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from textenv.state import LENGTH, RUNNING, STOP, TextState, finish, left_aligned, start
@@ -64,3 +65,10 @@ def test_finish_counts_all_tokens():
     """The budget is the response's width: tokens that were not generated take room too. A stop token comes first."""
     tokens, stops = torch.tensor([1, 1, 9, 9]), torch.tensor([9])
     assert finish(tokens, torch.tensor([5, 6, 5, 6]), stops, 6).tolist() == [RUNNING, LENGTH, STOP, STOP]
+
+
+def test_a_batch_without_rows():
+    """It is refused in a sentence before a model sees it: attention in Transformers takes none."""
+    state = make_state().select(torch.tensor([], dtype=torch.long))
+    with pytest.raises(ValueError, match=r"the batch has no texts.*pass one or more"):
+        left_aligned(state.input_ids, state.attention_mask)

@@ -44,6 +44,8 @@ def tasks(folders, tmp_path_factory):
     root, tokenizer = tmp_path_factory.mktemp("unread"), tiny.tokenizer()
     labels = tiny.save(tiny.reward_model("gpt2", labels=3), root / "labels")
     small = dict(prompts=tiny.PROMPTS, max_prompt_tokens=16, max_new_tokens=5, kl_coef=0.3, device="cpu")
+    chat = tiny.tokenizer()
+    chat.chat_template = "{{ messages[0].content }}!{% if enable_thinking is defined %}?{% endif %}"
     live = shared(textenv.LanguageModel(tiny.language_model("gpt2"), tokenizer, (tiny.END,)))
     return {
         "models": small | dict(reference=folders["gpt2"], reward=folders["gpt2_reward"]),
@@ -52,6 +54,12 @@ def tasks(folders, tmp_path_factory):
         "tokens": small | dict(reference=folders["gpt2"], reward=f"{HERE}:vowels"),
         "sum": small | dict(reference=folders["gpt2"], reward={f"{HERE}:vowels": 1, f"{HERE}:lengths": 1}),
         "fixed": small | dict(reference=live, reward=f"{HERE}:lengths", score_normalization="fixed", score_mean=2.0),
+        "chat": small
+        | dict(
+            reference=shared(textenv.LanguageModel(tiny.language_model("gpt2"), chat, (tiny.END,))),
+            reward=f"{HERE}:lengths",
+            chat=True,
+        ),
         "live": small | dict(reference=live, reward=shared(RewardModel(tiny.reward_model("gpt2")))),
     }
 
@@ -69,8 +77,8 @@ OTHER = {
     "prompts": lambda folders: ["z", "y", "x"],
     "prompt_sampling": lambda folders: "shuffle",
     "group_size": lambda folders: 3,
-    "chat": lambda folders: True,  # refused here: the tokenizer has no template, which shows that it is read
-    "chat_template_kwargs": lambda folders: {"enable_thinking": False},  # as for `chat`
+    "chat": lambda folders: True,  # where the tokenizer has no template the error shows that it is read
+    "chat_template_kwargs": lambda folders: {"enable_thinking": False},
     "kl_coef": lambda folders: 0.7,
     "max_prompt_tokens": lambda folders: 18,
     "max_new_tokens": lambda folders: 4,
@@ -125,7 +133,10 @@ def test_every_setting_changes_something_or_is_refused(tasks, folders, name):
     """In every task, another value either shows or is refused; and there is a task where it shows."""
     effects = {}
     for kind, arguments in tasks.items():
-        result = shown(arguments | {name: OTHER[name](folders)})
+        value = OTHER[name](folders)
+        if name in arguments and same(value, arguments[name]):
+            value = getattr(TextGenConfig(), name)
+        result = shown(arguments | {name: value})
         refused = isinstance(result, str) and f"{name}=" in result and "would do nothing" in result
         assert refused or not same(result, shown(arguments)), f"{name} does nothing in {kind}"
         effects[kind] = not refused
@@ -141,6 +152,7 @@ REFUSED = [
     ("models", dict(reward_timeout=1.0), "reward_timeout=1.0 would do nothing.*functions"),
     ("tokens", dict(score_clip=1.0), "score_clip=1.0 would do nothing.*at its tokens alone"),
     ("tokens", dict(score_normalization="running"), "score_normalization='running' would do nothing"),
+    ("models", dict(chat_template_kwargs={"a": 1}), "chat_template_kwargs={'a': 1} would do nothing.*with chat=True"),
     ("fixed", dict(dtype="bfloat16"), "dtype='bfloat16' would do nothing.*live model"),
     ("live", dict(dtype="float16"), "dtype='float16' would do nothing"),
 ]

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textenv.kl import not_finite
-from textenv.models.decoding import Decoder, new_decoder
+from textenv.models.decoding import Decoder, new_decoder, share_comparison
 from textenv.models.sampling import Sampling, log_probs
 from textenv.models.token_texts import TokenTexts
 from textenv.rewards.calling import describe
@@ -108,10 +108,14 @@ class MaskPolicy:
     def refresh(self, model: PreTrainedModel) -> None:
         """Replace the mask's model by a frozen copy of `model`, in the precision of the first one.
 
-        A checkpoint's weights are loaded into the first one, so no later one may hold more digits than fit in it.
+        A checkpoint's weights are loaded into the first one, so no later one may hold more digits than fit in it. The
+        copy is a new object: a thread that reads the old one is not disturbed, and decoders see that it was replaced.
         """
+        assert self.model is not None
         frozen: Any = copy.deepcopy(model).requires_grad_(False).eval()
-        self.model = frozen.to(self.dtype)
+        frozen = frozen.to(self.dtype)
+        share_comparison(frozen, self.model)
+        self.model = frozen
 
 
 class AllowedIds:
@@ -236,6 +240,7 @@ class Masker:
         self.masks, self.vocabulary = masks, shape[2]
         self.stops = list(stop_token_ids)
         self.decoders = [None if mask.model is None else new_decoder(mask.model, *shape) for mask in masks]
+        self.numbers = list(range(shape[0]))  # of the rows that are held, in the batch before any was dropped
 
     def restart(self, state: TextState, rows: Tensor) -> None:
         """Start new texts in the rows of indices `rows` [b]; state: all B rows."""
@@ -249,6 +254,7 @@ class Masker:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows except these indices."""
+        self.numbers = [self.numbers[row] for row in rows.tolist()]
         for decoder in filter(None, self.decoders):
             decoder.keep(rows)
 
@@ -268,9 +274,8 @@ class Masker:
             logits = None if decoder is None else decoder.logits[rows]
             if logits is not None and not bool((finite := logits.amax(-1).isfinite()).all()):
                 row = int((~finite).nonzero()[0])
-                raise not_finite(
-                    f"the largest logit of action mask {mask.name!r}", logits[row].amax(), f"row {int(rows[row])}"
-                )
+                number = self.numbers[int(rows[row])]
+                raise not_finite(f"the largest logit of action mask {mask.name!r}", logits[row].amax(), f"row {number}")
             by_mask = mask.allowed(Contexts(running_prompts, running_state, logits))
             _check_allowed(mask.name, by_mask, len(rows), self.vocabulary)
             allowed &= by_mask.to(allowed.device)

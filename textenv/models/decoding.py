@@ -192,6 +192,20 @@ def decodes_from_cache(model: PreTrainedModel, columns: int) -> bool:
     return not reasons[columns]
 
 
+def share_comparison(copy: PreTrainedModel, original: PreTrainedModel) -> None:
+    """Decode `copy` as `original` is decoded, without a comparison of its own, if only their weights differ.
+
+    What the cache gets wrong lies in the architecture. With another class, configuration or dtype, nothing is shared.
+    """
+    if (
+        type(copy) is type(original)
+        and copy.dtype == original.dtype
+        and copy.device == original.device
+        and copy.config.to_dict() | {"dtype": None} == original.config.to_dict() | {"dtype": None}
+    ):
+        _reasons[copy] = _reasons.setdefault(original, {})
+
+
 def _why_not(model: PreTrainedModel, columns: int) -> str:
     """How the cache differs from whole forwards; empty if it does not."""
     vocabulary = output_width(model)

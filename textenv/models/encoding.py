@@ -10,16 +10,23 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-PROBE = "a"
 NEUTRAL = ":"  # stands for a prompt whose last token would reach into the response
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens that a tokenizer puts before every text, and those that it puts after it."""
-    whole, bare = list(tokenizer(PROBE).input_ids), list(tokenizer(PROBE, add_special_tokens=False).input_ids)
-    starts = range(len(whole) - len(bare) + 1)
-    start = next((at for at in starts if whole[at : at + len(bare)] == bare), 0)
-    return whole[:start], whole[start + len(bare) :]
+    """The tokens that a tokenizer puts before every text, and those that it puts after it.
+
+    Transformers has no call for them that all tokenizers have, so they are read off a text: the first of the vocabulary
+    that has a token besides them.
+    """
+    around = list(tokenizer("").input_ids)  # both, where nothing is between them
+    for text in (str(tokenizer.decode([token])) for token in range(len(tokenizer))):
+        whole, bare = list(tokenizer(text).input_ids), list(tokenizer(text, add_special_tokens=False).input_ids)
+        starts = range(len(whole) - len(bare) + 1)
+        start = next((at for at in starts if whole[at : at + len(bare)] == bare), None)
+        if start is not None and not set(bare) <= set(around):
+            return whole[:start], whole[start + len(bare) :]
+    return around, []  # no text has tokens of its own
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -108,6 +108,8 @@ def load_weights(
                 output_loading_info=True,
                 **options,
             )
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:  # from a damaged file anything may come, of several libraries
             raise ValueError(
                 f"no model could be loaded from {name!r}: {_reason(name, error)} Give a folder or hub name that "

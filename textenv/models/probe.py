@@ -19,6 +19,8 @@ from textenv.models.decoding import decodes_from_cache
 from textenv.models.language_model import hidden_states, output_width, read
 from textenv.state import left_aligned
 
+WHOLE = 64  # tokens of the longest text of which a check forms all logits: 64 MiB with a vocabulary of 262,144
+
 _right_at: WeakKeyDictionary[PreTrainedModel, set[int]] = WeakKeyDictionary()  # model -> widths that were checked
 
 
@@ -59,6 +61,8 @@ def check_backbone(model: PreTrainedModel, role: str, width: int, vocabulary: in
         alone = refuse.failing(lambda: _each_prefix(model, ids, positions, hidden=True))
         if hidden.shape != alone.shape:
             raise refuse("its hidden states have another shape for several texts than for one")
+        if not bool(hidden.isfinite().all() & alone.isfinite().all()):
+            raise refuse(f"its hidden states are not finite in {model.dtype}", "Check its weights.")
         if largest_difference(hidden, alone) > max(bound(model.dtype), 1e-4):
             raise refuse("its hidden states change with the later tokens or with the other texts of a batch")
     return hidden.shape[-1]
@@ -119,10 +123,17 @@ def _sample_positions(vocabulary: int, width: int, device: torch.device) -> tupl
 
 
 def _each_prefix(model: PreTrainedModel, ids: Tensor, positions: Tensor, hidden: bool = False) -> Tensor:
-    """The logits (or hidden states) after each position, from a bare forward of the text up to it. [3, K, ...]."""
+    """The logits (or hidden states) after each position, from a bare forward of the text up to it. [3, K, ...].
+
+    All logits of a long text would not fit in memory, so there the head reads the last token alone. That this is the
+    same shows in the shorter texts.
+    """
 
     def bare(row: int, position: int) -> Tensor:
-        output: Any = model(input_ids=ids[row : row + 1, : position + 1], use_cache=False)
+        text = ids[row : row + 1, : position + 1]
+        if position >= WHOLE and not hidden:
+            return read(model, text, ids.new_tensor([[position]]))[0][0, 0]
+        output: Any = model(input_ids=text, use_cache=False)
         return (output.last_hidden_state if hidden else output.logits)[0, -1]
 
     rows = [[bare(row, position) for position in row_positions] for row, row_positions in enumerate(positions.tolist())]

@@ -39,7 +39,7 @@ from textenv.models.loading import (
     without_report,
 )
 from textenv.rewards.reward_model import last_token_scores
-from textenv.settings import check_types
+from textenv.settings import check_new_folder, check_types
 from textenv.training.supervised import STOCK_ARGUMENTS, check_training, pad_right
 
 Tokens = Sequence[int]
@@ -297,16 +297,6 @@ class RewardReport:
     score_deviation: float  # over the training texts
 
 
-def check_output(folder: Path) -> None:
-    """Raise ValueError for a folder that is not empty or cannot be written. Creates nothing."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not os.path.isdir(parent) or not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
-        why = "is not writable" if os.path.isdir(parent) else "is not a folder"
-        raise ValueError(f"{str(folder)!r} cannot be written: {str(parent)!r} {why}; choose another output folder.")
-    if parent == folder and any(folder.iterdir()):
-        raise ValueError(f"{str(folder)!r} exists already and is not empty; choose another output folder.")
-
-
 def train_reward_model(
     base: str | Path, data: str | Path, output: str | Path, config: RewardConfig = DEFAULT
 ) -> RewardReport:
@@ -322,7 +312,7 @@ def train_reward_model(
     """
     rows = read_rows(data)
     parts = split_rows(rows, config.held_out, config.seed)
-    check_output(Path(output))
+    check_new_folder(Path(output), "output folder")
     model, tokenizer = load_base(base, config.seed)
     limit = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
     vocabulary = model.config.get_text_config().vocab_size

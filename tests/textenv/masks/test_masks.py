@@ -14,7 +14,7 @@ import torch
 from torchrl.envs import TransformedEnv
 from torchrl.envs.transforms import ActionMask
 from torchrl.envs.utils import check_env_specs
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.text.networks import FORBIDDEN
@@ -26,6 +26,7 @@ from textenv.dynamics import TextDynamics
 from textenv.generation import generate
 from textenv.masks.masks import MaskPolicy, Pattern
 from textenv.masks.token_sets import TokenSets
+from textenv.models import decoding
 from textenv.models.sampling import Sampling, log_probs
 from textenv.torchrl_env import TextGenTorchEnv
 from textenv.vector_env import TextGenVectorEnv
@@ -276,6 +277,11 @@ class NoModel:
         (lambda: ProtocolMask(5, tiny.language_model().train()), "'below 5' has a model in train mode.*eval"),
         (lambda: ProtocolMask(5, tiny.language_model().base_model), "'below 5' has a GPT2Model, which has no output"),
         (lambda: ProtocolMask(5, narrow_model()), r"'below 5' has a model of 7 token ids, .* 300; "),
+        (
+            lambda: ProtocolMask(5, small_model(20)),
+            r"= 28, more than the model of action mask 'below 5''s 20 positions",
+        ),
+        (lambda: ProtocolMask(5, both_ways()), r"the model of action mask 'below 5' is a BertLMHeadModel .*not causal"),
     ],
 )
 def test_objects_that_are_not_masks(task, make_mask, wrap, message):
@@ -287,6 +293,18 @@ def test_objects_that_are_not_masks(task, make_mask, wrap, message):
 def narrow_model():
     """A language model of seven token ids."""
     return GPT2LMHeadModel(GPT2Config(vocab_size=7, n_embd=8, n_layer=1, n_head=1)).eval()
+
+
+def small_model(positions):
+    """A language model of few positions."""
+    sizes = dict(vocab_size=tiny.VOCABULARY, n_positions=positions, n_embd=8, n_layer=1, n_head=1)
+    return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+
+
+def both_ways():
+    """A masked language model, which reads the tokens behind a text too."""
+    sizes = dict(vocab_size=tiny.VOCABULARY, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    return BertLMHeadModel(BertConfig(**sizes, intermediate_size=8)).eval()
 
 
 @one_kind
@@ -411,6 +429,41 @@ def test_trainer_refreshes_the_mask_policy(settings):
     next(steps)
     assert same(weights(policy.model), refreshed) and not same(refreshed, start)
     assert same(weights(trainer.collector.task.load_reference().model), start)  # the reference never changes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_refreshed_masks_are_not_compared_again(task, kind, dtype, monkeypatch):
+    """A mask policy decodes after a refresh as before it, so its cache is compared once; that of another model anew."""
+    built = task(action_mask="top_k:5", dtype=dtype)
+    compared, compare = [], decoding._why_not
+    monkeypatch.setattr(decoding, "_why_not", lambda *arguments: compared.append(arguments) or compare(*arguments))
+    trained, old = copy.deepcopy(built.load_reference().model).float(), built.masks[0].model
+    for step in range(3):
+        trained.lm_head.weight.data.mul_(1.01)
+        built.masks[0].refresh(trained)
+        TextDynamics(built, 1).reset([0], [step])
+        assert built.masks[0].model is not old and built.masks[0].model.dtype == getattr(torch, dtype)
+    assert not compared
+    built.masks[0].refresh(tiny.language_model("llama" if kind == "gpt2" else "gpt2"))
+    TextDynamics(built, 1).reset([0], [0])
+    assert len(compared) == 1
+
+
+def ends_or_goes_on(prompt, response_ids):
+    """The responses to "a" end at once; all others go on with c."""
+    return [tiny.END] if prompt == "a" else [99]
+
+
+@one_kind
+def test_the_row_of_a_mask_that_fails(task):
+    """An error about a mask's logits names the row of the whole batch, also after rows that ended were dropped."""
+    built = task(action_mask=["top_k:300", ends_or_goes_on], prompts=["a", "a", "a", "the cat"])
+    bad = copy.deepcopy(built.load_reference().model)
+    bad.lm_head.weight = torch.nn.Parameter(bad.lm_head.weight.detach().clone())
+    bad.transformer.wte.weight.data[99] = torch.nan
+    built.masks[0].refresh(bad)
+    with pytest.raises(ValueError, match=r"largest logit of action mask 'top_k:300' is nan at row 3"):
+        write(built, rows=4)
 
 
 @one_kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import ByT5Tokenizer, PerceiverTokenizer
 
 from tests.support import tiny, tiny_tokenizers
 from textenv.models.encoding import added_tokens, check_ids, encode, encode_pairs, end_with
@@ -35,6 +36,25 @@ def test_start_and_end(kind):
     for text in ("the cat", "a", "it is late ."):
         assert [*encode(tokenizer, [text])[0], *end] == tokenizer(text).input_ids
     assert encode(tokenizer, []) == []
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "around"),
+    [
+        (tiny_tokenizers.words(), (["<s>"], ["</s>"])),
+        (tiny_tokenizers.words(end=""), (["<s>"], [])),
+        (tiny_tokenizers.words(unknown=None), (["<s>"], ["</s>"])),
+        (tiny_tokenizers.words(unknown="<s>"), (["<s>"], ["</s>"])),
+        (tiny_tokenizers.words(unknown="</s>"), (["<s>"], ["</s>"])),
+        (ByT5Tokenizer(), ([], ["</s>"])),
+        (PerceiverTokenizer(), (["[CLS]"], ["[SEP]"])),
+    ],
+)
+def test_start_and_end_do_not_hang_on_a_letter(tokenizer, around):
+    """A tokenizer of words that knows no letter keeps its start token; so do slow tokenizers, written in Python."""
+    start, end = (tokenizer.convert_tokens_to_ids(tokens) for tokens in around)
+    assert added_tokens(tokenizer) == (start, end)
+    assert [*encode(tokenizer, ["the cat"])[0], *end] == tokenizer("the cat").input_ids
 
 
 @every_kind

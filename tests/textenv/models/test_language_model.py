@@ -2,16 +2,19 @@
 
 import dataclasses
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
 
 from tests.support import tiny
 from textenv.config import TextGenConfig
 from textenv.dynamics import TextDynamics
 from textenv.generation import generate, response_log_probs, score_responses
 from textenv.models.decoding import CachedDecoder, Decoder
-from textenv.models.language_model import LanguageModel, response_logits
+from textenv.models.language_model import LanguageModel, position_limit, read, response_logits
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import PromptTokenizer, pad_token_id
 from textenv.state import TextState, start
@@ -336,3 +339,39 @@ def test_vocabulary_and_pad(model):
     assert lm.vocabulary == tiny.VOCABULARY == plain_logits(model, [1]).shape[-1] > len(tiny.tokenizer())
     pads = [pad_token_id(tiny.tokenizer(pad), lm.vocabulary) for pad in ("<pad>", None)]  # type: ignore[arg-type]
     assert pads == [tiny.PAD, 0]
+
+
+def test_threads_share_a_model(model):
+    """Two threads that read one model at once get the values that each gets alone: each narrows its own forward."""
+    texts = [
+        (torch.tensor([[*b"the cat sat"]]), torch.tensor([[4, 10]])),
+        (torch.tensor([[*b"two"], [*b"cat"]]), torch.tensor([[0], [2]])),
+    ]
+    both = threading.Barrier(2)
+
+    @torch.no_grad()
+    def read_one(text):
+        return read(model, *text)
+
+    def wait(*_):
+        both.wait(10)  # until both have put their hooks on the head
+
+    alone = [read_one(text) for text in texts]
+    meet = model.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(read_one, texts))
+    meet.remove()
+    for values, expected in zip(together, alone, strict=True):
+        for value, right in zip(values, expected, strict=True):
+            torch.testing.assert_close(value, right, rtol=0, atol=TOLERANCE)
+
+
+def test_word_tables_are_no_position_tables():
+    """A vocabulary as large as the number of positions, with a pad id, takes no position away; RoBERTa's pad id does."""
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=64)
+    sizes |= dict(max_position_embeddings=64)
+    assert position_limit(LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=5))) == 64
+    assert position_limit(RobertaModel(RobertaConfig(**sizes, pad_token_id=1))) == 62
+    assert (
+        position_limit(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=8, n_layer=1, n_head=1))) == 64
+    )

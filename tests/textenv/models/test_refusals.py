@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    GPT2LMHeadModel,
     PhimoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
@@ -19,7 +20,9 @@ from tests.support import families, tiny
 from textenv import LanguageModel, shared
 from textenv.config import TextGenConfig
 from textenv.generation import generate
-from textenv.models.probe import check_causal
+from textenv.models.comparison import largest_difference, relative_difference
+from textenv.models.decoding import decodes_from_cache
+from textenv.models.probe import WHOLE, check_backbone, check_causal
 from textenv.models.sampling import Sampling
 from textenv.task import build_task
 
@@ -95,6 +98,57 @@ def test_logits_that_are_not_finite(folder):
     weights["transformer.ln_f.weight"][0] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     refuse(r"GPT2LMHeadModel \(gpt2\): its logits are not finite in torch.float32", folder)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_hidden_states_that_are_not_finite(rows):
+    """A critic's backbone that gives NaN is refused, be it for a whole batch or for a text alone."""
+    backbone = tiny.language_model("llama").base_model
+    check_backbone(backbone, "critic", 20, tiny.VOCABULARY)
+    spoil = lambda _, inputs, output: output * torch.nan if len(output) == rows else output  # noqa: E731
+    backbone.norm.register_forward_hook(spoil)
+    with pytest.raises(ValueError, match=r"the critic is a LlamaModel \(llama\): its hidden states are not finite in"):
+        check_backbone(backbone, "critic", 20, tiny.VOCABULARY)
+
+
+def test_distances_are_never_nan():
+    """NaN, in either, is an infinite distance, which no bound admits."""
+    good, bad = torch.ones(2, 3), torch.tensor([[1.0, 1.0, torch.nan], [1.0, 1.0, 1.0]])
+    for measure in (largest_difference, relative_difference):
+        assert measure(good, bad) == measure(bad, good) == torch.inf and measure(good, good) == 0
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_a_full_memory_says_nothing_about_a_model(folder, error, monkeypatch):
+    """It is no slow model and no broken file: the error stays what it is, in the comparison, the check and loading."""
+    model = tiny.language_model("llama")
+
+    def fail(*_, **__):
+        raise error("full")
+
+    def fail_with_cache(_, arguments, keywords):
+        if keywords.get("past_key_values") is not None:
+            fail()
+
+    hook = model.register_forward_pre_hook(fail_with_cache, with_kwargs=True)
+    with pytest.raises(error, match="full"):
+        decodes_from_cache(model, 20)
+    hook.remove()
+    assert decodes_from_cache(model, 20)
+    model.base_model.register_forward_pre_hook(fail)
+    with pytest.raises(error, match="full"):
+        check_causal(model, "actor", 24)
+    monkeypatch.setattr(GPT2LMHeadModel, "__init__", fail)
+    with pytest.raises(error, match="full"):
+        gym.make("TextGen-v0", **SETTINGS, reference=str(folder))
+
+
+def test_the_check_of_a_long_text_needs_little_memory():
+    """Its oracle never forms all logits of a long text: gigabytes where the vocabulary is large."""
+    model, sizes = families.build("llama", max_position_embeddings=300), []
+    model.lm_head.register_forward_hook(lambda _, inputs, output: sizes.append(output.shape[:-1].numel()))
+    check_causal(model, "actor", 300)
+    assert len(sizes) > 9 and max(sizes) <= WHOLE
 
 
 @pytest.mark.parametrize("content", [b"", b"half", b'\x08\0\0\0\0\0\0\0{"a": 1', None])
