@@ -19,11 +19,20 @@ from textenv.kl import check_finite_steps, environment_reward, exact_kl, not_fin
 from textenv.masks.masks import Masker
 from textenv.masks.token_sets import TokenSets
 from textenv.models.decoding import new_decoder
-from textenv.models.language_model import response_logits
-from textenv.models.sampling import Sampling, chosen_log_probs, sample
+from textenv.models.logits import log_probs_at, map_states, read_logits, spread
+from textenv.models.sampling import Sampling, sample
 from textenv.prompts.tokenized import Prompts
-from textenv.rewards.base import ResponseBatch, Scores, concatenate, read_scores
-from textenv.state import FINISH_REASONS, RUNNING, STOP, TextState, finish, own_settings, start
+from textenv.rewards.base import ResponseBatch, read_scores
+from textenv.state import (
+    FINISH_REASONS,
+    RUNNING,
+    STOP,
+    TextState,
+    finish,
+    in_batches,
+    own_settings,
+    start,
+)
 from textenv.task import Task
 
 
@@ -48,7 +57,12 @@ class ScoredResponses:
     score: Tensor  # float32 [B], the response's score: the sum of token_score over its tokens
     score_parts: dict[str, Tensor]  # reward name -> float32 [B], its share before weights and normalization
     finish_code: Tensor  # int64 [B], STOP or LENGTH
-    responses: list[str]  # B texts, without special tokens
+    batch: ResponseBatch  # what the reward saw
+
+    @property
+    def responses(self) -> list[str]:
+        """B texts, without special tokens. Decoded on first use."""
+        return self.batch.responses
 
     def finish_reason(self, row: int) -> str:
         """`"stop"` or `"length"`."""
@@ -123,30 +137,33 @@ def score_responses(
     task: Task,
     state: TextState,
     prompt_texts: Sequence[str],
-    rows_per_pass: int = 64,
+    tokens_per_pass: int | None = None,
     fields: Mapping[str, Sequence[Any]] | None = None,
 ) -> ScoredResponses:
     """Scores and rewards of finished responses.
 
-    prompt_texts: B; rows_per_pass: rows in one forward of each model; fields: the prompts' further fields
-    (`Prompts.fields`), B values each, for rewards that read them. Raises ValueError for an unfinished response.
+    The reward sees all of them at once. Models read them in batches of similar length.
+    prompt_texts: B; tokens_per_pass: read by a model in one forward, see `in_batches`; fields: the prompts' further
+    fields (`Prompts.fields`), B values each, for rewards that read them. Raises ValueError for an unfinished response.
     """
-    count = len(state.length)
-    if len(prompt_texts) != count:
+    if len(prompt_texts) != len(state.length):
         raise ValueError(
-            f"score_responses got {count} responses and {len(prompt_texts)} prompt texts; give one text per response."
+            f"score_responses got {len(state.length)} responses and {len(prompt_texts)} prompt texts; give one text "
+            "per response."
         )
-    passes = []
-    for rows in torch.arange(count, device=task.device).split(rows_per_pass):
-        indices: list[int] = rows.tolist()
-        pass_fields = {name: [values[index] for index in indices] for name, values in (fields or {}).items()}
-        texts = [prompt_texts[index] for index in indices]
-        passes.append(_score_pass(task, state.select(rows), texts, pass_fields, indices))
-    # Normalize all rows at once: running statistics must not depend on rows_per_pass.
-    raw = scores = concatenate([each.scores for each in passes])
-    if task.normalizer is not None:
+    code = _finish_codes(task, state)
+    batch = ResponseBatch(
+        list(prompt_texts), state, code == STOP, task.tokenizer, fields or {}, tokens_per_pass=tokens_per_pass
+    )
+    raw = scores = read_scores(task.reward, batch)
+    mask = state.response_mask  # [B, R]
+    if task.reference is None:
+        reference_log_prob = torch.zeros(mask.shape, device=mask.device)
+    else:
+        reference_log_prob = _log_probs(task.reference.model, state, task.config.temperature, tokens_per_pass)
+        check_finite_steps(reference_log_prob, "the reference's log-probability")
+    if task.normalizer is not None:  # last: an error above must not move running statistics
         scores = task.normalizer(raw)
-    reference_log_prob = torch.cat([each.reference_log_prob for each in passes])
     token_rewards = torch.zeros_like(reference_log_prob) if raw.tokens is None else raw.tokens  # [B, R]
     token_score = token_rewards + scores.final[:, None].where(state.last_generated, 0.0)  # [B, R]
     return ScoredResponses(
@@ -157,21 +174,21 @@ def score_responses(
         token_rewards=token_rewards,
         score=scores.total,
         score_parts=scores.parts,
-        finish_code=torch.cat([each.finish_code for each in passes]),
-        responses=[text for each in passes for text in each.responses],
+        finish_code=code,
+        batch=batch,
     )
 
 
 @own_settings()
-def response_log_probs(model: PreTrainedModel, state: TextState, temperature: float, rows_per_pass: int = 64) -> Tensor:
+def response_log_probs(
+    model: PreTrainedModel, state: TextState, temperature: float, tokens_per_pass: int | None = None
+) -> Tensor:
     """Log-probabilities of responses under `model`, by full forwards without gradients.
 
-    Returns float32 [B, R], zero at tokens not generated.
+    tokens_per_pass: read in one forward, see `in_batches`. Returns float32 [B, R], zero at tokens not generated.
     """
-    rows = torch.arange(len(state.length), device=state.length.device)
-    parts = [_log_probs(model, state.select(part), temperature) for part in rows.split(rows_per_pass)]
-    log_prob = torch.cat(parts)
-    check_finite_steps(log_prob, "the model's log-probability", rows.tolist())
+    log_prob = _log_probs(model, state, temperature, tokens_per_pass)
+    check_finite_steps(log_prob, "the model's log-probability")
     return log_prob
 
 
@@ -181,65 +198,59 @@ def response_kl(
     reference: PreTrainedModel,
     generation: Generation,
     temperature: float,
-    rows_per_pass: int = 64,
+    tokens_per_pass: int | None = None,
 ) -> Tensor:
     """The exact KL to the reference at every generated token, by full forwards of both models.
 
-    Where action masks forbade tokens, the model's distribution is the one over the allowed tokens. Memory holds the
-    logits of `rows_per_pass` rows at a time. Returns float32 [B, R], zero at tokens not generated.
+    Where action masks forbade tokens, the model's distribution is the one over the allowed tokens.
+    tokens_per_pass: read in one forward, see `in_batches`. Returns float32 [B, R], zero at tokens not generated.
     """
-    rows = torch.arange(len(generation.log_prob), device=generation.log_prob.device)
-    parts = [_exact_kl((model, reference), generation, part, temperature) for part in rows.split(rows_per_pass)]
-    kl = torch.cat(parts)
-    check_finite_steps(kl, "the exact KL of the policy to the reference", rows.tolist())
+    kl = in_batches(
+        lambda rows: _exact_kl((model, reference), generation, rows, temperature),
+        generation.state.attention_mask.sum(1),
+        tokens_per_pass,
+    )
+    check_finite_steps(kl, "the exact KL of the policy to the reference")
     return kl
 
 
 def _exact_kl(
     models: tuple[PreTrainedModel, PreTrainedModel], generation: Generation, rows: Tensor, temperature: float
 ) -> Tensor:
-    state = generation.state.select(rows)
-    texts = (state.input_ids, state.attention_mask, state.prompt_width)
-    logits, reference_logits = (response_logits(model, *texts) for model in models)  # [b, R, V]
-    if generation.allowed is not None:
-        sets = TokenSets(generation.allowed.ids[rows], generation.allowed.inside[rows])
-        logits = logits.masked_fill(~sets.dense(logits.shape[-1]), -torch.inf)
-    return exact_kl(logits, reference_logits, temperature).where(state.response_mask, 0.0)
+    """The exact KL of some rows, float32 [b, R]."""
+    state, sets = generation.state.select(rows), generation.allowed
+    mask = state.response_mask
+    logits = [read_logits(model, state.input_ids, state.attention_mask, mask) for model in models]
+    if sets is None:
+        return spread(map_states(lambda *formed: exact_kl(*formed, temperature), logits), mask)
+
+    def masked_kl(own: Tensor, reference: Tensor, ids: Tensor, inside: Tensor) -> Tensor:
+        allowed = TokenSets(ids, inside).dense(own.shape[-1])
+        return exact_kl(own.masked_fill(~allowed, -torch.inf), reference, temperature)
+
+    return spread(map_states(masked_kl, logits, sets.ids[rows][mask], sets.inside[rows][mask]), mask)
 
 
-def _log_probs(model: PreTrainedModel, state: TextState, temperature: float) -> Tensor:
-    logits = response_logits(model, state.input_ids, state.attention_mask, state.prompt_width)
-    return chosen_log_probs(logits, state.response_ids, temperature).where(state.response_mask, 0.0)
+def _log_probs(model: PreTrainedModel, state: TextState, temperature: float, tokens_per_pass: int | None) -> Tensor:
+    def log_probs(rows: Tensor) -> Tensor:
+        part = state.select(rows)
+        mask = part.response_mask
+        logits = read_logits(model, part.input_ids, part.attention_mask, mask)
+        return spread(log_probs_at(logits, part.response_ids[mask], temperature), mask)
+
+    return in_batches(log_probs, state.attention_mask.sum(1), tokens_per_pass)
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """Results for the b rows of one forward pass."""
-
-    scores: Scores  # before normalization
-    reference_log_prob: Tensor  # float32 [b, R]
-    finish_code: Tensor  # int64 [b]
-    responses: list[str]
-
-
-def _score_pass(
-    task: Task, state: TextState, prompt_texts: list[str], fields: dict[str, list[Any]], rows: list[int]
-) -> _Pass:
-    """Run the reward and the reference over some rows; `rows` are their indices in the whole batch."""
+def _finish_codes(task: Task, state: TextState) -> Tensor:
+    """How each response ended, int64 [B] of STOP and LENGTH. Raises ValueError for an unfinished response."""
     stops = torch.tensor(task.stop_token_ids, device=task.device)
-    mask = state.response_mask  # [B, R]
     last_tokens = state.response_ids.where(state.last_generated, 0).sum(1)  # [B]
-    code = finish(last_tokens, state.length, stops, task.config.max_new_tokens).where(mask.any(1), RUNNING)
-    if bool((code == RUNNING).any()):
+    code = finish(last_tokens, state.length, stops, task.config.max_new_tokens)
+    code = code.where(state.response_mask.any(1), RUNNING)
+    unfinished = code == RUNNING
+    if bool(unfinished.any()):
         raise ValueError(
-            f"score_responses needs finished responses, but row {rows[int((code == RUNNING).nonzero()[0])]} neither "
+            f"score_responses needs finished responses, but row {int(unfinished.nonzero()[0])} neither "
             "ends with a generated stop token nor fills the token budget, or has no generated token; finish it first."
         )
-    batch = ResponseBatch(prompt_texts, state, code == STOP, task.tokenizer, fields, rows)
-    scores = read_scores(task.reward, batch)
-    if task.reference is None:
-        reference_log_prob = torch.zeros(mask.shape, device=mask.device)
-    else:
-        reference_log_prob = _log_probs(task.reference.model, state, task.config.temperature)
-        check_finite_steps(reference_log_prob, "the reference's log-probability", rows)
-    return _Pass(scores, reference_log_prob, code, batch.responses)
+    return code

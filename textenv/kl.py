@@ -27,7 +27,7 @@ its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,15 +45,12 @@ def not_finite(what: str, value: Tensor, place: str) -> ValueError:
     )
 
 
-def check_finite_steps(values: Tensor, what: str, rows: Sequence[int]) -> None:
-    """Raise ValueError that names the first row and token of values [b, R] that are not finite.
-
-    rows: b indices in the whole batch.
-    """
+def check_finite_steps(values: Tensor, what: str) -> None:
+    """Raise ValueError that names the first row and token of values [B, R] that are not finite."""
     finite = values.isfinite()
     if not bool(finite.all()):
         row, token = (~finite).nonzero()[0].tolist()
-        raise not_finite(what, values[row, token], f"row {rows[row]}, token {token} of the response")
+        raise not_finite(what, values[row, token], f"row {row}, token {token} of the response")
 
 
 def environment_reward(score: Tensor, reference_log_prob: Tensor, kl_coef: float | Tensor) -> Tensor:

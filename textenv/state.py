@@ -7,7 +7,7 @@ Letters in shape comments, here and everywhere: B rows, P prompt width, R respon
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,10 @@ from torch import Tensor
 # How a response ended, as codes that fit in a tensor; `FINISH_REASONS[code]` is the name in `info`.
 RUNNING, STOP, LENGTH = 0, 1, 2
 FINISH_REASONS = ("", "stop", "length")
+
+# Tokens that a model reads in one forward, padding included: few enough for a processor's cache, and for rows of nearly
+# one length; enough to keep another device busy.
+CPU_TOKENS, OTHER_TOKENS = 2048, 16384
 
 
 @contextmanager
@@ -178,6 +182,8 @@ def batches(length: Tensor, tokens: int) -> list[Tensor]:
     length: int64 [B], tokens of each text. Returns row indices, int64 [b], shortest texts first; a text that is longer
     than `tokens` is a batch by itself.
     """
+    if tokens < 1:
+        raise ValueError(f"batches of texts hold at least 1 token, got {tokens}; give the tokens of one forward.")
     order = length.argsort(stable=True)
     sizes, size = [], 0
     for longest in length[order].tolist():
@@ -186,3 +192,15 @@ def batches(length: Tensor, tokens: int) -> list[Tensor]:
             size = 0
         size += 1
     return list(order.split([*sizes, size]))
+
+
+def in_batches(function: Callable[[Tensor], Tensor], length: Tensor, tokens: int | None) -> Tensor:
+    """`function` of all rows, one of their `batches` at a time.
+
+    function: takes row indices, int64 [b]; returns [b, ...]. tokens: of a batch, padding included; None chooses by the
+    device. Returns [B, ...], in the order of the rows.
+    """
+    if tokens is None:
+        tokens = CPU_TOKENS if length.device.type == "cpu" else OTHER_TOKENS
+    parts = batches(length, tokens)
+    return torch.cat([function(rows) for rows in parts])[torch.cat(parts).argsort()]

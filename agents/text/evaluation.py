@@ -98,7 +98,7 @@ def _evaluate(
 ) -> Evaluation:
     """Evaluate one batch, without gold scores, by one forward of the reference and of the reward model."""
     generation = generate(task, model, prompts, Sampling(temperature=task.config.temperature), generator)
-    scored = score_responses(task, generation.state, prompts.texts, rows_per_pass, prompts.fields)
+    scored = score_responses(task, generation.state, prompts.texts, fields=prompts.fields)
     return Evaluation(
         prompts=list(prompts.texts),
         responses=scored.responses,

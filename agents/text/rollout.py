@@ -73,7 +73,7 @@ def collect(
         generation = generate(task, model, prompts, sampling, generator)
     state = generation.state
     with phase("score"):
-        scored = score_responses(task, state, prompts.texts, rows_per_pass, prompts.fields)
+        scored = score_responses(task, state, prompts.texts, fields=prompts.fields)
         kl = estimate_kl(task, model, generation, scored.reference_log_prob, penalty.estimator, rows_per_pass)
     mask = state.response_mask
     ends = response_ends(mask)
@@ -180,7 +180,7 @@ def estimate_kl(
     if task.reference is None:
         return torch.zeros_like(reference_log_prob)
     if estimator == EXACT:
-        return response_kl(model, task.reference.model, generation, task.config.temperature, rows_per_pass)
+        return response_kl(model, task.reference.model, generation, task.config.temperature)
     return ESTIMATORS[estimator](generation.log_prob, reference_log_prob)
 
 

@@ -1,15 +1,24 @@
-"""Scoring finished responses: what is refused, and what tokens that the policy did not write change."""
+"""Scoring finished responses: what is refused, what models read, and what tokens that the policy did not write change."""
 
 from __future__ import annotations
+
+import copy
+import dataclasses
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+import textenv.generation
 from tests.support import tiny
-from textenv import TextGenConfig, build_task, per_token
+from textenv import TextGenConfig, build_task, per_batch, per_token
 from textenv.generation import Generation, response_kl, response_log_probs, score_responses
 from textenv.kl import ESTIMATORS
+from textenv.masks.token_sets import TokenSets
+from textenv.models import logits
 from textenv.models.decoding import CachedDecoder
+from textenv.rewards.base import ResponseBatch
+from textenv.rewards.reward_model import RewardModel
 from textenv.state import FINISH_REASONS, TextState, start
 
 # Other shapes of the same float32 sums: about ten roundings of 6e-8 at log-probabilities and scores of size 3.
@@ -166,3 +175,120 @@ def test_the_kl_leaves_a_gap_out(task, prompts, kind):
     assert torch.equal(exact > 0, state.response_mask)
     for estimate in ESTIMATORS.values():
         assert torch.equal(estimate(log_prob, reference_log_prob) != 0, state.response_mask)
+
+
+RAGGED = ["abcdefghijk$", "a$", "abcdef$", "ab$", "ghijklmnopqr", "$"]
+
+
+@pytest.fixture
+def ragged(task):
+    """Six prompts of different lengths, and their responses of 1 to 12 tokens."""
+    prompts = task.prompts.select([0, 1, 2, 3, 0, 1])
+    return prompts, write(prompts, RAGGED, ["+" * len(text) for text in RAGGED])
+
+
+@contextmanager
+def shapes_read(model):
+    """The shapes of the ids that a model reads."""
+    shapes = []
+
+    def note(module, arguments, named):
+        shapes.append(tuple(named["input_ids"].shape))
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    yield shapes
+    hook.remove()
+
+
+def test_models_read_by_length_and_budget(task, ragged):
+    """Shortest texts first, trimmed, at most so many tokens in a forward; the numbers are those of each row alone."""
+    (prompts, state), budget = ragged, 30
+    score_responses(task, state, prompts.texts)  # the first time, a forward of one token asks what follows the head
+    with shapes_read(task.reference.model) as reference, shapes_read(task.reward.model.base_model) as reward:
+        scored = score_responses(task, state, prompts.texts, budget)
+    lengths = sorted(state.attention_mask.sum(1).tolist())
+    read = 0
+    for rows, width in reward:
+        read += rows
+        assert width == lengths[read - 1] and rows * width <= budget
+    assert read == len(RAGGED) and 1 < len(reward) < len(RAGGED)
+    assert [(rows, width + 1) for rows, width in reference] == reward  # the last token predicts nothing
+    for row, length in enumerate(state.length.tolist()):
+        alone = plain_log_probs(task.reference.model, state, row, task.config.temperature)
+        torch.testing.assert_close(scored.reference_log_prob[row, :length], alone, atol=TOLERANCE, rtol=0)
+        with torch.no_grad():
+            ids = state.input_ids[row][state.attention_mask[row]]
+            score = task.reward.model(input_ids=ids[None]).logits[0, 0]
+        torch.testing.assert_close(scored.score[row], score, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_budget_of_no_tokens_is_refused(task, ragged):
+    """The error says what the number means."""
+    with pytest.raises(ValueError, match="at least 1 token, got 0; give the tokens of one forward"):
+        score_responses(task, ragged[1], ragged[0].texts, 0)
+
+
+def test_the_reward_sees_all_responses_at_once(settings, ragged):
+    """A function is called once, with every response in the given order, however few tokens a model reads at a time."""
+    seen = []
+
+    @per_batch
+    def record(batch):
+        seen.append((batch.responses, dict(batch.fields), [batch.row(index) for index in range(len(batch))]))
+        return torch.arange(float(len(batch)))
+
+    prompts, state = ragged
+    task = build_task(TextGenConfig(**{**settings, "reward": record}))
+    scored = score_responses(task, state, prompts.texts, 1, {"answer": [*"uvwxyz"]})
+    assert seen == [([text.rstrip("$") for text in RAGGED], {"answer": [*"uvwxyz"]}, [*range(6)])]
+    assert scored.score.tolist() == [*range(6)]
+
+
+def test_a_score_that_is_not_finite_names_its_row(task, ragged):
+    """The model reads the longest text last, and the error names the row that it was given in."""
+    model = copy.deepcopy(task.reward.model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tiny.tokenizer()("k").input_ids] = torch.nan
+    task = dataclasses.replace(task, reward=RewardModel(model))
+    with pytest.raises(ValueError, match=r"nan for row 0 \(prompt .*, response 'abcdefghijk'\)"):
+        score_responses(task, ragged[1].select(torch.arange(4)), ragged[0].texts[:4], 1)
+
+
+def test_texts_are_decoded_when_something_reads_them(monkeypatch, task, ragged):
+    """A reward model with the policy's tokenizer reads none, so scoring decodes none; reading decodes once."""
+    decoded, decode = [], ResponseBatch._decode
+    monkeypatch.setattr(ResponseBatch, "_decode", lambda batch, ids: decoded.append(ids) or decode(batch, ids))
+    scored = score_responses(task, ragged[1], ragged[0].texts)
+    assert not decoded
+    assert scored.responses == [text.rstrip("$") for text in RAGGED]
+    count = len(decoded)
+    assert count and scored.responses and len(decoded) == count
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_exact_kl_in_parts(monkeypatch, task, ragged, kind, masked):
+    """Equals sums of p log(p / q) over whole distributions of each row alone; no more logits are formed than a part."""
+    (_, state), model, reference = ragged, tiny.language_model(kind, seed=5), task.reference.model
+    vocabulary, generator = task.vocabulary, torch.Generator().manual_seed(0)
+    allowed = torch.rand(*state.response_mask.shape, vocabulary, generator=generator) < 0.3  # [B, R, V]
+    allowed.scatter_(2, state.response_ids[..., None], True)
+    sets = TokenSets.stack([TokenSets.of(allowed[:, step]) for step in range(12)]) if masked else None
+    sizes, exact = [], textenv.generation.exact_kl
+    monkeypatch.setattr(textenv.generation, "exact_kl", lambda own, *rest: sizes.append(len(own)) or exact(own, *rest))
+    monkeypatch.setattr(logits, "PART", 3 * vocabulary)
+    found = response_kl(model, reference, Generation(state, torch.zeros(6, 12), sets), 0.7, tokens_per_pass=40)
+    assert max(sizes) == 3 and sum(sizes) == int(state.response_mask.sum())
+    assert not found[~state.response_mask].any()
+    for row, length in enumerate(state.length.tolist()):
+        ids = state.input_ids[row][state.attention_mask[row]]
+        with torch.no_grad():
+            own, other = (
+                (each(input_ids=ids[None]).logits[0, -length - 1 : -1] / 0.7).double() for each in (model, reference)
+            )
+        p, q = own.softmax(-1), other.softmax(-1)  # [length, V]
+        if masked:
+            p = p * allowed[row, :length]
+            p = p / p.sum(-1, keepdim=True)
+        wanted = torch.special.xlogy(p, p / q).sum(-1)
+        assert (wanted > 0.01).all()
+        torch.testing.assert_close(found[row, :length].double(), wanted, atol=TOLERANCE, rtol=TOLERANCE)

@@ -33,35 +33,38 @@ class ResponseBatch:
     stopped: Tensor  # bool [B], true = ended with a stop token, false = cut by the budget
     tokenizer: PreTrainedTokenizerBase
     fields: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # the other fields of the prompts, B values each
-    rows: Sequence[int] | None = None  # their rows in the environment or the whole batch; None is 0 to B - 1
+    rows: Sequence[int] | None = None  # their rows in the environment; None is 0 to B - 1
+    tokens_per_pass: int | None = None  # read by a model in one forward, see `in_batches`
+
+    @cached_property
+    def ids(self) -> list[list[int]]:
+        """The token ids of each prompt and its response, without padding."""
+        return _token_lists(self.state.input_ids, self.state.attention_mask)
 
     @cached_property
     def texts(self) -> list[str]:
         """Prompt and response as one text, without special tokens."""
-        ids, mask = self.state.input_ids.cpu(), self.state.attention_mask.cpu()
-        return [self._decode(row[real].tolist()) for row, real in zip(ids, mask, strict=True)]
+        return [self._decode(ids) for ids in self.ids]
 
     @cached_property
     def responses(self) -> list[str]:
         """The responses alone, without special tokens."""
         width = self.state.prompt_width
-        ids, mask = self.state.input_ids[:, :width].cpu(), self.state.attention_mask[:, :width].cpu()
+        prompts = _token_lists(self.state.input_ids[:, :width], self.state.attention_mask[:, :width])
         # Cut from the whole decoded text, since some tokenizers (SentencePiece) drop a leading space when the
         # response is decoded alone.
-        prompts = [self._decode(row[real].tolist()) for row, real in zip(ids, mask, strict=True)]
-        return [text[len(prompt) :] for text, prompt in zip(self.texts, prompts, strict=True)]
+        return [text[len(self._decode(prompt)) :] for text, prompt in zip(self.texts, prompts, strict=True)]
 
     @cached_property
     def response_ids(self) -> list[list[int]]:
         """The generated token ids of each response, without padding."""
-        ids, mask = self.state.response_ids.cpu(), self.state.response_mask.cpu()
-        return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+        return _token_lists(self.state.response_ids, self.state.response_mask)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def row(self, index: int) -> int:
-        """The row of response `index` in the environment or the whole batch."""
+        """The row of response `index` in the environment, or in this batch."""
         return index if self.rows is None else self.rows[index]
 
     def describe_row(self, index: int) -> str:
@@ -176,21 +179,21 @@ def read_scores(reward: Reward, batch: ResponseBatch) -> Scores:
         if returned.tokens is None
         else _checked(returned.tokens, tuple(mask.shape), reward.name, "tokens").to(device).where(mask, 0.0),
     )
-    for numbers in (scores.total, *scores.parts.values()):
-        check_finite(numbers, reward.name, batch)
+    check_finite(torch.stack([scores.total, *scores.parts.values()]), reward.name, batch)
     return scores
 
 
 def check_finite(numbers: Tensor, name: str, batch: ResponseBatch) -> None:
     """Raise ValueError for the first number that is not finite; names the reward, the prompt and the response.
 
-    numbers: [B].
+    numbers: [..., B].
     """
     finite = torch.isfinite(numbers)
     if not bool(finite.all()):
-        index = int((~finite).nonzero()[0])
+        place = tuple((~finite).nonzero()[0].tolist())
+        index = place[-1]
         raise ValueError(
-            f"reward {name!r} returned {float(numbers[index])} for {batch.describe_row(index)}; return a finite number "
+            f"reward {name!r} returned {float(numbers[place])} for {batch.describe_row(index)}; return a finite number "
             "for every response, including the empty one."
         )
 
@@ -240,6 +243,11 @@ def _checked(numbers: Any, shape: tuple[int, ...], name: str, what: str) -> Tens
         got = tuple(numbers.shape) if isinstance(numbers, Tensor) else type(numbers).__name__
         raise ValueError(f"reward {name!r} must return {what} as a tensor of shape {shape}, got {got}.")
     return numbers.detach().float()
+
+
+def _token_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The ids of each row at the true places of the mask. ids, mask: [B, T]."""
+    return [row[real].tolist() for row, real in zip(ids.cpu().numpy(), mask.cpu().numpy(), strict=True)]
 
 
 def _quote(text: str) -> str:

@@ -16,6 +16,7 @@ import math
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from textenv.config import TextGenConfig
@@ -83,9 +84,11 @@ class RunningStatistics:
         values = values.double()
         if not len(values):
             return
-        count, mean = len(values), float(values.mean())
+        center = values.mean()
+        mean, squares = torch.stack([center, (values - center).square().sum()]).tolist()  # one transfer from a GPU
+        count = len(values)
         total, difference = self.count + count, mean - self.mean
-        self.squares += float((values - mean).square().sum()) + difference**2 * self.count * count / total
+        self.squares += squares + difference**2 * self.count * count / total
         self.mean += difference * count / total
         self.count = total
 

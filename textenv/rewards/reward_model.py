@@ -11,7 +11,7 @@ from textenv.models.encoding import added_tokens, check_ids, encode, end_with
 from textenv.models.language_model import find_backbone, hidden_states, position_limit
 from textenv.models.probe import Refusal
 from textenv.rewards.base import ResponseBatch, Scores
-from textenv.state import left_aligned
+from textenv.state import in_batches, left_aligned
 
 REMEDY = "Use a reward model of another architecture, or a function as the reward."
 
@@ -39,11 +39,11 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, batch: ResponseBatch) -> Scores:
         """Scores of B finished responses."""
-        state = batch.state
         if self.tokenizer is None and reads_every_position(self.model):
-            outputs = self._outputs(state.input_ids, state.attention_mask)
+            ids, mask = batch.state.input_ids, batch.state.attention_mask
         else:
-            outputs = self._outputs(*self._encode(batch))
+            ids, mask = self._encode(batch)
+        outputs = in_batches(lambda rows: self._outputs(ids[rows], mask[rows]), mask.sum(1), batch.tokens_per_pass)
         scores = log_odds(outputs.float(), self.label, self.model.config.problem_type)
         return Scores(scores, {self.name: scores})
 
@@ -81,7 +81,7 @@ class RewardModel:
     def _encode(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
         """Right-padded ids and mask, both [B, T]. Raises ValueError for a text that the model cannot read."""
         tokenizer, config = self.tokenizer or batch.tokenizer, self.model.config.get_text_config()
-        rows = self._own_ids(batch) if self.tokenizer is None else encode(tokenizer, batch.texts)
+        rows = batch.ids if self.tokenizer is None else encode(tokenizer, batch.texts)
         if not reads_every_position(self.model):
             _, end = added_tokens(tokenizer)
             rows = [ids if not end or ids[-len(end) :] == end else [*ids, *end] for ids in rows]
@@ -95,9 +95,10 @@ class RewardModel:
         width = max(map(len, rows))
         limit = min(tokenizer.model_max_length, position_limit(self.model) or width)
         if width > limit:
+            longest = batch.describe_row([len(ids) for ids in rows].index(width))
             raise ValueError(
-                f"reward {self.name!r} takes {limit} tokens, and a prompt with its response has {width} "
-                f"({max(batch.texts, key=len)[:60]!r}...); lower max_prompt_tokens or max_new_tokens."
+                f"reward {self.name!r} takes {limit} tokens, and a prompt with its response has {width}: {longest}; "
+                "lower max_prompt_tokens or max_new_tokens."
             )
         input_ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -105,11 +106,6 @@ class RewardModel:
             input_ids[index, : len(ids)] = torch.tensor(ids, dtype=torch.long)
             mask[index, : len(ids)] = True
         return input_ids.to(self.model.device), mask.to(self.model.device)
-
-    def _own_ids(self, batch: ResponseBatch) -> list[list[int]]:
-        """The policy's ids of prompts and responses, without padding."""
-        ids, mask = batch.state.input_ids.cpu(), batch.state.attention_mask.cpu()
-        return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
 
 
 def reads_every_position(model: PreTrainedModel) -> bool:

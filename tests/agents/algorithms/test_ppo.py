@@ -278,7 +278,7 @@ def test_response_log_probs_is_zero_outside(settings):
 
     data = make_rollout(trainer).data
     state = TextState.from_masks(data["input_ids"], data["attention_mask"], data["mask"])
-    found = response_log_probs(trainer.collector.task.reference.model, state, 0.7, rows_per_pass=3)
+    found = response_log_probs(trainer.collector.task.reference.model, state, 0.7, tokens_per_pass=40)
     torch.testing.assert_close(found, data["reference_log_prob"], atol=1e-5, rtol=1e-5)
     assert not found[~data["mask"]].any()
 

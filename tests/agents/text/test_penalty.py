@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-import textenv.generation
 from agents.objectives.actor_critic import add_penalized_reward
 from agents.text.config import TextConfig
 from agents.text.experiment import assign_credit
@@ -91,20 +90,6 @@ def test_exact_kl_under_masks(settings):
         )
         assert float(data["kl"][row, t]) == pytest.approx(wanted, abs=1e-4)
         assert wanted > 0.01
-
-
-@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-def test_exact_needs_no_more_than_a_few_rows_at_a_time(settings, monkeypatch):
-    """The exact KL is the same however many rows a pass reads, and no pass reads more."""
-    whole = rollout_of(make_trainer(settings, kl_estimator="exact")).data
-    trainer, widest = make_trainer(settings, kl_estimator="exact"), []
-    exact = textenv.generation.exact_kl
-    monkeypatch.setattr(
-        textenv.generation, "exact_kl", lambda logits, *rest: widest.append(len(logits)) or exact(logits, *rest)
-    )
-    parts = rollout_of(trainer, rows_per_pass=3).data
-    torch.testing.assert_close(parts["kl"], whole["kl"], atol=1e-5, rtol=1e-5)
-    assert widest == [3, 3, 2] and not whole["kl"][~whole["mask"]].any()
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)

@@ -71,7 +71,7 @@ def check_fast_path(task, model):
     assert len(set(generation.state.length.tolist())) > 2  # rows left the decoder at several steps
     expected = torch.tensor([bare_log_probs(model, generation.state, row) for row in range(8)])
     torch.testing.assert_close(generation.log_prob, expected, rtol=0, atol=TOLERANCE)
-    teacher_forced = response_log_probs(model, generation.state, 0.7, rows_per_pass=3)
+    teacher_forced = response_log_probs(model, generation.state, 0.7, tokens_per_pass=40)
     torch.testing.assert_close(teacher_forced, expected, rtol=0, atol=TOLERANCE)
 
 

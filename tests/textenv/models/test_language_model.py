@@ -209,7 +209,7 @@ def test_recorded_log_probs(settings, model):
         expected = [log_prob[step, token].item() for step, token in enumerate(written)]
         assert generation.log_prob[row].tolist() == pytest.approx(expected + [0.0] * (12 - len(written)), abs=TOLERANCE)
     assert torch.allclose(
-        response_log_probs(model, generation.state, 0.7, rows_per_pass=5), generation.log_prob, atol=TOLERANCE
+        response_log_probs(model, generation.state, 0.7, tokens_per_pass=60), generation.log_prob, atol=TOLERANCE
     )
 
 
@@ -298,11 +298,11 @@ def test_generation_with_padding_and_without(settings, model):
 
 
 def test_scoring_in_passes(settings, model):
-    """The number of rows per pass does not change the result; every row is scored."""
+    """The number of tokens per pass does not change the result; every row is scored."""
     task = ragged_task(settings)
     generation, texts = respond(task, model, [0, 1, 2, 3] * 3), tiny.PROMPTS * 3
     whole = score_responses(task, generation.state, texts)
-    parts = score_responses(task, generation.state, texts, rows_per_pass=5)
+    parts = score_responses(task, generation.state, texts, tokens_per_pass=60)
     for name in ("reward", "reference_log_prob", "score"):
         assert torch.allclose(getattr(whole, name), getattr(parts, name), atol=TOLERANCE), name
     assert torch.equal(whole.finish_code, parts.finish_code) and whole.responses == parts.responses

@@ -69,12 +69,12 @@ def test_scores_and_log_probs_name_it(task, models_kept):
     for tokens in ([GOOD, GOOD, GOOD], [GOOD, GOOD, BAD], [GOOD] * 3, [GOOD] * 3):
         state = state.append(torch.tensor(tokens), torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"the reference's log-probability is nan at row 2, token \d of"):
-        score_responses(task, state, ["a", "ca", "a"], rows_per_pass=2)
+        score_responses(task, state, ["a", "ca", "a"], tokens_per_pass=12)
     with pytest.raises(ValueError, match=r"the model's log-probability is nan at row 2, token \d of"):
-        response_log_probs(task.reference.model, state, 0.7, rows_per_pass=1)
+        response_log_probs(task.reference.model, state, 0.7, tokens_per_pass=1)
     generation = Generation(state, torch.zeros(3, 4), None)
     with pytest.raises(ValueError, match=r"exact KL of the policy to the reference is nan at row 2, token \d of"):
-        response_kl(models_kept.reference.model, task.reference.model, generation, 0.7, rows_per_pass=1)
+        response_kl(models_kept.reference.model, task.reference.model, generation, 0.7, tokens_per_pass=1)
 
 
 def test_the_sampler_names_it(task):

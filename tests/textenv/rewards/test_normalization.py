@@ -137,16 +137,16 @@ def test_conformance_refuses_running_statistics(settings):
         check_faces(build_task(TextGenConfig(**settings | RUNNING)))
 
 
-def test_rows_per_pass_do_not_matter(settings):
-    """Running statistics are updated once by all responses scored together, whatever `rows_per_pass` is."""
+def test_tokens_per_pass_do_not_matter(settings):
+    """Running statistics are updated once by all responses scored together, whatever `tokens_per_pass` is."""
     scored_by_pass = []
-    for rows_per_pass in (1, 64):
+    for tokens_per_pass in (1, 4096):
         task = build_task(TextGenConfig(**{**settings, **RUNNING, "reward": characters, "kl_coef": 0}))
         prompts = task.prompts
         state = start(prompts.input_ids, prompts.attention_mask, 12, 0)
         for tokens in ([65, 66, 67, tiny.END], [tiny.END, 66, 67, 0], [0, tiny.END, 67, 0], [0, 0, tiny.END, 0]):
             state = state.append(torch.tensor(tokens), torch.tensor(tokens) > 0)
-        scored_by_pass.append(score_responses(task, state, prompts.texts, rows_per_pass))
+        scored_by_pass.append(score_responses(task, state, prompts.texts, tokens_per_pass))
         assert task.normalizer.statistics.count == 4
     single, together = scored_by_pass
     assert torch.equal(single.score, together.score) and single.score.std() > 0.5

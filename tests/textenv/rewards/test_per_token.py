@@ -76,7 +76,7 @@ def test_the_fast_path_pays_the_same(settings):
     state = start(prompts.input_ids, prompts.attention_mask, 12, 0)
     for first, second in ((ids("b")[0], ids("a")[0]), (ids("a")[0], tiny.END), (tiny.END, 0)):
         state = state.append(torch.tensor([first, second]), torch.tensor([True, second != 0]))
-    scored = score_responses(task, state, prompts.texts, rows_per_pass=1)
+    scored = score_responses(task, state, prompts.texts, tokens_per_pass=1)
     wanted = torch.zeros(2, 12)
     wanted[0, :3] = torch.tensor([0.0, 0.5 * 1.1, 0.5 * 1.2 + 2 * 2])
     wanted[1, :2] = torch.tensor([0.5, 0.5 * 1.1 + 2 * 1])

@@ -56,7 +56,7 @@ def test_scores_of_a_batch_are_those_of_each_text(name):
     assert reads_every_position(model) == (name in DECODERS)
     prompts = task.prompts.select([0, 1, 2, 3] * 2)
     state = generate(task, task.reference.model, prompts, Sampling(), torch.Generator().manual_seed(0)).state
-    scored = score_responses(task, state, prompts.texts, rows_per_pass=5)
+    scored = score_responses(task, state, prompts.texts, tokens_per_pass=40)
     rows = [ids[mask][None] for ids, mask in zip(state.input_ids, state.attention_mask, strict=True)]
     alone = torch.stack([model(input_ids=row).logits[0, 0] for row in rows])
     assert alone.std() > 1e-3  # the texts differ in score

@@ -107,10 +107,12 @@ def test_a_different_tokenizer_in_ragged_batches(kind):
     model, own, tokenizer = tiny.reward_model(kind), shuffled_tokenizer(), tiny.tokenizer()
     prompts = [tokenizer(text).input_ids for text in ("a", "the cat", "it is late")]
     responses = [[tiny.END], tokenizer(" and so it goes").input_ids, tokenizer("!").input_ids]
-    got = RewardModel(model, tokenizer=own)(written(prompts, responses, tokenizer, stopped=False)).total
-    for row, text in enumerate(("a", "the cat and so it goes", "it is late!")):
-        wanted = plain_outputs(model, own(text).input_ids)
-        assert got[row].item() == pytest.approx(wanted.item(), abs=TOLERANCE)
+    batch = written(prompts, responses, tokenizer, stopped=False)
+    for tokens_per_pass in (1, 24, None):
+        got = RewardModel(model, tokenizer=own)(replace(batch, tokens_per_pass=tokens_per_pass)).total
+        for row, text in enumerate(("a", "the cat and so it goes", "it is late!")):
+            wanted = plain_outputs(model, own(text).input_ids)
+            assert got[row].item() == pytest.approx(wanted.item(), abs=TOLERANCE)
 
 
 def test_encoder_reward_model():
@@ -119,9 +121,9 @@ def test_encoder_reward_model():
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     config = BertConfig(vocab_size=300, max_position_embeddings=64, num_labels=1, **sizes)
     model, own, tokenizer = BertForSequenceClassification(config).eval(), shuffled_tokenizer(), tiny.tokenizer()
-    prompts, responses = [[72], [*b"the cat"]], [[73, tiny.END], [*b" sat down"]]
+    prompts, responses = [[*b"the cat"], [72]], [[*b" sat down"], [73, tiny.END]]  # the longest first
     batch = written(prompts, responses, tokenizer)
-    got = RewardModel(model, tokenizer=own)(batch).total
+    got = RewardModel(model, tokenizer=own)(replace(batch, tokens_per_pass=1)).total
     for row, text in enumerate(batch.texts):
         with torch.no_grad():
             wanted = model(input_ids=torch.tensor([own(text).input_ids])).logits[0, 0]
@@ -475,3 +477,7 @@ def test_text_longer_than_the_reward_model_is_refused(folders, tmp_path):
     dynamics.reset([0], [0])
     with pytest.raises(ValueError, match="takes 10 tokens, and a prompt with its response has"):
         dynamics.step(torch.tensor([tiny.END]))
+    policys = tiny.tokenizer()
+    batch = written([policys(text).input_ids for text in ("another" * 3, "a prompt of")], [[tiny.END]] * 2, policys)
+    with pytest.raises(ValueError, match=r"with its response has 12: row 1 \(prompt 'a prompt of'.*; lower max_prompt"):
+        task.reward(batch)  # row 0 has more letters and fewer tokens
