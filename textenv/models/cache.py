@@ -8,7 +8,7 @@ all its shapes, so it can be compiled, or captured, once for each pair.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +20,32 @@ from textenv.models.language_model import read
 Buffers = list[tuple[Tensor, Tensor] | None]  # keys and values, layer by layer; None for a layer that caches nothing
 
 
+class Step(Protocol):
+    """`read_token`, or a faster form of it that gives the same numbers."""
+
+    def __call__(self, model: PreTrainedModel, buffers: Buffers, tokens: Tensor, columns: Tensor, used: int) -> Tensor:
+        """Logits [B, V]."""
+        ...
+
+
 class KeyValueCache:
     """Keys and values of B rows by L columns. The first forward tells the shapes of a layer."""
 
     def __init__(self, model: PreTrainedModel, rows: int, columns: int) -> None:
-        self.rows, self.columns = rows, columns
-        self.buffers: Buffers = [None] * model.config.get_text_config().num_hidden_layers
+        self.size, self.rows = (rows, columns), rows
+        self.memory: Buffers = [None] * model.config.get_text_config().num_hidden_layers  # of all rows
+
+    @property
+    def live(self) -> Buffers:
+        """The rows that were kept."""
+        return [layer and (layer[0][: self.rows], layer[1][: self.rows]) for layer in self.memory]
+
+    def clear(self) -> None:
+        """Empty the cache, of all rows again. What attention does not see is multiplied by 0, and 0 · NaN is NaN."""
+        self.rows = self.size[0]
+        for layer in self.memory:
+            for each in layer or ():
+                each.zero_()
 
     def read(self, model: PreTrainedModel, texts: tuple[Tensor, Tensor], rows: Tensor, source: Tensor) -> Tensor:
         """Read whole texts, and put text `source[i]` into row `rows[i]`. Returns next-token logits [n, V].
@@ -33,18 +53,16 @@ class KeyValueCache:
         texts: left-aligned ids, int64 [n, T], and their lengths, int64 [n]; rows, source: int64 [b].
         """
         ids, length = texts
-        cache = Cache(layers=[_WholeTexts(self, layer, (rows, source)) for layer in range(len(self.buffers))])
+        cache = Cache(layers=[_WholeTexts(self, layer, (rows, source)) for layer in range(len(self.memory))])
         last = (length - 1).clamp_min(0)[:, None]
         return read(model, ids, last, past_key_values=cache, use_cache=True)[0][:, 0]
 
     def keep(self, rows: Tensor, used: int) -> None:
-        """Drop all rows except these indices [b]. They move to the front of the same memory, `used` columns of them."""
+        """Drop all rows except these indices [b]: they move to the front of the same memory, `used` columns of them."""
         self.rows = len(rows)
-        for layer, buffers in enumerate(self.buffers):
-            if buffers is not None:
-                for each in buffers:
-                    each[: self.rows, :, :used] = each[:, :, :used][rows]
-                self.buffers[layer] = (buffers[0][: self.rows], buffers[1][: self.rows])
+        for layer in self.memory:
+            for each in layer or ():
+                each[: self.rows, :, :used] = each[:, :, :used][rows]
 
 
 def read_token(model: PreTrainedModel, buffers: Buffers, tokens: Tensor, columns: Tensor, used: int) -> Tensor:
@@ -86,12 +104,12 @@ class _WholeTexts(_Layer):
         self.into, self.source = places
 
     def get_max_length(self) -> int:
-        return self.owner.columns
+        return self.owner.size[1]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        buffers = self.owner.buffers[self.layer]
-        if buffers is None:  # zeros: attention multiplies what it does not see by 0, and 0 · NaN is NaN
-            buffers = self.owner.buffers[self.layer] = (self._empty(key_states), self._empty(value_states))
+        buffers = self.owner.memory[self.layer]
+        if buffers is None:
+            buffers = self.owner.memory[self.layer] = (self._empty(key_states), self._empty(value_states))
         width = key_states.shape[2]
         buffers[0][self.into, :, :width] = key_states[self.source]
         buffers[1][self.into, :, :width] = value_states[self.source]
@@ -99,7 +117,7 @@ class _WholeTexts(_Layer):
         return key_states, value_states
 
     def _empty(self, states: Tensor) -> Tensor:
-        return states.new_zeros(self.owner.rows, states.shape[1], self.owner.columns, states.shape[3])
+        return states.new_zeros(self.owner.size[0], states.shape[1], self.owner.size[1], states.shape[3])
 
 
 class _OneToken(_Layer):

@@ -14,15 +14,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from textenv.models.cache import Buffers, KeyValueCache, read_token
+from textenv.models.cache import KeyValueCache, Step, read_token
 from textenv.models.comparison import bound, relative_difference, sample_texts
+from textenv.models.compiled import borrow_step, say_not_compiled
 from textenv.models.language_model import output_width, read
 from textenv.state import TextState, left_aligned
 
@@ -41,14 +41,6 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.slots is not None and self.slots < 1:
             raise ValueError(f"slots must be 1 or more, or None for all responses at once; got {self.slots}.")
-
-
-class Step(Protocol):
-    """`read_token`, or a faster form of it that gives the same numbers."""
-
-    def __call__(self, model: PreTrainedModel, buffers: Buffers, tokens: Tensor, columns: Tensor, used: int) -> Tensor:
-        """Logits [B, V]."""
-        ...
 
 
 class Decoder:
@@ -107,11 +99,14 @@ class Decoder:
 class CachedDecoder(Decoder):
     """A decoder that owns a key/value cache, and reads only the new token of each row."""
 
-    def __init__(
-        self, model: PreTrainedModel, rows: int, columns: int, vocabulary: int, step: Step = read_token
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, rows: int, columns: int, vocabulary: int, compile: bool = False) -> None:
         super().__init__(model, rows, columns, vocabulary)
-        self.step, self.cache = step, KeyValueCache(model, rows, columns)
+        self.step: Step = read_token
+        if compile:
+            self.step = borrow_step(model, rows, columns, self)
+            self.cache = self.step.cache
+        else:
+            self.cache = KeyValueCache(model, rows, columns)
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows except these indices."""
@@ -126,17 +121,19 @@ class CachedDecoder(Decoder):
     def _advance(self, state: TextState, used: int) -> Tensor:
         tokens, columns = state.newest
         used = min(-(-used // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE, self.columns)
-        return self.step(self.model, self.cache.buffers, tokens, columns, used)
+        return self.step(self.model, self.cache.live, tokens, columns, used)
 
 
-def new_decoder(model: PreTrainedModel, rows: int, columns: int, vocabulary: int, *, compile: bool = False) -> Decoder:
+def new_decoder(model: PreTrainedModel, rows: int, columns: int, vocabulary: int, compile: bool = False) -> Decoder:
     """A decoder of B texts of at most L tokens: from the cache where that is right for the model.
 
-    compile: see `Decoding`; it has no effect where whole texts are read.
+    compile: as in `Decoding`; of no use where whole texts are read, which one line on the log says.
     """
-    if not decodes_from_cache(model, columns):
-        return Decoder(model, rows, columns, vocabulary)
-    return CachedDecoder(model, rows, columns, vocabulary)
+    if decodes_from_cache(model, columns):
+        return CachedDecoder(model, rows, columns, vocabulary, compile)
+    if compile:
+        say_not_compiled(type(model).__name__, "it reads whole texts")
+    return Decoder(model, rows, columns, vocabulary)
 
 
 _reasons: WeakKeyDictionary[PreTrainedModel, dict[int, str]] = WeakKeyDictionary()  # model -> columns -> why not
