@@ -37,8 +37,8 @@ class KeyValueCache:
 
     @property
     def live(self) -> Buffers:
-        """The rows that were kept."""
-        return [layer and (layer[0][: self.rows], layer[1][: self.rows]) for layer in self.memory]
+        """The rows that were kept. `.data` is no view, whose whole would be part of the shapes that are compiled."""
+        return [layer and (layer[0][: self.rows].data, layer[1][: self.rows].data) for layer in self.memory]
 
     def clear(self) -> None:
         """Empty the cache, of all rows again. What attention does not see is multiplied by 0, and 0 · NaN is NaN."""
@@ -117,7 +117,9 @@ class _WholeTexts(_Layer):
         return key_states, value_states
 
     def _empty(self, states: Tensor) -> Tensor:
-        return states.new_zeros(self.owner.size[0], states.shape[1], self.owner.size[1], states.shape[3])
+        rows, columns = self.owner.size
+        # One column more than texts have: the columns in use, which would be contiguous, are another case to compile.
+        return states.new_zeros(rows, states.shape[1], columns + 1, states.shape[3])
 
 
 class _OneToken(_Layer):

@@ -44,7 +44,9 @@ class CompiledStep:
 
     def _checked(self, arguments: Any) -> Step:
         """The fast step for a new shape; `read_token` where that gives other numbers or cannot be compiled."""
-        model = arguments[0]
+        model, buffers = arguments[:2]
+        for each in (each for layer in buffers for each in layer or ()):
+            torch._dynamo.mark_static(each, [1, 2, 3])  # else rows equal to one of these sizes would be held for it
         try:
             step = _compiled() if self.pool is None else _captured(arguments, self.pool)
             difference = relative_difference(step(*arguments), read_token(*arguments))
