@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textenv.kl import environment_reward, not_finite
+from textenv.kl import FiniteCheck, environment_reward, not_finite
 from textenv.masks.masks import Masker
 from textenv.models.decoding import new_decoder
 from textenv.models.sampling import chosen_log_probs
@@ -83,7 +83,7 @@ class TextDynamics:
         self.running = torch.zeros(rows, dtype=torch.bool, device=task.device)  # [B]
         shape = (rows, task.width, task.vocabulary)
         self.reference = None if task.reference is None else new_decoder(task.reference.model, *shape)
-        self.masker = Masker(task.masks, task.stop_token_ids, shape) if task.masks else None
+        self.masker = Masker(task.masks, self.stop_token_ids, shape) if task.masks else None
         all_tokens = torch.ones((), dtype=torch.bool, device=task.device).expand(rows, task.vocabulary)
         self.allowed = all_tokens  # bool [B, V], which tokens may come next; a view of one element without masks
 
@@ -185,7 +185,11 @@ class TextDynamics:
                 self.samplers[row].update([self.episode_prompts[row].index], [float(score[row])])
 
     def _masks(self, masker: Masker, state: TextState, rows: Tensor) -> Tensor:
-        return masker.allowed(state, [prompt.text for prompt in self.episode_prompts], rows)
+        masker.finite = finite = FiniteCheck()
+        allowed = masker.allowed(state, [prompt.text for prompt in self.episode_prompts], rows)
+        if finite.notes and bool(finite.failed()):
+            raise finite.error(range(self.rows))
+        return allowed
 
     def _masks_after(self, state: TextState, running: Tensor) -> Tensor:
         """Which tokens may follow this state, bool [B, V]."""

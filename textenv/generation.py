@@ -7,6 +7,7 @@ dynamics.py, at a fraction of the cost.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from textenv.kl import check_finite_steps, environment_reward, exact_kl, not_finite
+from textenv.kl import FiniteCheck, check_finite_steps, environment_reward, exact_kl
 from textenv.masks.masks import Masker
 from textenv.masks.token_sets import TokenSets
-from textenv.models.decoding import new_decoder
+from textenv.models.decoding import Decoding, new_decoder
 from textenv.models.logits import log_probs_at, map_states, read_logits, spread
 from textenv.models.sampling import Sampling, sample
 from textenv.prompts.tokenized import Prompts
@@ -34,6 +35,9 @@ from textenv.state import (
     start,
 )
 from textenv.task import Task
+
+LOOK_EVERY = 8  # steps between two looks at the device: which slots have finished
+FEWEST_SLOTS = 8  # slots are not dropped below this number: fewer would hardly be faster
 
 
 @dataclass(frozen=True)
@@ -71,65 +75,157 @@ class ScoredResponses:
 
 @own_settings()
 def generate(
-    task: Task, model: PreTrainedModel, prompts: Prompts, sampling: Sampling, generator: torch.Generator
+    task: Task,
+    model: PreTrainedModel,
+    prompts: Prompts,
+    sampling: Sampling,
+    generator: torch.Generator,
+    decoding: Decoding | None = None,
 ) -> Generation:
-    """Sample one response to each prompt from `model`."""
-    budget = task.config.max_new_tokens
-    stops = torch.tensor(task.stop_token_ids, device=task.device)
-    state = start(prompts.input_ids, prompts.attention_mask, budget, task.pad_token_id)
-    rows, width = state.input_ids.shape
-    log_prob = torch.zeros(rows, budget, device=task.device)
-    code = torch.full((rows,), RUNNING, device=task.device)
-    cached = torch.arange(rows, device=task.device)  # [b], the rows that the decoder still holds
-    shape = (rows, width, task.vocabulary)
-    decoder = new_decoder(model, *shape)
-    masker = Masker(task.masks, task.stop_token_ids, shape) if task.masks else None
-    decoders = [decoder] if masker is None else [decoder, masker]
-    for each in decoders:
-        each.restart(state, cached)
-    allowed_sets: list[TokenSets] = []
-    for step in range(budget):
-        running, logits = code == RUNNING, decoder.logits  # [B], [b, V]
-        _check_logits(logits, running, cached, step)
-        if masker is not None:
-            texts = [prompts.texts[row] for row in cached.tolist()]
-            allowed = masker.allowed(state.select(cached), texts, running[cached])  # [b, V]
-            allowed_sets.append(TokenSets.of(allowed).scatter(cached, rows))
-            logits = logits.masked_fill(~allowed, -torch.inf)
-        drawn, drawn_log_prob = sample(logits, sampling, generator)
-        tokens = torch.zeros_like(code).index_copy(0, cached, drawn)
-        log_prob[cached, step] = drawn_log_prob.where(running[cached], 0.0)
-        state = state.append(tokens, running)
-        code = finish(tokens, state.length, stops, budget).where(running, code)
-        unfinished = code[cached] == RUNNING  # [b]
-        count = int(unfinished.sum())
-        if count == 0:
-            break
-        if 2 * count <= len(cached):  # compacting copies the cache, so wait until half of the rows have finished
-            for each in decoders:
-                each.keep(unfinished.nonzero()[:, 0])
-            cached = cached[unfinished]
-        for each in decoders:
-            each.advance(state.select(cached))
-    return Generation(state, log_prob, _pad_steps(allowed_sets, rows, budget) if allowed_sets else None)
+    """Sample one response to each prompt from `model`.
 
-
-def _check_logits(logits: Tensor, running: Tensor, cached: Tensor, step: int) -> None:
-    """Raise ValueError for logits [b, V] of the rows `cached` [b] that no token can be sampled from."""
-    largest = logits.amax(-1)  # [b]; not finite if a logit is NaN or ∞, or if all are −∞
-    bad = running[cached] & ~largest.isfinite()
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise not_finite("the largest of the policy's logits", largest[row], f"row {int(cached[row])}, token {step}")
-
-
-def _pad_steps(sets: list[TokenSets], rows: int, budget: int) -> TokenSets:
-    """The sets of all R steps; steps that no row reached allow every token."""
-    device = sets[0].ids.device
-    empty = TokenSets(
-        torch.empty(rows, 0, dtype=torch.int32, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
+    Random numbers are drawn for every row and token beforehand, so a row's tokens depend on its own numbers alone: not
+    on which rows are decoded beside it, on `decoding`, or on when others end. Identical prompts that follow one another
+    are read once.
+    """
+    uniform = torch.rand(
+        len(prompts), task.config.max_new_tokens, dtype=torch.float64, device=task.device, generator=generator
     )
-    return TokenSets.stack(sets + [empty] * (budget - len(sets)))
+    writing = _Writing(task, model, prompts, (sampling, uniform), decoding or Decoding())
+    steps = 0
+    while True:
+        writing.write()
+        steps += 1
+        if (steps % LOOK_EVERY == 0 or steps == writing.end) and not writing.look(steps):
+            return writing.generation()
+        writing.advance()
+
+
+class _Writing:
+    """Responses while they are written: b slots, each of which holds one of the N rows of the result.
+
+    Between two looks the host only launches: shapes are fixed, and a finished slot repeats its last step into nothing.
+    At a look the host learns which slots have finished. Waiting rows take their places; when none waits, the rest is
+    moved together, to a power of two of slots.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: PreTrainedModel,
+        prompts: Prompts,
+        chance: tuple[Sampling, Tensor],
+        decoding: Decoding,
+    ) -> None:
+        self.texts, self.budget = prompts.texts, task.config.max_new_tokens
+        self.sampling, self.uniform = chance  # float64 [N, R]
+        count, slots = len(prompts), min(decoding.slots or len(prompts), len(prompts))
+        self.stops = torch.tensor(task.stop_token_ids, device=task.device)
+        self.whole = start(prompts.input_ids, prompts.attention_mask, self.budget, task.pad_token_id)  # [N]
+        self.log_prob = torch.zeros(count + 1, self.budget, device=task.device)  # [N + 1, R]; the last row is waste
+        self.waiting = deque(range(slots, count))  # rows that have no slot yet
+        self.rows = list(range(slots))  # [b], the row in each slot
+        self.row = torch.arange(slots, device=task.device)  # [b], the same on the device
+        self.state = self.whole.select(self.row)
+        self.running = torch.ones(slots, dtype=torch.bool, device=task.device)
+        self.end = self.budget  # the step after which no slot can be running
+        shape = (slots, self.state.input_ids.shape[1], task.vocabulary)
+        self.decoder = new_decoder(model, *shape, compile=decoding.compile)
+        self.masker = Masker(task.masks, self.stops, shape) if task.masks else None
+        self.finite = FiniteCheck() if self.masker is None else self.masker.finite
+        self.masks: list[tuple[tuple[Tensor, Tensor], Tensor]] = []  # since the last look: places, and what was allowed
+        self.sets: list[tuple[tuple[Tensor, Tensor], TokenSets]] = []
+        self._start(self.row)
+
+    def write(self) -> None:
+        """Append one token to every running slot."""
+        logits, length = self.decoder.logits, self.state.length  # [b, V], [b]
+        self.finite.note("the largest of the policy's logits", logits.amax(-1), self.running, length)
+        step = length.clamp_max(self.budget - 1)
+        place = self.row.where(self.running, len(self.texts)), step  # where the results go
+        if self.masker is not None:
+            allowed = self.masker.allowed(self.state, [self.texts[row] for row in self.rows], self.running)  # [b, V]
+            self.masks.append((place, allowed))
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        tokens, log_prob = sample(logits, self.sampling, self.uniform[self.row, step])
+        self.log_prob[place] = log_prob
+        self.state = self.state.append(tokens, self.running)
+        self.running = self.running & (finish(tokens, self.state.length, self.stops, self.budget) == RUNNING)
+
+    def advance(self) -> None:
+        """Read the new tokens."""
+        self.decoder.advance(self.state)
+        if self.masker is not None:
+            self.masker.advance(self.state)
+
+    def look(self, steps: int) -> bool:
+        """Wait for the device, and fill or drop finished slots. Returns whether any slot is running.
+
+        steps: taken so far. Raises ValueError for logits that no token can be sampled from.
+        """
+        *running, failed = torch.cat([self.running, self.finite.failed()]).tolist()
+        if failed:
+            raise self.finite.error(self.rows)
+        self.finite.notes.clear()
+        self._store_masks()
+        done = [slot for slot, runs in enumerate(running) if not runs]
+        if self.waiting and done:
+            refilled = done[: len(self.waiting)]
+            self._refill(refilled)
+            self.end = steps + self.budget
+            done = done[len(refilled) :]
+        going_on = len(running) - len(done)
+        size = max(1 << max(going_on - 1, 0).bit_length(), FEWEST_SLOTS)
+        if going_on and size < len(running):
+            self._drop(done[: len(running) - size])
+        return going_on > 0
+
+    def generation(self) -> Generation:
+        """The result, when no slot is running."""
+        self._collect(torch.arange(len(self.rows), device=self.row.device))
+        count = len(self.texts)
+        allowed = TokenSets.collect(self.sets, (count + 1, self.budget)) if self.masker else None
+        if allowed is not None:
+            allowed = TokenSets(allowed.ids[:count], allowed.inside[:count])
+        return Generation(self.whole, self.log_prob[:count], allowed)
+
+    def _start(self, slots: Tensor) -> None:
+        """Read the prompts in these slots."""
+        self.decoder.restart(self.state.select(slots), slots)
+        if self.masker is not None:
+            self.masker.restart(self.state, slots)
+
+    def _refill(self, slots: list[int]) -> None:
+        """Put the next waiting rows into finished slots."""
+        index = torch.tensor(slots, device=self.row.device)
+        self._collect(index)
+        for slot in slots:
+            self.rows[slot] = self.waiting.popleft()
+        self.row = torch.tensor(self.rows, device=self.row.device)
+        self.state = self.state.restart(index, self.whole.select(self.row[index]))
+        self.running = self.running.index_fill(0, index, True)
+        self._start(index)
+
+    def _drop(self, slots: list[int]) -> None:
+        """Go on without these finished slots."""
+        self._collect(torch.tensor(slots, device=self.row.device))
+        kept = sorted(set(range(len(self.rows))) - set(slots))
+        index = torch.tensor(kept, device=self.row.device)
+        self.rows = [self.rows[slot] for slot in kept]
+        self.row, self.running, self.state = self.row[index], self.running[index], self.state.select(index)
+        for each in [self.decoder] if self.masker is None else [self.decoder, self.masker]:
+            each.keep(index)
+
+    def _collect(self, slots: Tensor) -> None:
+        """Copy the texts in these slots into the result."""
+        self.whole = self.whole.restart(self.row[slots], self.state.select(slots))
+
+    def _store_masks(self) -> None:
+        """Store the masks since the last look in their compact form, whose width the host has to ask for."""
+        if self.masks:
+            width = int(torch.stack([TokenSets.stored_sizes(allowed) for _, allowed in self.masks]).max())
+            self.sets += [(place, TokenSets.of(allowed, width)) for place, allowed in self.masks]
+            self.masks.clear()
 
 
 @own_settings()

@@ -45,6 +45,27 @@ def not_finite(what: str, value: Tensor, place: str) -> ValueError:
     )
 
 
+class FiniteCheck:
+    """Notes numbers that must be finite, and looks at them when asked: to note one does not wait for the device."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[str, Tensor, Tensor, Tensor]] = []
+
+    def note(self, what: str, values: Tensor, rows: Tensor, token: Tensor) -> None:
+        """Check values [B] where `rows` (bool [B]) is true; what, token (int64 [B]): their name and place in errors."""
+        self.notes.append((what, values, rows & ~values.isfinite(), token))
+
+    def failed(self) -> Tensor:
+        """Whether a number was not finite, bool [1]."""
+        return torch.stack([bad for _, _, bad, _ in self.notes]).any()[None]
+
+    def error(self, rows: Sequence[int]) -> ValueError:
+        """The error for the first number that was not finite; rows: how to call the B rows."""
+        what, values, bad, token = next(note for note in self.notes if bool(note[2].any()))
+        row = int(bad.nonzero()[0])
+        return not_finite(what, values[row], f"row {rows[row]}, token {int(token[row])}")
+
+
 def check_finite_steps(values: Tensor, what: str) -> None:
     """Raise ValueError that names the first row and token of values [B, R] that are not finite."""
     finite = values.isfinite()

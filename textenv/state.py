@@ -91,6 +91,12 @@ class TextState:
         mask = self.response_mask
         return mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
 
+    @property
+    def newest(self) -> tuple[Tensor, Tensor]:
+        """The last token of each text, and its position: int64 [B] both. An empty text has any token, at position 0."""
+        columns = self.prompt_width + self.length[:, None] - 1
+        return self.input_ids.gather(1, columns)[:, 0], (self.attention_mask.sum(1) - 1).clamp_min(0)
+
     def select(self, rows: Tensor) -> TextState:
         """The state of some rows (indices or a boolean mask)."""
         return replace(
@@ -106,19 +112,18 @@ class TextState:
 
         tokens: int64 [B]; active: bool [B]; generated: whether the policy wrote the tokens.
         """
-        rows = active.nonzero()[:, 0]
-        columns = self.prompt_width + self.length[rows]
-        state = replace(
+        column = (self.prompt_width + self.length).where(active, 0)[:, None]  # [B, 1]
+
+        def put(values: Tensor, new: Tensor) -> Tensor:
+            return values.scatter(1, column, new[:, None].where(active[:, None], values.gather(1, column)))
+
+        return replace(
             self,
-            input_ids=self.input_ids.clone(),
-            attention_mask=self.attention_mask.clone(),
-            generated=self.generated.clone(),
-            length=self.length + active.long(),
+            input_ids=put(self.input_ids, tokens),
+            attention_mask=put(self.attention_mask, active),
+            generated=put(self.generated, torch.full_like(active, generated)),
+            length=self.length + active,
         )
-        state.input_ids[rows, columns] = tokens[rows]
-        state.attention_mask[rows, columns] = True
-        state.generated[rows, columns] = generated
-        return state
 
     def restart(self, rows: Tensor, fresh: TextState) -> TextState:
         """The state with the rows of indices `rows` [b] replaced by `fresh`, which has b rows."""
@@ -155,24 +160,27 @@ def finish(tokens: Tensor, length: Tensor, stop_token_ids: Tensor, max_new_token
     of RUNNING, STOP and LENGTH.
     """
     code = torch.where(length >= max_new_tokens, LENGTH, RUNNING)
-    return torch.where(torch.isin(tokens, stop_token_ids), STOP, code)
+    stopped = (tokens[:, None] == stop_token_ids).any(1)  # isin may wait for the device
+    return torch.where(stopped, STOP, code)
 
 
-def left_aligned(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+def left_aligned(input_ids: Tensor, attention_mask: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Texts as models read them: column = position, filling on the right.
 
     A causal model never sees the filling, so it needs neither a mask nor position ids. The filling repeats the last
     token of the text, because the pad token need not be one of the model's.
 
-    input_ids: int64 [B, L]; attention_mask: [B, L], true or 1 = a token, contiguous in each row. Returns ids, int64
-    [B, T] for the longest text of T tokens (at least 1), and the number of tokens of each text, int64 [B]. Raises
+    input_ids: int64 [B, L]; attention_mask: [B, L], true or 1 = a token, contiguous in each row; width: T, at least the
+    number of tokens of the longest text, for callers that know it: asking waits for the device. Returns ids, int64
+    [B, T], where T is by default that number (at least 1), and the number of tokens of each text, int64 [B]. Raises
     ValueError for a batch without rows, which Transformers' attention does not take.
     """
     mask = attention_mask.bool()
     length = mask.sum(1)  # [B]
     if not len(length):
         raise ValueError("the batch has no texts, and models read one at least; pass one or more prompts or responses.")
-    columns = torch.arange(max(int(length.max()), 1), device=length.device).minimum((length[:, None] - 1).clamp_min(0))
+    width = max(int(length.max()), 1) if width is None else width
+    columns = torch.arange(width, device=length.device).minimum((length[:, None] - 1).clamp_min(0))
     return input_ids.gather(1, mask.int().argmax(1, keepdim=True) + columns), length
 
 

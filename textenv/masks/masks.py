@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.kl import not_finite
+from textenv.kl import FiniteCheck
 from textenv.models.decoding import Decoder, new_decoder, share_comparison
 from textenv.models.sampling import Sampling, log_probs
 from textenv.models.token_texts import TokenTexts
@@ -43,8 +43,8 @@ class Contexts:
 
     def responses(self) -> list[list[int]]:
         """Token ids written so far, row by row."""
-        ids, lengths = self.state.response_ids.tolist(), self.state.length.tolist()
-        return [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        rows = torch.cat([self.state.length[:, None], self.state.response_ids], 1).tolist()  # one copy to the host
+        return [ids[:length] for length, *ids in rows]
 
 
 @runtime_checkable
@@ -86,7 +86,8 @@ class NoSpecialTokens:
 
     def allowed(self, contexts: Contexts) -> Tensor:
         """Bool [V]."""
-        return self.ids.to(contexts.state.length.device)
+        self.ids = self.ids.to(contexts.state.length.device)  # copied once
+        return self.ids
 
 
 class MaskPolicy:
@@ -233,14 +234,19 @@ def word_list(words: Sequence[str]) -> str:
 
 
 class Masker:
-    """The conjunction of all masks over B texts, while the texts are being written."""
+    """The conjunction of all masks over B texts, while the texts are being written.
 
-    def __init__(self, masks: Sequence[TokenMask], stop_token_ids: Sequence[int], shape: tuple[int, int, int]) -> None:
+    The named masks that need no text (`special`, `top_k`, `top_p`) never wait for the device. The others are functions
+    of the host: each waits twice a step, whatever the number of rows.
+    """
+
+    def __init__(self, masks: Sequence[TokenMask], stop_token_ids: Tensor, shape: tuple[int, int, int]) -> None:
         """shape: B, L, V."""
         self.masks, self.vocabulary = masks, shape[2]
-        self.stops = list(stop_token_ids)
+        self.stops = torch.zeros(self.vocabulary, dtype=torch.bool, device=stop_token_ids.device)  # [V]
+        self.stops[stop_token_ids] = True
+        self.finite = FiniteCheck()
         self.decoders = [None if mask.model is None else new_decoder(mask.model, *shape) for mask in masks]
-        self.numbers = list(range(shape[0]))  # of the rows that are held, in the batch before any was dropped
 
     def restart(self, state: TextState, rows: Tensor) -> None:
         """Start new texts in the rows of indices `rows` [b]; state: all B rows."""
@@ -254,35 +260,43 @@ class Masker:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows except these indices."""
-        self.numbers = [self.numbers[row] for row in rows.tolist()]
         for decoder in filter(None, self.decoders):
             decoder.keep(rows)
 
     def allowed(self, state: TextState, prompts: Sequence[str], running: Tensor) -> Tensor:
         """Bool [B, V]; all true where a row is not running.
 
-        Where the masks leave no token, the response must end: the stop tokens are allowed.
+        Where the masks leave no token, the response must end: the stop tokens are allowed. Logits that are not finite
+        are noted in `finite`, and the caller asks it before using what they led to.
         """
-        rows = running.nonzero()[:, 0]
-        result = torch.ones(len(running), self.vocabulary, dtype=torch.bool, device=running.device)
-        if not len(rows):
-            return result
-        running_state = state.select(rows)
-        running_prompts = [prompts[int(row)] for row in rows]
-        allowed = result[rows]
+        allowed = torch.ones(len(running), self.vocabulary, dtype=torch.bool, device=running.device)
         for mask, decoder in zip(self.masks, self._refreshed(state), strict=True):
-            logits = None if decoder is None else decoder.logits[rows]
-            if logits is not None and not bool((finite := logits.amax(-1).isfinite()).all()):
-                row = int((~finite).nonzero()[0])
-                number = self.numbers[int(rows[row])]
-                raise not_finite(f"the largest logit of action mask {mask.name!r}", logits[row].amax(), f"row {number}")
-            by_mask = mask.allowed(Contexts(running_prompts, running_state, logits))
-            _check_allowed(mask.name, by_mask, len(rows), self.vocabulary)
-            allowed &= by_mask.to(allowed.device)
-        empty = (~allowed.any(1)).nonzero()[:, 0]
-        allowed[empty[:, None], torch.tensor(self.stops, device=running.device)] = True
-        result[rows] = allowed
-        return result
+            logits = None if decoder is None else self._finite(mask.name, decoder.logits, running, state.length)
+            if type(mask) in (NoSpecialTokens, MaskPolicy):  # tensors alone decide, so any row will do
+                allowed &= mask.allowed(Contexts(prompts, state, logits))
+            else:
+                allowed &= self._by_running_rows(mask, Contexts(prompts, state, logits), running)
+        allowed |= self.stops & ~allowed.any(1, keepdim=True)
+        return allowed | ~running[:, None]
+
+    def _finite(self, name: str, logits: Tensor, running: Tensor, token: Tensor) -> Tensor:
+        """The logits [B, V], and zeros in the rows that have none, which are noted."""
+        largest = logits.amax(-1)
+        self.finite.note(f"the largest logit of action mask {name!r}", largest, running, token)
+        return logits.where(largest.isfinite()[:, None], 0.0)
+
+    def _by_running_rows(self, mask: TokenMask, contexts: Contexts, running: Tensor) -> Tensor:
+        """What a mask allows that may read texts, so it sees the running rows alone. Bool [B, V]."""
+        index = [row for row, runs in enumerate(running.tolist()) if runs]
+        result = torch.ones(len(running), self.vocabulary, dtype=torch.bool, device=running.device)
+        if not index:
+            return result
+        rows = torch.tensor(index, device=running.device)
+        logits = None if contexts.logits is None else contexts.logits[rows]
+        prompts = [contexts.prompts[row] for row in index]
+        allowed = mask.allowed(Contexts(prompts, contexts.state.select(rows), logits))
+        _check_allowed(mask.name, allowed, len(index), self.vocabulary)
+        return result.index_copy(0, rows, allowed.to(running.device).expand(len(index), -1))
 
     def outdated(self) -> bool:
         """Whether a mask's model has been replaced since its decoder was made."""

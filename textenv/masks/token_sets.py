@@ -20,14 +20,26 @@ class TokenSets:
     inside: Tensor  # bool [...], true = `ids` are the members, false = `ids` are all other tokens
 
     @staticmethod
-    def of(dense: Tensor) -> TokenSets:
-        """Sets from a dense mask: bool [..., V], true = in the set."""
-        inside = 2 * dense.sum(-1) <= dense.shape[-1]
-        stored = torch.where(inside[..., None], dense, ~dense)  # [..., V]
-        count = stored.sum(-1, keepdim=True)
-        width = int(count.max()) if count.numel() else 0
-        ids = torch.argsort(stored.int(), dim=-1, descending=True, stable=True)[..., :width].int()
-        return TokenSets(ids.where(torch.arange(width, device=ids.device) < count, -1), inside)
+    def of(dense: Tensor, width: int | None = None) -> TokenSets:
+        """Sets from a dense mask: bool [..., V], true = in the set.
+
+        width: K, at least the largest of `stored_sizes`, for callers that know it: asking waits for the device.
+        """
+        members, vocabulary = dense.sum(-1, keepdim=True), dense.shape[-1]
+        inside = 2 * members <= vocabulary  # [..., 1]
+        stored = dense == inside  # [..., V], the members, or the tokens left out
+        if width is None:
+            width = int(TokenSets.stored_sizes(dense).max()) if dense.numel() else 0
+        place = (stored.cumsum(-1) - 1).where(stored, width)  # [..., V]; the extra column takes what is not stored
+        tokens = torch.arange(vocabulary, dtype=torch.int32, device=dense.device).expand(dense.shape)
+        ids = torch.full((*dense.shape[:-1], width + 1), -1, dtype=torch.int32, device=dense.device)
+        return TokenSets(ids.scatter_(-1, place, tokens)[..., :width], inside[..., 0])
+
+    @staticmethod
+    def stored_sizes(dense: Tensor) -> Tensor:
+        """The number of ids that each set of a dense mask [..., V] stores, int64 [...]."""
+        members = dense.sum(-1)
+        return members.minimum(dense.shape[-1] - members)
 
     def dense(self, vocabulary: int) -> Tensor:
         """Bool [..., V], true = in the set."""
@@ -37,14 +49,13 @@ class TokenSets:
         return marked[..., :vocabulary] == self.inside[..., None]
 
     @staticmethod
-    def stack(steps: Sequence[TokenSets]) -> TokenSets:
-        """Join the sets of R steps, [B] each, to sets of shape [B, R]."""
-        width = max(step.ids.shape[-1] for step in steps)
-        ids = [torch.nn.functional.pad(step.ids, (0, width - step.ids.shape[-1]), value=-1) for step in steps]
-        return TokenSets(torch.stack(ids, 1), torch.stack([step.inside for step in steps], 1))
-
-    def scatter(self, rows: Tensor, count: int) -> TokenSets:
-        """Sets of `count` rows: these sets at the indices `rows` [b], and all tokens in the other rows."""
-        ids = self.ids.new_full((count, self.ids.shape[-1]), -1)
-        inside = self.inside.new_zeros(count)
-        return TokenSets(ids.index_copy(0, rows, self.ids), inside.index_copy(0, rows, self.inside))
+    def collect(parts: Sequence[tuple[tuple[Tensor, Tensor], TokenSets]], shape: tuple[int, int]) -> TokenSets:
+        """Sets of shape [N, R]: each part's b sets at their rows and columns, int64 [b] each; elsewhere all tokens."""
+        first = parts[0][1]
+        width = max(sets.ids.shape[-1] for _, sets in parts)
+        ids = first.ids.new_full((*shape, width), -1)
+        inside = first.inside.new_zeros(shape)
+        for (rows, columns), sets in parts:
+            ids[rows, columns, : sets.ids.shape[-1]] = sets.ids
+            inside[rows, columns] = sets.inside
+        return TokenSets(ids, inside)

@@ -4,82 +4,43 @@ The cache costs one token's work a token, at any length so far. Its rows stand a
 different lengths and restart at different times. Not every architecture can do that: a recurrent state has no columns,
 and some models count positions by themselves. `new_decoder` therefore compares the cache with whole forwards, once per
 model, and falls back to whole forwards where the cache gives other numbers.
+
+`advance` never waits for the device: the host keeps its own count of the tokens in each row, an upper bound, and so
+knows how many columns to read. `restart` and `keep` do wait.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
 
+from textenv.models.cache import KeyValueCache, Step, read_token
 from textenv.models.comparison import bound, relative_difference, sample_texts
+from textenv.models.compiled import borrow_step, say_not_compiled
 from textenv.models.language_model import output_width, read
 from textenv.state import TextState, left_aligned
 
 logger = logging.getLogger(__name__)
 
-
-class _Layer(CacheLayerMixin):
-    """Keys and values of one layer, [B, heads, L, D], written at the rows and columns in `owner.target`."""
-
-    def __init__(self, owner: KeyValueCache) -> None:
-        super().__init__()
-        self.owner = owner
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, columns = self.owner.rows, self.owner.columns
-        self.keys = key_states.new_zeros(rows, key_states.shape[1], columns, key_states.shape[3])
-        self.values = value_states.new_zeros(rows, value_states.shape[1], columns, value_states.shape[3])
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        rows, columns, used = self.owner.target
-        if columns is None:  # whole texts attend to themselves; the cache takes notes
-            width = key_states.shape[2]
-            self.keys[rows, :, :width] = key_states
-            self.values[rows, :, :width] = value_states
-            return key_states, value_states
-        self.keys[rows, :, columns] = key_states[:, :, 0]
-        self.values[rows, :, columns] = value_states[:, :, 0]
-        return self.keys[:, :, :used], self.values[:, :, :used]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0  # of whole texts; single tokens bring their own mask
-
-    def get_seq_length(self) -> int:
-        return 0  # of whole texts; single tokens bring their own positions
-
-    def get_max_length(self) -> int:
-        return self.owner.columns
+COLUMNS_AT_ONCE = 32  # attention reads a multiple of this many columns, so that steps have few shapes
 
 
-class KeyValueCache(Cache):
-    """Keys and values of B rows by L columns.
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How responses are written. Nothing here changes a number beyond rounding."""
 
-    `target` says what the next forward writes and reads: the rows, the column of each row (None: whole texts from
-    column 0 on), and the number of columns that attention reads.
-    """
+    slots: int | None = None  # responses that are written at a time, the others wait; None: all of them
+    compile: bool = False  # the step is compiled (CUDA: captured as a graph) once for each shape, which takes a while
 
-    def __init__(self, layers: int, rows: int, columns: int) -> None:
-        self.rows, self.columns = rows, columns
-        self.target: tuple[Tensor, Tensor | None, int] = (torch.empty(0), None, 0)
-        super().__init__(layers=[_Layer(self) for _ in range(layers)])
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows except these indices."""
-        self.rows = len(rows)
-        for layer in self.layers:
-            assert isinstance(layer, _Layer) and layer.keys is not None and layer.values is not None
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    def __post_init__(self) -> None:
+        if self.slots is not None and self.slots < 1:
+            raise ValueError(f"slots must be 1 or more, or None for all responses at once; got {self.slots}.")
 
 
 class Decoder:
@@ -88,18 +49,30 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, rows: int, columns: int, vocabulary: int) -> None:
         self.model, self.columns = model, columns
         self.logits = torch.zeros(rows, vocabulary, device=model.device)  # float32 [B, V]
+        self.filled = [1] * rows  # tokens in each row, or more: the host's count
 
     def restart(self, texts: TextState, rows: Tensor) -> None:
-        """Read other texts, of any lengths, in the row indices `rows` [b]; texts: b rows."""
-        self.logits = self.logits.index_copy(0, rows, self._read(texts, rows))
+        """Read other texts, of any lengths, in the row indices `rows` [b]; texts: b rows.
+
+        Equal texts that follow one another, such as the prompts of a group, are read once.
+        """
+        ids, length = left_aligned(texts.input_ids, texts.attention_mask)
+        for row, count in zip(rows.tolist(), length.tolist(), strict=True):
+            self.filled[row] = max(count, 1)
+        fresh = torch.ones_like(length, dtype=torch.bool)  # [b], unlike the text before
+        fresh[1:] = (ids[1:] != ids[:-1]).any(1) | (length[1:] != length[:-1])
+        source = fresh.cumsum(0) - 1  # [b], which of these texts a row has
+        logits = self._read((ids[fresh], length[fresh]), rows, source).float()
+        self.logits = self.logits.index_copy(0, rows, logits[source])
 
     def advance(self, state: TextState) -> None:
         """Read the last token of every row; state: all B rows."""
-        self.logits = self._read(state, torch.arange(len(self.logits), device=self.logits.device))
+        self.logits = self._advance(state, self._count_up()).float()
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows except these indices."""
         self.logits = self.logits[rows]
+        self.filled = [self.filled[row] for row in rows.tolist()]
 
     def with_model(self, model: PreTrainedModel, state: TextState) -> Decoder:
         """A decoder of the same texts with another model, which reads them from the start; state: all B rows."""
@@ -107,76 +80,60 @@ class Decoder:
         decoder.restart(state, torch.arange(len(self.logits), device=self.logits.device))
         return decoder
 
-    @torch.no_grad()
-    def _read(self, texts: TextState, rows: Tensor, **cache: Any) -> Tensor:
-        """Float32 [b, V], after the last token of each text."""
-        ids, length = left_aligned(texts.input_ids, texts.attention_mask)
-        return read(self.model, ids, (length - 1).clamp_min(0)[:, None], **cache)[0][:, 0].float()
+    def _count_up(self) -> int:
+        """Count one more token in every row. Returns the largest count."""
+        self.filled = [min(count + 1, self.columns) for count in self.filled]
+        return max(self.filled)
+
+    def _read(self, texts: tuple[Tensor, Tensor], rows: Tensor, source: Tensor) -> Tensor:
+        """Logits [n, V] after n left-aligned texts; rows, source: where they go, for a cache."""
+        ids, length = texts
+        with torch.no_grad():
+            return read(self.model, ids, (length - 1).clamp_min(0)[:, None])[0][:, 0]
+
+    def _advance(self, state: TextState, used: int) -> Tensor:
+        rows = torch.arange(len(self.logits), device=self.logits.device)
+        return self._read(left_aligned(state.input_ids, state.attention_mask, used), rows, rows)
 
 
 class CachedDecoder(Decoder):
     """A decoder that owns a key/value cache, and reads only the new token of each row."""
 
-    def __init__(self, model: PreTrainedModel, rows: int, columns: int, vocabulary: int) -> None:
+    def __init__(self, model: PreTrainedModel, rows: int, columns: int, vocabulary: int, compile: bool = False) -> None:
         super().__init__(model, rows, columns, vocabulary)
-        self.cache = KeyValueCache(model.config.get_text_config().num_hidden_layers, rows, columns)
-
-    @torch.no_grad()
-    def advance(self, state: TextState) -> None:
-        """Decode the last token of every row; state: all B rows, whose earlier tokens are in the cache."""
-        rows = torch.arange(len(self.logits), device=self.logits.device)
-        columns = (state.attention_mask.sum(1) - 1).clamp_min(0)  # [B]; a row that never started has no token
-        used = int(columns.max()) + 1
-        self.cache.target = (rows, columns, used)
-        output = self.model(
-            input_ids=state.input_ids[rows, state.prompt_width + state.length - 1, None],
-            attention_mask=_attention_masks(self.model, columns, used),
-            position_ids=columns[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.logits = output.logits[:, -1].float()
+        self.step: Step = read_token
+        if compile:
+            self.step = borrow_step(model, rows, columns, self)
+            self.cache = self.step.cache
+        else:
+            self.cache = KeyValueCache(model, rows, columns)
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows except these indices."""
+        self.cache.keep(rows, max(self.filled))
         super().keep(rows)
-        self.cache.keep(rows)
 
-    def _read(self, texts: TextState, rows: Tensor, **cache: Any) -> Tensor:
-        self.cache.target = (rows, None, 0)
-        return super()._read(texts, rows, past_key_values=self.cache, use_cache=True)
+    @torch.no_grad()
+    def _read(self, texts: tuple[Tensor, Tensor], rows: Tensor, source: Tensor) -> Tensor:
+        return self.cache.read(self.model, texts, rows, source)
+
+    @torch.no_grad()
+    def _advance(self, state: TextState, used: int) -> Tensor:
+        tokens, columns = state.newest
+        used = min(-(-used // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE, self.columns)
+        return self.step(self.model, self.cache.live, tokens, columns, used)
 
 
-def _attention_masks(model: PreTrainedModel, columns: Tensor, used: int) -> Any:
-    """Which cached columns each row's new token sees: one mask [B, 1, 1, used], or one for each type of layer.
+def new_decoder(model: PreTrainedModel, rows: int, columns: int, vocabulary: int, compile: bool = False) -> Decoder:
+    """A decoder of B texts of at most L tokens: from the cache where that is right for the model.
 
-    Transformers passes a 4-D additive mask unchanged to every attention implementation.
+    compile: as in `Decoding`; of no use where whole texts are read, which one line on the log says.
     """
-    config: Any = model.config.get_text_config()
-    keys, queries = torch.arange(used, device=columns.device), columns[:, None]
-    seen = keys <= queries  # [B, used]
-
-    def additive(visible: Tensor) -> Tensor:
-        bias = torch.zeros(visible.shape, dtype=model.dtype, device=columns.device)
-        return bias.masked_fill(~visible, torch.finfo(model.dtype).min)[:, None, None]
-
-    window = getattr(config, "sliding_window", None) or used
-    chunk = getattr(config, "attention_chunk_size", None) or used
-    sliding = seen & (keys > queries - window)
-    chunked = seen & (keys // chunk == queries // chunk)
-    masks = {"full_attention": seen, "sliding_attention": sliding, "chunked_attention": chunked}
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return additive(sliding)  # every layer of Mistral slides, and has no type
-    if used <= min(window, chunk):
-        return additive(seen)
-    return {name: additive(masks[name]) for name in set(types) if name in masks}
-
-
-def new_decoder(model: PreTrainedModel, rows: int, columns: int, vocabulary: int) -> Decoder:
-    """A decoder of B texts of at most L tokens: from the cache where that is right for the model."""
-    kind = CachedDecoder if decodes_from_cache(model, columns) else Decoder
-    return kind(model, rows, columns, vocabulary)
+    if decodes_from_cache(model, columns):
+        return CachedDecoder(model, rows, columns, vocabulary, compile)
+    if compile:
+        say_not_compiled(type(model).__name__, "it reads whole texts")
+    return Decoder(model, rows, columns, vocabulary)
 
 
 _reasons: WeakKeyDictionary[PreTrainedModel, dict[int, str]] = WeakKeyDictionary()  # model -> columns -> why not

@@ -1,6 +1,6 @@
 """Sampling from logits: temperature, top-k, top-p, and the log-probability under the sampled distribution.
 
-Pure functions; the generator is an argument.
+Pure functions; random numbers are an argument.
 """
 
 from __future__ import annotations
@@ -50,13 +50,21 @@ def log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Sample one token per row, and return its log-probability.
 
-    logits: [B, V]. Returns int64 [B] and float32 [B].
+    The token is where the running sum of probabilities passes the row's random number, so a row's choice depends on
+    nothing but its logits and that number. The sums are of whole numbers, in units of 2^-52, and so exact in any order:
+    a token of probability 0 is never drawn, on any device. Where logits are NaN the token is any, and its
+    log-probability NaN.
+
+    logits: [B, V]; uniform: float64 [B], in [0, 1). Returns int64 [B] and float32 [B].
     """
     distribution = log_probs(logits, sampling)  # [B, V]
-    tokens = torch.multinomial(distribution.exp(), 1, generator=generator)  # [B, 1]
+    mass = distribution.exp().mul_(2.0**52).long().cumsum_(-1)  # [B, V]
+    total = mass[:, -1:]
+    drawn = (uniform[:, None] * total).long().minimum(total - 1)  # [B, 1]
+    tokens = torch.searchsorted(mass, drawn, right=True).clamp_max(logits.shape[-1] - 1)
     return tokens[:, 0], distribution.gather(1, tokens)[:, 0]
 
 

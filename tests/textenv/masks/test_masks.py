@@ -84,17 +84,27 @@ def test_token_sets_by_hand():
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.98, 1.0])
 def test_token_sets_round_trip(share):
-    """`of` then `dense` returns the same mask, with at most half the vocabulary stored; so do `stack` and `scatter`."""
+    """`of` then `dense` returns the same mask, with at most half the vocabulary stored, in any width."""
     generator = torch.Generator().manual_seed(0)
     dense = torch.rand(3, 4, 101, generator=generator) < share
     sets = TokenSets.of(dense)
     assert sets.dense(101).equal(dense)
     assert sets.ids.shape[-1] <= 51
-    stacked = TokenSets.stack([TokenSets.of(dense[:, step]) for step in range(4)])
-    assert stacked.dense(101).equal(dense)
-    rows = torch.tensor([0, 2, 4])
-    wide = TokenSets.of(dense[:, 0]).scatter(rows, 5).dense(101)
-    assert wide[rows].equal(dense[:, 0]) and wide[[1, 3]].all()
+    assert TokenSets.of(dense, 60).dense(101).equal(dense)
+    assert TokenSets.stored_sizes(dense).max() == sets.ids.shape[-1]
+
+
+def test_token_sets_are_collected():
+    """Parts of other widths come to their rows and columns, and where there is none every token is allowed."""
+    dense = (
+        torch.rand(3, 4, 101, generator=torch.Generator().manual_seed(0)) < torch.tensor([0.02, 0.5, 0.9, 1])[:, None]
+    )
+    places = [(torch.tensor([4, 0, 2]), torch.full((3,), column)) for column in (0, 1, 3, 4)]
+    sets = TokenSets.collect([(place, TokenSets.of(dense[:, i])) for i, place in enumerate(places)], (5, 6))
+    whole = sets.dense(101)  # [5, 6, 101]
+    for column, (rows, columns) in enumerate(places):
+        assert whole[rows, columns].equal(dense[:, column])
+    assert whole[[1, 3]].all() and whole[:, [2, 5]].all()
 
 
 @one_kind

@@ -1,6 +1,7 @@
 """The sampling distribution against an oracle in plain Python."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -73,16 +74,21 @@ def test_arguments_stay_unchanged():
     """No call writes into the caller's logits."""
     logits = torch.tensor([LOGITS])
     log_probs(logits, Sampling(temperature=0.5, top_k=3, top_p=0.5))
-    sample(logits, Sampling(top_k=2, top_p=0.9), torch.Generator().manual_seed(0))
+    sample(logits, Sampling(top_k=2, top_p=0.9), uniform(1))
     chosen_log_probs(logits, torch.tensor([0]), 0.5)
     assert logits.tolist() == [LOGITS]
+
+
+def uniform(count, seed=0):
+    """Random numbers of the rows."""
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def test_sample_frequencies():
     """Tokens have their expected frequencies, filtered ones are never drawn, and the log-probability matches."""
     count, options = 20_000, dict(temperature=0.8, top_k=5, top_p=0.95)
     logits = torch.tensor([LOGITS]).expand(count, -1)
-    tokens, drawn_log_prob = sample(logits, Sampling(**options), torch.Generator().manual_seed(0))
+    tokens, drawn_log_prob = sample(logits, Sampling(**options), uniform(count))
     expected = oracle(LOGITS, **options)
     assert 0.0 in expected
     for token, probability in enumerate(expected):
@@ -93,14 +99,36 @@ def test_sample_frequencies():
     assert drawn_log_prob[:100].tolist() == pytest.approx(expected_log_probs, abs=1e-6)
 
 
-def test_seeded():
-    """The generator argument is the only source of randomness."""
-    logits = torch.tensor([LOGITS]).expand(64, -1)
-    draws = []
-    for seed, noise in ((1, 5), (1, 6), (2, 5)):
-        torch.manual_seed(noise)
-        draws.append(sample(logits, Sampling(), torch.Generator().manual_seed(seed))[0].tolist())
-    assert draws[0] == draws[1] != draws[2]
+def test_a_random_number_chooses_the_token():
+    """The token is the first whose running sum of probabilities is above the number, row by row, in exact sums."""
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) * 4
+    logits[:, [0, 3, 49]] = -torch.inf
+    for numbers in (torch.zeros(7).double(), torch.full((7,), 1 - 2.0**-53).double(), uniform(7), uniform(7, 1)):
+        tokens, _ = sample(logits, Sampling(temperature=0.7), numbers)
+        for row in range(7):
+            weights = [int(p * 2.0**52) for p in log_probs(logits[row], Sampling(temperature=0.7)).exp().tolist()]
+            place = min(Fraction(numbers[row].item()) * sum(weights), sum(weights) - 1)
+            expected = next(token for token in range(50) if sum(weights[: token + 1]) > int(place))
+            assert tokens[row] == expected and weights[expected] > 0
+
+
+def test_no_forbidden_token_is_drawn():
+    """At both ends of the interval, and where one token is left, what has no probability is not drawn."""
+    logits = torch.zeros(3, 1000)
+    logits[0, 500:], logits[1, :500], logits[2] = -torch.inf, -torch.inf, -torch.inf
+    logits[2, 77] = -1e4
+    numbers = torch.tensor([0.0, 2.0**-53, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+    for number in numbers:
+        tokens = sample(logits, Sampling(), number.expand(3))[0].tolist()
+        assert tokens[0] < 500 <= tokens[1] and tokens[2] == 77
+
+
+def test_logits_without_a_number_give_some_token():
+    """Where logits are NaN or infinite the token is an id of the vocabulary, and its log-probability is NaN."""
+    logits = torch.zeros(3, 5)
+    logits[0, 2], logits[1, 2], logits[2] = torch.nan, torch.inf, -torch.inf
+    tokens, log_prob = sample(logits, Sampling(), uniform(3))
+    assert ((tokens >= 0) & (tokens < 5)).all() and log_prob.isnan().all()
 
 
 def test_chosen_log_probs():
