@@ -19,7 +19,9 @@ class TextConfig:
     """How responses are sampled, penalized and evaluated."""
 
     rollout_size: int = 128  # responses per rollout
-    micro_batch_size: int = 16  # responses per forward pass; affects speed and memory, not gradients
+    # tokens per forward pass, prompts and padding included; affects speed and memory, not gradients
+    micro_batch_tokens: int = 1024
+    gradient_checkpointing: bool = False  # compute each layer again in the backward pass: less memory, more time
     mask_refresh: int = 20  # iterations between copies of the actor into a mask policy (NLPO); 0: never
     # initial critic: reward-model, reference, scratch, or auto (reward-model if its tokens match, else reference)
     critic: str = "auto"
@@ -70,7 +72,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         check_types(self)
         self._check_kl()
-        check_counts(self, ("rollout_size", "micro_batch_size", "evaluation_prompts", "kl_horizon"))
+        check_counts(self, ("rollout_size", "micro_batch_tokens", "evaluation_prompts", "kl_horizon"))
         check_choice(self, "critic", CRITICS)
         if self.mask_refresh < 0:
             raise ValueError(f"mask_refresh must be 0 (never) or more, got {self.mask_refresh}.")

@@ -68,7 +68,7 @@ class TextExperiment:
         else:
             self.prompts, self.held_out = self.task.prompts, self.task.read_prompts(held_out)
         self.gold = find_gold(self.task, settings)
-        self.network_factory = TextNetworkFactory(self.task, settings.critic, settings.micro_batch_size, config.seed)
+        self.network_factory = TextNetworkFactory(self.task, settings, config.seed)
         self.collector = TextCollector(self.task, self.prompts, settings, config.seed)
 
     def describe(self) -> str:
@@ -91,7 +91,7 @@ class TextExperiment:
 
     def evaluate(self, policy: nn.Module) -> Evaluation:
         """One response to each held-out prompt, with the same seed every time."""
-        batch = (self.settings.rollout_size, self.settings.micro_batch_size)
+        batch = (self.settings.rollout_size, self.settings.micro_batch_tokens)
         return evaluate(self.task, language_model_of(policy), self.held_out, self.gold, evaluation_seed(), batch)
 
     def summarize(self, evaluation: Evaluation) -> dict[str, float]:

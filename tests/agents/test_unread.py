@@ -45,7 +45,7 @@ NOT_WALKED = {"env", "env_arg", "algorithm", "run", "resume", "checkpoint_every"
 # Other values: changes that include the flag, of which the first that differs from the context is taken.
 OTHER = {
     **{"seed": 7, "iterations": 2, "minibatch_size": 2, "learning_rate": 3e-3, "critic_learning_rate": 3e-3},
-    **{"schedule": "constant", "max_grad_norm": 1e-3, "rollout_size": 16, "micro_batch_size": 2, "mask_refresh": 2},
+    **{"schedule": "constant", "max_grad_norm": 1e-3, "rollout_size": 16, "micro_batch_tokens": 40, "mask_refresh": 2},
     **{"critic": "scratch", "kl_estimator": "k2", "kl_target": 100.0, "kl_horizon": 8, "kl_unit": "token"},
     **{"evaluation_prompts": 1, "held_out": f"{HERE}:held_out", "gold": f"{HERE}:gold"},
     **{"num_envs": 3, "steps": 6, "vectorization": "async", "hidden": (8,)},
@@ -63,7 +63,7 @@ TOGETHER = {
 }
 
 SMALL = {
-    **{"iterations": 3, "minibatch_size": 4, "rollout_size": 8, "micro_batch_size": 8, "learning_rate": 1e-2},
+    **{"iterations": 3, "minibatch_size": 4, "rollout_size": 8, "micro_batch_tokens": 160, "learning_rate": 1e-2},
     **{"critic_learning_rate": 1e-2, "num_envs": 2, "steps": 4, "evaluation_episodes": 2, "hidden": (16,)},
     **{"buffer_size": 40, "learning_starts": 8, "gradient_steps": 2, "epochs": 2, "checkpoint_every": 100},
     **{"target_update_interval": 1, "tau": 0.05},

@@ -22,7 +22,7 @@ BETA = 0.3  # kl_coef of the settings
 ADAPTIVE = dict(kl_controller="adaptive", kl_target=0.5, kl_horizon=20)
 
 
-def rollout_of(trainer: Trainer, rows_per_pass: int = 8) -> TextRollout:
+def rollout_of(trainer: Trainer, tokens_per_pass: int = 1000) -> TextRollout:
     """Responses of an actor that has left the reference, under the trainer's own penalty."""
     perturb(trainer.algorithm.networks.actor, 0.03)
     generator = torch.Generator().manual_seed(3)
@@ -32,7 +32,7 @@ def rollout_of(trainer: Trainer, rows_per_pass: int = 8) -> TextRollout:
         trainer.algorithm.networks.policy.model,
         prompts,
         generator,
-        rows_per_pass,
+        tokens_per_pass,
         trainer.collector.penalty(),
     )
 
@@ -102,7 +102,7 @@ def test_exact_needs_no_more_than_a_few_rows_at_a_time(settings, monkeypatch):
     monkeypatch.setattr(
         textenv.generation, "exact_kl", lambda logits, *rest: widest.append(len(logits)) or exact(logits, *rest)
     )
-    parts = rollout_of(trainer, rows_per_pass=3).data
+    parts = rollout_of(trainer, tokens_per_pass=3).data
     torch.testing.assert_close(parts["kl"], whole["kl"], atol=1e-5, rtol=1e-5)
     assert widest == [3, 3, 2] and not whole["kl"][~whole["mask"]].any()
 
