@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from agents.reporting.plots import Panel
+
+# Of one network: loss terms by name, [B, R] each, and diagnostics, each summed over the valid steps.
+Loss = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 class Rollout(Protocol):
@@ -38,15 +40,27 @@ class Rollout(Protocol):
         ...
 
 
+class ActionDistribution(Protocol):
+    """A policy's distribution over actions at every step, such as one of `torch.distributions`."""
+
+    def log_prob(self, value: Tensor, /) -> Tensor:
+        """Log-probability of an action at each step, [B, R]."""
+        ...
+
+    def entropy(self) -> Tensor:
+        """In nats, [B, R]."""
+        ...
+
+
 class Actor(Protocol):
     """A policy: an `nn.Module` with these methods."""
 
-    def distribution(self, batch: TensorDict) -> Distribution:
-        """Distribution over actions at every step, batch shape [B, R]."""
+    def distribution(self, batch: TensorDict) -> ActionDistribution:
+        """Distribution over actions at every step."""
         ...
 
-    def all_states(self, batch: TensorDict) -> Tensor:
-        """Logits [B, R + 1, A] of discrete actions at s_0..s_R."""
+    def all_states(self, batch: TensorDict) -> Any:
+        """Logits of discrete actions at s_0..s_R, for `NetworkFactory.map_states`."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -86,15 +100,25 @@ class NetworkFactory(Protocol):
         ...
 
     def q_network(self, alpha: float) -> Any:
-        """A network of action values; `all_states(batch)` returns Q(s_0, ·)..Q(s_R, ·), [B, R + 1, A].
+        """A network of action values; `all_states(batch)` returns Q(s_0, ·)..Q(s_R, ·), for `map_states`.
 
         It is also a policy: softmax(Q / α), or at α = 0 the greedy action with a share `epsilon` (a buffer) of random
         ones. Every call starts from different weights.
         """
         ...
 
-    def all_states(self, network: nn.Module, data: TensorDict) -> Tensor:
-        """`network.all_states(data)` without gradient, a few rows at a time. Returns [B, R + 1, ...]."""
+    def state_values(self, critic: Any, data: TensorDict) -> Tensor:
+        """`critic.all_states(data)` without gradient, a few rows at a time: V(s_0)..V(s_R), [B, R + 1]."""
+        ...
+
+    def map_states(self, function: Callable[..., Tensor], values: Sequence[Any], *others: Tensor) -> Tensor:
+        """`function` of what networks say of all actions at s_0..s_R, which need not be in memory at once.
+
+        function: takes numbers [..., A] of each network, and [...] of each of `others`; returns [..., K] or [...]. It
+        is called on some of the states at a time, and perhaps again for the gradients. values: what `all_states` of
+        each network returned for one batch; others: [B, R], of the steps. Returns [B, R + 1, K] or [B, R + 1]; it may
+        be 0 at states whose value no target reads, as those after the end of a response.
+        """
         ...
 
 
@@ -173,8 +197,11 @@ class Algorithm(Protocol):
         """
         ...
 
-    def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss terms by name, [B, R] each, and diagnostics, each summed over the valid steps."""
+    def loss(self, batch: TensorDict) -> Iterator[Loss]:
+        """Loss terms of one network after another. Terms and diagnostics of one name are added.
+
+        The gradients of a network are taken before the next one is asked for, so that memory holds one graph.
+        """
         ...
 
     def after_step(self, metrics: dict[str, float]) -> None:

@@ -25,7 +25,8 @@ from textenv.config import NAMES
 from textenv.settings import check_new_folder
 from textenv.task import PARTS, is_embedded
 
-NOT_COMPARED = {"run", "resume", "micro_batch_size", "iterations"}  # do not change what is learned, or checked apart
+# Settings that do not change what is learned, or that are checked apart.
+NOT_COMPARED = {"run", "resume", "micro_batch_tokens", "gradient_checkpointing", "iterations"}
 
 
 def refuse(folder: Path) -> None:

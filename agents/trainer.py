@@ -151,20 +151,30 @@ class Trainer:
         minibatch["weight"] = self.algorithm.step_weights(minibatch["mask"])  # [B, R]
         valid, totals = minibatch["mask"].sum(), defaultdict[str, Any](float)
         for batch in self.collector.micro_batches(minibatch):
-            with self.collector.autocast():
-                terms, diagnostics = self.algorithm.loss(batch)
-            means = weighted_sums(torch.stack(list(terms.values())), batch["weight"], batch["mask"])
-            means.sum().backward()
-            for name, mean in zip(terms, means.detach(), strict=True):
-                totals[name] += mean
-            for name, value in diagnostics.items():
-                totals[name] += value / valid
-        metrics = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
+            for terms, diagnostics in self._losses(batch):  # of one network after another
+                means = weighted_sums(torch.stack(list(terms.values())), batch["weight"], batch["mask"])
+                means.sum().backward()
+                for name, mean in zip(terms, means.detach(), strict=True):
+                    totals[name] += mean
+                for name, value in diagnostics.items():
+                    totals[name] += value / valid
         for name, parameters in self.parameters.items():
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            metrics[f"{name}_grad_norm"] = float(nn.utils.get_total_norm(gradients))
+            totals[f"{name}_grad_norm"] = nn.utils.get_total_norm(gradients)
+        # All numbers at once: the host waits for the device, which it does for every number by itself as well.
+        metrics = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
         self._check_finite(metrics)
         return metrics
+
+    def _losses(self, batch: TensorDict) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """The algorithm's losses. Only the forwards are under autocast, whose copies of weights must not outlast them."""
+        losses = self.algorithm.loss(batch)
+        while True:
+            with self.collector.autocast():
+                terms = next(losses, None)
+            if terms is None:
+                return
+            yield terms
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
         """Raise ValueError that names the losses, diagnostics and gradients that are not finite."""

@@ -54,7 +54,7 @@ def run_trainer() -> Run:
     """Two iterations of the real trainer. Only this function knows what is inside it."""
     config, text, ppo = defaults("TextGen-v0", "ppo")
     config = replace(config, iterations=ITERATIONS, minibatch_size=MINIBATCH)
-    text = replace(text, rollout_size=RESPONSES, micro_batch_size=4)
+    text = replace(text, rollout_size=RESPONSES, micro_batch_tokens=80)
     task = build_task(TextGenConfig(device="cpu"))
     algorithm = PPO(ppo, TextNetworkFactory(task))
     trainer, run = Trainer(config, algorithm, TextCollector(task, task.prompts, text, seed=0)), Run()

@@ -184,12 +184,14 @@ def left_aligned(input_ids: Tensor, attention_mask: Tensor, width: int | None = 
     return input_ids.gather(1, mask.int().argmax(1, keepdim=True) + columns), length
 
 
-def batches(length: Tensor, tokens: int) -> list[Tensor]:
+def batches(length: Tensor, tokens: int | None = None) -> list[Tensor]:
     """Texts of similar length together, so that rows times the longest text is at most `tokens` in each batch.
 
-    length: int64 [B], tokens of each text. Returns row indices, int64 [b], shortest texts first; a text that is longer
-    than `tokens` is a batch by itself.
+    length: int64 [B], tokens of each text; tokens: by default 2,048 on a CPU and 16,384 elsewhere. Returns row indices,
+    int64 [b], shortest texts first; a text that is longer than `tokens` is a batch by itself.
     """
+    if tokens is None:
+        tokens = CPU_TOKENS if length.device.type == "cpu" else OTHER_TOKENS
     if tokens < 1:
         raise ValueError(f"batches of texts hold at least 1 token, got {tokens}; give the tokens of one forward.")
     order = length.argsort(stable=True)
@@ -205,10 +207,7 @@ def batches(length: Tensor, tokens: int) -> list[Tensor]:
 def in_batches(function: Callable[[Tensor], Tensor], length: Tensor, tokens: int | None) -> Tensor:
     """`function` of all rows, one of their `batches` at a time.
 
-    function: takes row indices, int64 [b]; returns [b, ...]. tokens: of a batch, padding included; None chooses by the
-    device. Returns [B, ...], in the order of the rows.
+    function: takes row indices, int64 [b]; returns [b, ...]. Returns [B, ...], in the order of the rows.
     """
-    if tokens is None:
-        tokens = CPU_TOKENS if length.device.type == "cpu" else OTHER_TOKENS
     parts = batches(length, tokens)
     return torch.cat([function(rows) for rows in parts])[torch.cat(parts).argsort()]

@@ -6,6 +6,7 @@ minibatch of the whole rollout keeps it exact; smaller ones take several steps, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from agents.config import check_not_negative, check_shares
-from agents.interfaces import NetworkFactory
+from agents.interfaces import Loss, NetworkFactory
 from agents.objectives.actor_critic import ActorCritic, add_advantages, add_penalized_reward
 from agents.objectives.advantages import token_weights
 from agents.objectives.losses import policy_gradient, value_loss
@@ -55,18 +56,19 @@ class A2C:
         config, value = self.config, self.networks.state_values(rollout)
         return add_advantages(rollout, value, config.gamma, config.lmbda, config.whiten)
 
-    def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """`policy_loss`, `value_loss` and, with an entropy bonus, `entropy_loss`; no diagnostics."""
-        distribution, mask = self.networks.actor.distribution(batch), batch["mask"]
-        log_prob = distribution.log_prob(batch["action"]).where(mask, 0.0)  # [B, R]
-        value = self.networks.critic.values(batch).where(mask, 0.0)  # [B, R]
-        terms = {
-            "policy_loss": policy_gradient(log_prob, batch["advantage"]),
-            "value_loss": value_loss(value, batch["value_target"]),
-        }
+    def loss(self, batch: TensorDict) -> Iterator[Loss]:
+        """`policy_loss`, with an entropy bonus `entropy_loss`, and `value_loss`; no diagnostics."""
+        yield self._policy_loss(batch), {}
+        value = self.networks.critic.values(batch).where(batch["mask"], 0.0)  # [B, R]
+        yield {"value_loss": value_loss(value, batch["value_target"])}, {}
+
+    def _policy_loss(self, batch: TensorDict) -> dict[str, Tensor]:
+        distribution = self.networks.actor.distribution(batch)
+        log_prob = distribution.log_prob(batch["action"]).where(batch["mask"], 0.0)  # [B, R]
+        terms = {"policy_loss": policy_gradient(log_prob, batch["advantage"])}
         if self.config.entropy_coef > 0:
             terms["entropy_loss"] = -self.config.entropy_coef * distribution.entropy()
-        return terms, {}
+        return terms
 
     def after_step(self, metrics: dict[str, float]) -> None:
         """Do nothing: there are no target networks."""

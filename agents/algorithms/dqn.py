@@ -6,6 +6,7 @@ penalty. With α = 0 it is standard DQN.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from agents.config import check_counts, check_not_negative, check_shares
-from agents.interfaces import NetworkFactory
+from agents.interfaces import Loss, NetworkFactory
 from agents.objectives.actor_critic import add_environment_reward, ends_of
 from agents.objectives.advantages import token_weights
 from agents.objectives.soft_q import (
@@ -77,7 +78,8 @@ class DQN:
 
     def __init__(self, config: DQNConfig, factory: NetworkFactory) -> None:
         check_discrete(factory)
-        self.config, self.alpha = config, factory.alpha if config.alpha is None else config.alpha
+        self.config, self.factory = config, factory
+        self.alpha = factory.alpha if config.alpha is None else config.alpha
         self.networks = QNetworks(config, factory, self.alpha)
         self._set_epsilon()
 
@@ -86,18 +88,25 @@ class DQN:
         add_environment_reward(rollout)
         return {}
 
-    def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def loss(self, batch: TensorDict) -> Iterator[Loss]:
         """`q_loss`, and the mean value of the actions taken as a diagnostic."""
-        config, action = self.config, batch["action"]
-        online = self.networks.online.all_states(batch)  # [B, R + 1, A]
+        config = self.config
         with torch.no_grad():
-            target = self.networks.target.network.all_states(batch)  # [B, R + 1, A]
-            value = soft_value(online if config.double else target, target, self.alpha)  # [B, R + 1]
-            old = value_of(action, target[:, :-1])  # [B, R]
-            targets = action_targets(batch["reward"], value, old, ends_of(batch), config.gamma, config.lmbda)
-        predicted = value_of(action, online[:, :-1]).where(batch["mask"], 0.0)  # [B, R]
+            target = self.networks.target.network.all_states(batch)
+        online = self.networks.online.all_states(batch)
+        numbers = self.factory.map_states(self._numbers, [online, target], batch["action"])  # [B, R + 1, 3]
+        predicted = numbers[:, :-1, 0].where(batch["mask"], 0.0)  # [B, R]
+        value, old = numbers[..., 1].detach(), numbers[:, :-1, 2].detach()  # [B, R + 1], [B, R]
+        targets = action_targets(batch["reward"], value, old, ends_of(batch), config.gamma, config.lmbda)
         loss = LOSSES[config.loss_function](predicted, targets, reduction="none")
-        return {"q_loss": loss}, {"q_value": predicted.detach().sum()}
+        yield {"q_loss": loss}, {"q_value": predicted.detach().sum()}
+
+    def _numbers(self, online: Tensor, target: Tensor, action: Tensor) -> Tensor:
+        """Q(s, a), and without gradient the state's value and the target network's Q(s, a), [..., 3]."""
+        with torch.no_grad():
+            value = soft_value(online if self.config.double else target, target, self.alpha)
+            old = value_of(action, target)
+        return torch.stack([value_of(action, online), value, old], -1)
 
     def after_step(self, metrics: dict[str, float]) -> None:
         """Update the target network and epsilon."""

@@ -8,14 +8,14 @@ deviation (Dr. GRPO: Liu et al. 2025, who also divide by a constant length where
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from tensordict import TensorDict
-from torch import Tensor
 
 from agents.config import check_choice, check_counts
-from agents.interfaces import NetworkFactory
+from agents.interfaces import Loss, NetworkFactory
 from agents.objectives.actor_critic import ActorOnly, add_penalized_reward
 from agents.objectives.advantages import group_centered, group_normalized, sequence_weights, token_weights
 from agents.objectives.group import add_response_advantages, check_group_size, group_metrics, undiscounted_returns
@@ -67,9 +67,9 @@ class GRPO:
         add_response_advantages(rollout, compare(returns, self.group_size))
         return group_metrics(returns, self.group_size)
 
-    def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def loss(self, batch: TensorDict) -> Iterator[Loss]:
         """`policy_loss`, and `kl_loss` if it is on; diagnostics of the ratio."""
-        return clipped_terms(self.networks.actor.distribution(batch), batch, self.config.clip, self.kl_loss)
+        yield clipped_terms(self.networks.actor.distribution(batch), batch, self.config.clip, self.kl_loss)
 
     def after_step(self, metrics: dict[str, float]) -> None:
         """Do nothing: there are no target networks."""

@@ -6,6 +6,7 @@ value loss  = ½ mean over steps of max((V − target)², (V_old ± c clip − t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from agents.config import check_choice, check_counts, check_not_negative, check_shares
-from agents.interfaces import NetworkFactory
+from agents.interfaces import Loss, NetworkFactory
 from agents.objectives.actor_critic import ActorCritic, add_advantages, add_penalized_reward
 from agents.objectives.advantages import token_weights
 from agents.objectives.losses import (
@@ -76,13 +77,16 @@ class PPO:
         config, value = self.config, self.networks.state_values(rollout)
         return add_advantages(rollout, value, config.gamma, config.lmbda, config.whiten)
 
-    def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """`policy_loss`, `value_loss`, and `kl_loss` and `entropy_loss` if they are on; diagnostics of the ratio."""
+    def loss(self, batch: TensorDict) -> Iterator[Loss]:
+        """`policy_loss`, `kl_loss` and `entropy_loss` if they are on, and `value_loss`; diagnostics of the ratio."""
+        yield self._policy_loss(batch)
+        yield {"value_loss": self._value_loss(batch)}, {}
+
+    def _policy_loss(self, batch: TensorDict) -> Loss:
         config, distribution = self.config, self.networks.actor.distribution(batch)
         terms, diagnostics = clipped_terms(distribution, batch, config.clip, self.kl_loss)
         if config.dual_clip > 0:
             terms["policy_loss"] = dual_clipped(terms["policy_loss"], batch["advantage"], config.dual_clip)
-        terms["value_loss"] = self._value_loss(batch)
         if config.entropy_coef > 0:
             terms["entropy_loss"] = -config.entropy_coef * distribution.entropy()
         return terms, diagnostics

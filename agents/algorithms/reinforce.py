@@ -7,14 +7,14 @@ rest.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from tensordict import TensorDict
-from torch import Tensor
 
 from agents.config import check_shares
-from agents.interfaces import NetworkFactory
+from agents.interfaces import Loss, NetworkFactory
 from agents.objectives.actor_critic import ActorCritic, add_advantages, add_penalized_reward
 from agents.objectives.advantages import token_weights
 from agents.objectives.losses import policy_gradient, value_loss
@@ -55,15 +55,13 @@ class Reinforce:
         config, value = self.config, self.networks.state_values(rollout)
         return add_advantages(rollout, value, config.gamma, WHOLE_RETURNS, config.whiten)
 
-    def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def loss(self, batch: TensorDict) -> Iterator[Loss]:
         """`policy_loss` and `value_loss`; no diagnostics."""
-        distribution, mask = self.networks.actor.distribution(batch), batch["mask"]
-        log_prob = distribution.log_prob(batch["action"]).where(mask, 0.0)  # [B, R]
+        mask = batch["mask"]
+        log_prob = self.networks.actor.distribution(batch).log_prob(batch["action"]).where(mask, 0.0)  # [B, R]
+        yield {"policy_loss": policy_gradient(log_prob, batch["advantage"])}, {}
         value = self.networks.critic.values(batch).where(mask, 0.0)  # [B, R]
-        return {
-            "policy_loss": policy_gradient(log_prob, batch["advantage"]),
-            "value_loss": value_loss(value, batch["value_target"]),
-        }, {}
+        yield {"value_loss": value_loss(value, batch["value_target"])}, {}
 
     def after_step(self, metrics: dict[str, float]) -> None:
         """Do nothing: there are no target networks."""

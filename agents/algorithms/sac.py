@@ -8,15 +8,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from agents.config import check_shares
-from agents.interfaces import NetworkFactory
+from agents.interfaces import Loss, NetworkFactory
 from agents.objectives.actor_critic import add_environment_reward, ends_of
 from agents.objectives.advantages import token_weights
 from agents.objectives.soft_q import (
@@ -90,7 +91,7 @@ class SAC:
 
     def __init__(self, config: SACConfig, factory: NetworkFactory) -> None:
         check_discrete(factory)
-        self.config, self.fixed_alpha = config, config.alpha or factory.alpha
+        self.config, self.factory, self.fixed_alpha = config, factory, config.alpha or factory.alpha
         self.networks = SACNetworks(config, factory, self.fixed_alpha)
 
     @property
@@ -104,27 +105,40 @@ class SAC:
         add_environment_reward(rollout)
         return {}
 
-    def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """`policy_loss`, `q_loss` and, if α is learned, `alpha_loss`; the value of the actions taken and α."""
-        action, mask = batch["action"], batch["mask"]
-        log_prob = self.networks.actor.all_states(batch).log_softmax(-1)  # [B, R + 1, A]
-        action_values = [network.all_states(batch)[:, :-1] for network in self.networks.online]  # [B, R, A] each
-        targets = self._targets(batch, log_prob.detach())  # [B, R]
-        predicted = [value_of(action, values).where(mask, 0.0) for values in action_values]  # [B, R] each
+    def loss(self, batch: TensorDict) -> Iterator[Loss]:
+        """`q_loss`, `policy_loss` and, if α is learned, `alpha_loss`; the value of the actions taken and α."""
+        action, mask, targets = batch["action"], batch["mask"], self._targets(batch)
         measure = LOSSES[self.config.loss_function]
-        q_losses = [measure(values, targets, reduction="none") for values in predicted]
-        log_prob = log_prob[:, :-1]  # [B, R, A]
-        terms = {
-            "policy_loss": -expected_value(log_prob, torch.minimum(*action_values).detach(), self.alpha),
-            "q_loss": sum(q_losses, torch.zeros_like(targets)),
-        }
-        diagnostics = {"q_value": torch.minimum(*predicted).detach().sum()}
-        if (learned := self.networks.learned_alpha) is not None:
-            entropy = -(log_prob.exp() * log_prob).sum(-1).detach()  # [B, R]
-            excess = entropy - self.config.target_entropy * math.log(log_prob.shape[-1])
-            terms["alpha_loss"] = learned.log * excess.where(mask, 0.0)
-            diagnostics["alpha"] = learned.log.detach().exp() * mask.sum()
-        return terms, diagnostics
+        values, predicted = [], []
+        for network in self.networks.online:
+            values.append(network.all_states(batch))
+            q_value = self.factory.map_states(lambda values, action: value_of(action, values), values[-1:], action)
+            predicted.append(q_value[:, :-1].where(mask, 0.0))  # [B, R]
+            yield {"q_loss": measure(predicted[-1], targets, reduction="none")}, {}
+        terms, diagnostics = self._policy_loss(batch, values)
+        yield terms, diagnostics | {"q_value": torch.minimum(*predicted).detach().sum()}
+
+    def _policy_loss(self, batch: TensorDict, values: list[Any]) -> Loss:
+        """values: what the online networks say of all actions."""
+        mask, learned = batch["mask"], self.networks.learned_alpha
+        logits = self.networks.actor.all_states(batch)
+        numbers = self.factory.map_states(self._policy_numbers, [logits, *values])[:, :-1]  # [B, R, K]
+        terms = {"policy_loss": -numbers[..., 0]}
+        if learned is None:
+            return terms, {}
+        excess = numbers[..., 1].detach().where(mask, 0.0)
+        return terms | {"alpha_loss": learned.log * excess}, {"alpha": learned.log.detach().exp() * mask.sum()}
+
+    def _policy_numbers(self, logits: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """The policy's value by the lower of two action values, [..., 1]; if α is learned also its entropy in excess of
+        the target, [..., 2].
+        """
+        log_prob = logits.log_softmax(-1)
+        value = expected_value(log_prob, torch.minimum(first, second).detach(), self.alpha)
+        if self.networks.learned_alpha is None:
+            return value[..., None]
+        excess = -(log_prob.exp() * log_prob).sum(-1) - self.config.target_entropy * math.log(logits.shape[-1])
+        return torch.stack([value, excess], -1)
 
     def after_step(self, metrics: dict[str, float]) -> None:
         """Update the target networks."""
@@ -132,9 +146,15 @@ class SAC:
             target.update(online)
 
     @torch.no_grad()
-    def _targets(self, batch: TensorDict, log_prob: Tensor) -> Tensor:
-        """Targets of both critics, [B, R]. log_prob: the actor's at s_0..s_R, [B, R + 1, A]."""
-        lowest = torch.minimum(*(target.network.all_states(batch) for target in self.networks.target))
-        value = expected_value(log_prob, lowest, self.alpha)  # [B, R + 1]
-        old = value_of(batch["action"], lowest[:, :-1])  # [B, R]
-        return action_targets(batch["reward"], value, old, ends_of(batch), self.config.gamma, self.config.lmbda)
+    def _targets(self, batch: TensorDict) -> Tensor:
+        """Targets of both critics, [B, R]."""
+        networks = [self.networks.actor, *(target.network for target in self.networks.target)]
+        values = [network.all_states(batch) for network in networks]
+        value, old = self.factory.map_states(self._target_numbers, values, batch["action"]).unbind(-1)  # [B, R + 1]
+        config = self.config
+        return action_targets(batch["reward"], value, old[:, :-1], ends_of(batch), config.gamma, config.lmbda)
+
+    def _target_numbers(self, logits: Tensor, first: Tensor, second: Tensor, action: Tensor) -> Tensor:
+        """The state's value, and Q(s, a), by the lower of two action values, [..., 2]."""
+        lowest = torch.minimum(first, second)
+        return torch.stack([expected_value(logits.log_softmax(-1), lowest, self.alpha), value_of(action, lowest)], -1)

@@ -7,7 +7,7 @@ of one environment, so s_1..s_{R-1} are among the observations already.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -228,9 +228,13 @@ class ControlNetworkFactory:
             return QNetwork(self._sizes(self.outputs), self.config.activation, alpha)
 
     @own_settings()
-    def all_states(self, network: Any, data: TensorDict) -> Tensor:
-        """Outputs of a network at s_0..s_R, [B, R + 1, ...]."""
-        return network.all_states(data)
+    def state_values(self, critic: ValueNetwork, data: TensorDict) -> Tensor:
+        """V(s_0)..V(s_R) without gradient, [B, R + 1]."""
+        return critic.all_states(data)
+
+    def map_states(self, function: Callable[..., Tensor], values: Sequence[Tensor], *others: Tensor) -> Tensor:
+        """`function` of all outputs at once; of s_R, which no step leaves, it gets 0 for the numbers of a step."""
+        return function(*values, *(torch.cat([other, torch.zeros_like(other[:, :1])], 1) for other in others))
 
     def _discrete_actor(self) -> DiscreteActor:
         return DiscreteActor(self._sizes(self.outputs), self.config.activation, 0.01)

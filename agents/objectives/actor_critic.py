@@ -56,7 +56,7 @@ class ActorCritic:
 
     def state_values(self, rollout: TensorDict) -> Tensor:
         """V(s_0)..V(s_R) without gradient, [B, R + 1]."""
-        return self.factory.all_states(self.critic, rollout)
+        return self.factory.state_values(self.critic, rollout)
 
 
 class ActorOnly:

@@ -14,9 +14,8 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torch.distributions import Distribution
 
-from agents.interfaces import NetworkFactory
+from agents.interfaces import ActionDistribution, Loss, NetworkFactory
 from textenv.kl import ESTIMATORS, MAX_LOG_RATIO
 from textenv.unread import Unread
 
@@ -72,9 +71,7 @@ def distance(log_ratio: Tensor, ratio: Tensor, clip: float) -> dict[str, Tensor]
     return {"approx_kl": (change - log_ratio).sum(), "clip_fraction": (change.abs() > clip).sum()}
 
 
-def clipped_terms(
-    distribution: Distribution, batch: TensorDict, clip: float, kl_loss: str
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def clipped_terms(distribution: ActionDistribution, batch: TensorDict, clip: float, kl_loss: str) -> Loss:
     """`policy_loss`, and `kl_loss` if it is on, [B, R] each; and the policy's `distance` from the old one.
 
     distribution: the current actor's, at every step of the batch. Log-ratios above 20 count as 20 and have no gradient:

@@ -80,7 +80,7 @@ def expected_value(log_prob: Tensor, action_value: Tensor, alpha: float | Tensor
 
 
 def value_of(action: Tensor, action_value: Tensor) -> Tensor:
-    """Q(s_t, a_t), [B, R]. action: [B, R]; action_value: [B, R, A]."""
+    """Q(s, a), [...]. action: [...]; action_value: [..., A]."""
     return action_value.gather(-1, action[..., None])[..., 0]
 
 

@@ -57,13 +57,13 @@ def evaluate(
     prompts: Prompts,
     gold: Gold | None,
     seed: int,
-    batch: tuple[int, int] = (128, 32),
+    batch: tuple[int, int | None] = (128, 2048),
 ) -> Evaluation:
     """Sample one response per prompt at the task's temperature and measure it. Same seed, same responses.
 
     Scores are the reward's own, before normalization, so that evaluations can be compared. The KL is measured where
     `kl_coef` is 0 too.
-    batch: responses generated at a time (which determines their random numbers), and responses per forward pass.
+    batch: responses generated at a time (which determines their random numbers), and tokens per forward pass.
     """
     task = dataclasses.replace(task.without_normalization(), reference=task.load_reference())
     generator = torch.Generator(task.device).manual_seed(seed)
@@ -94,11 +94,11 @@ def _evaluate(
     model: PreTrainedModel,
     prompts: Prompts,
     generator: torch.Generator,
-    rows_per_pass: int,
+    tokens_per_pass: int | None,
 ) -> Evaluation:
     """Evaluate one batch, without gold scores, by one forward of the reference and of the reward model."""
     generation = generate(task, model, prompts, Sampling(temperature=task.config.temperature), generator)
-    scored = score_responses(task, generation.state, prompts.texts, fields=prompts.fields)
+    scored = score_responses(task, generation.state, prompts.texts, tokens_per_pass, prompts.fields)
     return Evaluation(
         prompts=list(prompts.texts),
         responses=scored.responses,

@@ -69,7 +69,7 @@ class TextExperiment:
         else:
             self.prompts, self.held_out = self.task.prompts, self.task.read_prompts(held_out)
         self.gold = find_gold(self.task, settings)
-        self.network_factory = TextNetworkFactory(self.task, settings.critic, settings.micro_batch_size, config.seed)
+        self.network_factory = TextNetworkFactory(self.task, settings, config.seed)
         on_policy = find_algorithm(config.algorithm)[1].on_policy
         self.collector = TextCollector(self.task, self.prompts, settings, config.seed, ratios=on_policy)
 
@@ -93,7 +93,7 @@ class TextExperiment:
 
     def evaluate(self, policy: nn.Module) -> Evaluation:
         """One response to each held-out prompt, with the same seed every time."""
-        batch = (self.settings.rollout_size, self.settings.micro_batch_size)
+        batch = (self.settings.rollout_size, self.settings.micro_batch_tokens)
         with self.collector.precision.tensor_cores():
             model = self.collector.sampling_model(policy)
             return evaluate(self.task, model, self.held_out, self.gold, evaluation_seed(), batch)

@@ -4,31 +4,77 @@ The actor starts from the reference. The critic's backbone starts from the rewar
 otherwise from the reference. All process whole texts in one forward pass. Batches are TensorDicts with `input_ids` and
 `attention_mask` [B, L], `mask` bool [B, R] and, with action masks, `allowed_ids` int32 [B, R, K] and `allowed_inside`
 bool [B, R]: a `TokenSets` of the tokens that were allowed while sampling.
+
+A number for every token at every state does not fit in memory. So actors and Q-networks give `TokenValues`, which are
+formed where they are read, at generated tokens alone.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agents.objectives.actor_critic import Categorical
 from agents.seeds import seed_of
+from agents.text.config import TextConfig
 from textenv.masks.token_sets import TokenSets
 from textenv.models.decoding import decodes_from_cache
-from textenv.models.language_model import find_backbone, hidden_states, read, read_states, response_logits
+from textenv.models.language_model import find_backbone, hidden_states, read, read_states
+from textenv.models.logits import Logits, map_states, read_logits, spread
 from textenv.models.probe import check_backbone
 from textenv.rewards.reward_model import RewardModel, reads_every_position
-from textenv.state import own_settings
+from textenv.state import batches, own_settings
 from textenv.task import Task
 
 # Logit of a token without probability, below the largest of its row: exp(-1e4) is 0 in float32, and finite logits keep
 # 0 · log 0 and its gradient free of NaN.
 FORBIDDEN = -1e4
+
+DEFAULTS = TextConfig()
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """A number for every token at the states of generated tokens, not formed yet: a logit, or an action value."""
+
+    logits: Logits  # of N states
+    mask: Tensor  # bool [B, R], true at N generated tokens
+
+    def map(self, function: Callable[..., Tensor], *others: TokenValues | Tensor) -> Tensor:
+        """`function` of the numbers [n, V], some states at a time: see `textenv.models.logits.map_states`.
+
+        others: what else it takes a part of: numbers of other networks at the same states, then tensors [B, R, ...].
+        Returns [B, R, ...], exactly zero in value and gradient at tokens that are not generated.
+        """
+        places = self.mask.nonzero(as_tuple=True)
+        logits = [each.logits for each in (self, *others) if isinstance(each, TokenValues)]
+        states = [each[places] for each in others if isinstance(each, Tensor)]
+        return spread(map_states(function, logits, *states), self.mask)
+
+
+@dataclass(frozen=True)
+class TokenDistribution:
+    """A policy's distribution over tokens at every generated token; exactly zero elsewhere. See `Categorical`."""
+
+    values: TokenValues  # logits
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Log-probability of tokens. action: int64 [B, R]; returns [B, R]."""
+        return self.values.map(lambda logits, action: Categorical(logits).log_prob(action), action)
+
+    def entropy(self) -> Tensor:
+        """−Σ π log π in nats, [B, R]."""
+        return self.values.map(lambda logits: Categorical(logits).entropy())
 
 
 class TextActor(nn.Module):
@@ -38,24 +84,13 @@ class TextActor(nn.Module):
         super().__init__()
         self.model, self.temperature = model, temperature
 
-    def forward(self, batch: TensorDict) -> Tensor:
-        """Logits of the response tokens, float32 [B, R, V]; tokens that were not allowed get no probability.
+    def distribution(self, batch: TensorDict) -> TokenDistribution:
+        """Distribution over tokens at every response position; tokens that were not allowed get no probability."""
+        return TokenDistribution(self.all_states(batch))
 
-        Outside the mask the actor is certain of id 0, the action stored there: log-probability, entropy and gradient
-        are exactly zero there, whatever the column holds.
-        """
-        input_ids, attention_mask, mask = batch["input_ids"], batch["attention_mask"], batch["mask"]
-        width = input_ids.shape[1] - mask.shape[1]  # P
-        logits = response_logits(self.model, input_ids, attention_mask, width).float() / self.temperature
-        return certain_outside(_allowed_only(logits, batch), mask)
-
-    def distribution(self, batch: TensorDict) -> Categorical:
-        """Distribution over tokens at every response position, batch shape [B, R]."""
-        return Categorical(self(batch))
-
-    def all_states(self, batch: TensorDict) -> Tensor:
-        """Logits at s_0..s_R, float32 [B, R + 1, V]; s_R is treated as padding, since the response is over."""
-        return masked_states(self.model, batch, self.temperature)[0]
+    def all_states(self, batch: TensorDict) -> TokenValues:
+        """Logits of all tokens."""
+        return allowed_logits(self.model, batch, self.temperature)
 
 
 class TextQ(nn.Module):
@@ -69,50 +104,36 @@ class TextQ(nn.Module):
         super().__init__()
         self.model, self.head, self.temperature, self.alpha = model, head, temperature, alpha
 
-    def all_states(self, batch: TensorDict) -> Tensor:
-        """Values of all tokens at s_0..s_R, finite in padding too. Returns float32 [B, R + 1, V]."""
-        logits, hidden = masked_states(self.model, batch, self.temperature)
-        # Detached: the head's errors are large at first and would disturb the policy.
-        return in_float32(self.head, hidden.detach()) + self.alpha * logits.log_softmax(-1)
+    def all_states(self, batch: TensorDict) -> TokenValues:
+        """Values of all tokens."""
+        policy = allowed_logits(self.model, batch, self.temperature)
+
+        def head(hidden: Tensor, *sets: Tensor) -> Tensor:
+            # Detached: the head's errors are large at first and would disturb the policy.
+            value = in_float32(self.head, hidden.detach())  # [n, 1]
+            return value + self.alpha * policy.logits.head(hidden, *sets).log_softmax(-1)
+
+        return replace(policy, logits=replace(policy.logits, head=head))
 
 
-def masked_states(model: PreTrainedModel, batch: TensorDict, temperature: float) -> tuple[Tensor, Tensor]:
-    """A language model's masked logits at s_0..s_R, and the hidden states that its head reads there.
+def allowed_logits(model: PreTrainedModel, batch: TensorDict, temperature: float) -> TokenValues:
+    """A language model's float32 logits at a temperature; tokens that the batch does not allow get no probability."""
+    mask = batch["mask"]
+    logits = read_logits(model, batch["input_ids"], batch["attention_mask"], mask)
+    sets = tuple(batch[name][mask] for name in ("allowed_ids", "allowed_inside") if name in batch)
 
-    Returns float32 [B, R + 1, V], and [B, R + 1, H].
-    """
-    logits, hidden = read(model, *_read_batch(batch))
-    logits = logits.float() / temperature
-    if "allowed_ids" in batch:
-        logits = torch.cat([_allowed_only(logits[:, :-1], batch), logits[:, -1:]], 1)
-    return certain_outside(logits, nn.functional.pad(batch["mask"], (0, 1))), hidden
+    def head(hidden: Tensor, *sets: Tensor) -> Tensor:
+        formed = logits.head(hidden).float() / temperature  # [n, V]
+        return forbid(formed, TokenSets(*sets)) if sets else formed
 
-
-def _read_batch(batch: TensorDict) -> tuple[Tensor, Tensor]:
-    """Left-aligned texts [B, T], and the positions of s_0..s_R in them [B, R + 1]."""
-    states = batch["mask"].shape[1] + 1
-    return read_states(batch["input_ids"], batch["attention_mask"], batch["input_ids"].shape[1] - states + 1, states)
-
-
-def _allowed_only(logits: Tensor, batch: TensorDict) -> Tensor:
-    """Logits [B, R, V] with the tokens that the batch does not allow made impossible."""
-    if "allowed_ids" not in batch:
-        return logits
-    return forbid(logits, TokenSets(batch["allowed_ids"], batch["allowed_inside"]))
+    return TokenValues(replace(logits, head=head, further=sets), mask)
 
 
 def forbid(logits: Tensor, allowed: TokenSets) -> Tensor:
-    """Logits [B, R, V] with all probability on the allowed tokens of each position [B, R]."""
-    inside = allowed.dense(logits.shape[-1])  # [B, R, V]
-    largest = logits.detach().masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)  # [B, R, 1], of the allowed ones
+    """Logits [n, V] with all probability on the allowed tokens of each state [n]."""
+    inside = allowed.dense(logits.shape[-1])  # [n, V]
+    largest = logits.detach().masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)  # [n, 1], of the allowed ones
     return torch.where(inside, logits, largest + FORBIDDEN)
-
-
-def certain_outside(logits: Tensor, mask: Tensor) -> Tensor:
-    """Logits [B, R, V] where the mask [B, R] is true; elsewhere all probability is on id 0."""
-    certain = torch.zeros(logits.shape[-1], device=logits.device)
-    certain[0] = -FORBIDDEN  # so log_softmax is exactly 0 at id 0
-    return torch.where(mask[..., None], logits, certain)
 
 
 class TextCritic(nn.Module):
@@ -128,7 +149,10 @@ class TextCritic(nn.Module):
 
     def all_states(self, batch: TensorDict) -> Tensor:
         """V(s_0)..V(s_R), float32 [B, R + 1]."""
-        hidden = hidden_states(self.backbone, *_read_batch(batch))  # [B, R + 1, H]: s_t is read at token t - 1
+        states = batch["mask"].shape[1] + 1
+        prompt_width = batch["input_ids"].shape[1] - states + 1
+        texts = read_states(batch["input_ids"], batch["attention_mask"], prompt_width, states)
+        hidden = hidden_states(self.backbone, *texts)  # [B, R + 1, H]: s_t is read at token t - 1
         return in_float32(self.head, hidden)[..., 0]
 
 
@@ -149,9 +173,9 @@ class TextNetworkFactory:
 
     discrete = True
 
-    def __init__(self, task: Task, start: str = "auto", rows_per_pass: int = 16, seed: int = 0) -> None:
-        """start: where critics start from, see `make_critic`; rows_per_pass: in `all_states`."""
-        self.task, self.start, self.rows_per_pass, self.seed = task, start, rows_per_pass, seed
+    def __init__(self, task: Task, config: TextConfig = DEFAULTS, seed: int = 0) -> None:
+        """seed: of random weights."""
+        self.task, self.config, self.seed = task, config, seed
         self.group_size = task.config.group_size
         self.alpha = task.config.kl_coef
         self.made = 0  # networks with random weights, built so far
@@ -159,26 +183,38 @@ class TextNetworkFactory:
     @own_settings(gradients=True)
     def actor(self) -> TextActor:
         """A policy that starts as the reference."""
-        return make_actor(self.task)
+        return self._prepared(make_actor(self.task))
 
     @own_settings(gradients=True)
     def critic(self) -> TextCritic:
         """A critic with the chosen start."""
-        return make_critic(self.task, self.start, self._next_seed())
+        return self._prepared(make_critic(self.task, self.config.critic, self._next_seed()))
 
     @own_settings(gradients=True)
     def q_network(self, alpha: float) -> TextQ:
         """Values of tokens; the policy starts as the reference, and every network has another random head."""
-        return make_q_network(self.task, alpha, self._next_seed())
+        return self._prepared(make_q_network(self.task, alpha, self._next_seed()))
 
     def _next_seed(self) -> int:
         self.made += 1
         return seed_of(self.seed, "networks", self.made)
 
+    def _prepared(self, network: Any) -> Any:
+        if self.config.gradient_checkpointing:
+            recompute_layers(network)
+        return network
+
     @own_settings()
-    def all_states(self, network: Any, data: TensorDict) -> Tensor:
-        """`network.all_states`, `rows_per_pass` rows at a time. Returns [B, R + 1, ...]."""
-        return torch.cat([network.all_states(part) for part in data.split(self.rows_per_pass)])
+    def state_values(self, critic: TextCritic, data: TensorDict) -> Tensor:
+        """V(s_0)..V(s_R) without gradient, [B, R + 1], `micro_batch_tokens` at a time."""
+        parts = batches(data["attention_mask"].sum(1), self.config.micro_batch_tokens)
+        values = torch.cat([critic.all_states(data[rows]) for rows in parts])
+        return values[torch.cat(parts).argsort()]
+
+    def map_states(self, function: Callable[..., Tensor], values: Sequence[TokenValues], *others: Tensor) -> Tensor:
+        """`function` of action values, some of the states at a time; 0 at s_R, where the response is over."""
+        mapped = values[0].map(function, *values[1:], *others)  # [B, R, ...]
+        return torch.cat([mapped, torch.zeros_like(mapped[:, :1])], 1)
 
 
 def make_actor(task: Task) -> TextActor:
@@ -267,6 +303,23 @@ def _head(model: PreTrainedModel, label: int | None) -> nn.Linear:
         head.weight.copy_(mix @ score.weight)
         head.bias.zero_() if score.bias is None else head.bias.copy_(mix[0] @ score.bias)
     return head
+
+
+def recompute_layers(network: nn.Module) -> None:
+    """Gradient checkpointing: the backward pass computes each layer again, and memory keeps its input alone.
+
+    Transformers' own switch would put the model into train mode, where dropout and router noise are drawn. Raises
+    ValueError for an architecture without such layers.
+    """
+    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        names = sorted({type(module).__name__ for module in network.modules() if isinstance(module, PreTrainedModel)})
+        raise ValueError(
+            f"Transformers cannot recompute the layers of {' and '.join(names)}; leave out gradient_checkpointing, and "
+            "lower micro_batch_tokens to save memory."
+        )
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _trainable_copy(model: Any) -> Any:

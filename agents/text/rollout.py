@@ -35,7 +35,7 @@ from textenv.masks.masks import MaskPolicy
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
 from textenv.rewards.normalization import RAW
-from textenv.state import own_settings
+from textenv.state import batches, own_settings
 from textenv.task import Task
 
 
@@ -63,18 +63,21 @@ def collect(
     model: PreTrainedModel,
     prompts: Prompts,
     generator: torch.Generator,
-    rows_per_pass: int,
+    tokens_per_pass: int | None,
     penalty: Penalty | None = None,
 ) -> TextRollout:
-    """One response to each prompt; `penalty` defaults to the environment's β with k1."""
+    """One response to each prompt; `penalty` defaults to the environment's β with k1.
+
+    tokens_per_pass: in one forward pass of a model that scores, prompts and padding included.
+    """
     penalty = penalty or Penalty(coef=task.config.kl_coef)
     sampling = Sampling(temperature=task.config.temperature)
     with phase("decode"):
         generation = generate(task, model, prompts, sampling, generator)
     state = generation.state
     with phase("score"):
-        scored = score_responses(task, state, prompts.texts, fields=prompts.fields)
-        kl = estimate_kl(task, model, generation, scored.reference_log_prob, penalty.estimator, rows_per_pass)
+        scored = score_responses(task, state, prompts.texts, tokens_per_pass, prompts.fields)
+        kl = estimate_kl(task, model, generation, scored.reference_log_prob, penalty.estimator, tokens_per_pass)
     mask = state.response_mask
     ends = response_ends(mask)
     data = TensorDict(
@@ -105,19 +108,20 @@ def collect(
     return TextRollout(data, metrics, prompts.texts, scored)
 
 
-def trim(batch: TensorDict) -> TensorDict:
-    """The batch without the columns that are padding in every row."""
-    mask, attention = batch["mask"], batch["attention_mask"]
-    total, budget = mask.shape[1], attention.shape[1]
-    columns = torch.arange(1, total + 1, device=mask.device)
-    used = max(int((columns * torch.any(attention[:, budget - total :], 0)).max()), 1)  # response columns
-    first = int(torch.any(attention, 0).long().argmax())  # prompt columns, filled from the right
+def trim(batch: TensorDict, prompt: int, response: int) -> TensorDict:
+    """The batch without the columns that are padding in every row.
+
+    prompt, response: tokens of the longest prompt, which ends in column P, and of the longest response, which starts
+    there.
+    """
+    total, budget = batch["mask"].shape[1], batch["attention_mask"].shape[1]  # R, L
+    start, response = budget - total, max(response, 1)
     trimmed = {}
     for key, value in batch.items():
         if value.ndim > 1 and value.shape[1] == budget:
-            value = value[:, first : budget - total + used]
+            value = value[:, start - prompt : start + response]
         elif value.ndim > 1 and value.shape[1] == total:
-            value = value[:, :used]
+            value = value[:, :response]
         trimmed[key] = value
     return TensorDict(trimmed, batch_size=batch.batch_size, device=batch.device)
 
@@ -170,17 +174,17 @@ def estimate_kl(
     generation: Generation,
     reference_log_prob: Tensor,
     estimator: str,
-    rows_per_pass: int,
+    tokens_per_pass: int | None,
 ) -> Tensor:
     """The KL to the reference at every token that `model` sampled; zeros without a reference.
 
-    `exact` costs one more forward of both models, `rows_per_pass` rows at a time. Returns float32 [B, R], zero
+    `exact` costs one more forward of both models, `tokens_per_pass` tokens at a time. Returns float32 [B, R], zero
     outside the response.
     """
     if task.reference is None:
         return torch.zeros_like(reference_log_prob)
     if estimator == EXACT:
-        return response_kl(model, task.reference.model, generation, task.config.temperature)
+        return response_kl(model, task.reference.model, generation, task.config.temperature, tokens_per_pass)
     return ESTIMATORS[estimator](generation.log_prob, reference_log_prob)
 
 
@@ -220,10 +224,10 @@ class TextCollector:
     def collect(self, policy: nn.Module) -> TextRollout:
         """One rollout of responses by the language model in `policy`."""
         indices = self.sampler.draw(self.prompt_generator, self.config.rollout_size)
-        prompts, rows = self.prompts.select(indices), self.config.micro_batch_size
+        prompts, tokens = self.prompts.select(indices), self.config.micro_batch_tokens
         with self.precision.tensor_cores():
             model = self.sampling_model(policy)
-            rollout = collect(self.task, model, prompts, self.sampling_generator, rows, self.penalty())
+            rollout = collect(self.task, model, prompts, self.sampling_generator, tokens, self.penalty())
         if self.recompute:
             with phase("recompute"):
                 self.mismatch = self._recompute_log_probs(policy, rollout.data)
@@ -281,9 +285,12 @@ class TextCollector:
         return rows
 
     def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
-        """Responses of similar length together, which saves padding."""
-        for rows in minibatch["mask"].sum(1).argsort().split(self.config.micro_batch_size):
-            yield trim(minibatch[rows])
+        """Texts of similar length together, which saves padding; `micro_batch_tokens` in each part."""
+        attention, width = minibatch["attention_mask"], minibatch["mask"].shape[1]
+        parts = attention.split([attention.shape[1] - width, width], 1)
+        lengths = torch.stack([part.sum(1) for part in parts]).cpu()  # [2, B], the only wait for the device
+        for rows in batches(lengths.sum(0), self.config.micro_batch_tokens):
+            yield trim(minibatch[rows.to(attention.device)], *lengths[:, rows].amax(1).tolist())
 
     def after_update(self, policy: nn.Module, iteration: int) -> None:
         """Refresh mask policies every `mask_refresh` iterations (NLPO)."""

@@ -26,8 +26,8 @@ def shaded_responses(
     task, penalty = collector.task, collector.penalty()
     if by == "penalty" and task.reference is None:
         raise ValueError("the run has kl_coef=0, so tokens have no penalty; color them by advantage.")
-    model = language_model_of(algorithm.networks.policy)
-    rollout = collect(task.with_frozen_statistics(), model, prompts, generator, len(prompts), penalty)
+    model, tokens = language_model_of(algorithm.networks.policy), collector.config.micro_batch_tokens
+    rollout = collect(task.with_frozen_statistics(), model, prompts, generator, tokens, penalty)
     data = rollout.data
     values = penalty.coef * data["kl"] if by == "penalty" else _advantages(algorithm, data)
     state = TextState.from_masks(data["input_ids"], data["attention_mask"], data["mask"])

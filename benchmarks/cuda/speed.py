@@ -122,9 +122,8 @@ def _iteration(name: str, vocabulary: int, precision: str, scale: Scale) -> Row:
     model = random_model(name, vocabulary, scale.device, torch.bfloat16)
     task = task_for(model, scale, scale.update_rows, (0,))
     config = TrainConfig(iterations=2, minibatch_size=scale.update_rows // 2)
-    settings = TextConfig(
-        rollout_size=scale.update_rows, micro_batch_size=max(scale.update_rows // 4, 1), evaluation_prompts=1
-    )
+    micro_batch = max(scale.update_rows // 4, 1) * (scale.prompt + scale.response)
+    settings = TextConfig(rollout_size=scale.update_rows, micro_batch_tokens=micro_batch, evaluation_prompts=1)
     experiment = TextExperiment(config, settings, task)
     with peak_memory(scale.device) as memory, _precision(precision, scale):
         trainer = Trainer(config, PPO(PPOConfig(epochs=1), experiment.network_factory), experiment.collector)

@@ -51,9 +51,7 @@ def sums(scale: Scale, folder: Path) -> Iterator[Row]:
         critic_learning_rate=1e-5,
         schedule="constant",
     )
-    settings = TextConfig(
-        rollout_size=rollout, micro_batch_size=min(rollout, 64), evaluation_prompts=4 if small else 256
-    )
+    settings = TextConfig(rollout_size=rollout, micro_batch_tokens=64 * 80, evaluation_prompts=4 if small else 256)
     experiment = TextExperiment(train, settings, build_task(config))
     trainer = Trainer(train, PPO(PPOConfig(epochs=2), experiment.network_factory), experiment.collector)
     yield {"case": "before", **_accuracy(experiment, trainer)}

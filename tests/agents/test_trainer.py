@@ -17,11 +17,11 @@ from tests.support.learning import make_rollout, make_trainer, same, weights
 from textenv import TextGenConfig, build_task
 
 
-@pytest.mark.parametrize(("minibatch", "micro_batch"), [(8, 8), (4, 4), (4, 3), (2, 1)])
-def test_optimizer_steps(settings, minibatch, micro_batch):
+@pytest.mark.parametrize(("minibatch", "tokens"), [(8, 1000), (4, 1000), (4, 60), (2, 1)])
+def test_optimizer_steps(settings, minibatch, tokens):
     """An iteration takes epochs × minibatches optimizer steps, whatever the micro-batch size."""
     trainer = make_trainer(
-        settings, algorithm=dict(epochs=3), iterations=1, minibatch_size=minibatch, micro_batch_size=micro_batch
+        settings, algorithm=dict(epochs=3), iterations=1, minibatch_size=minibatch, micro_batch_tokens=tokens
     )
     steps = []
     step = trainer.optimizer.step
@@ -116,7 +116,7 @@ def test_ppo_learns_a_known_answer(folders):
         device="cpu",
     )
     trainer = make_trainer(
-        settings, iterations=25, rollout_size=64, minibatch_size=32, micro_batch_size=32, learning_rate=3e-3
+        settings, iterations=25, rollout_size=64, minibatch_size=32, micro_batch_tokens=640, learning_rate=3e-3
     )
     scores = [iteration.metrics["score"] for iteration in trainer.iterate()]
     assert sum(scores[:2]) / 2 < 0.2

@@ -8,6 +8,7 @@ import torch
 
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
+from agents.interfaces import Loss
 from agents.text.config import TextConfig
 from agents.text.networks import TextNetworkFactory
 from agents.text.rollout import TextCollector, TextRollout, collect
@@ -16,7 +17,7 @@ from tests.support import tiny
 from textenv import TextGenConfig, build_task
 
 SMALL = dict(
-    iterations=3, rollout_size=8, minibatch_size=4, micro_batch_size=4, learning_rate=1e-3, critic_learning_rate=1e-3
+    iterations=3, rollout_size=8, minibatch_size=4, micro_batch_tokens=80, learning_rate=1e-3, critic_learning_rate=1e-3
 )
 # Random models rarely say the end token: a fifth of the vocabulary ends a response here, so lengths differ.
 RAGGED = dict(stop_token_ids=[tiny.END, *range(60)])
@@ -30,7 +31,7 @@ def make_trainer(settings: dict, algorithm: dict | None = None, learner: str = "
     config = TrainConfig(algorithm=learner, **{name: value for name, value in given.items() if name in SHARED})
     text = TextConfig(**{name: value for name, value in given.items() if name not in SHARED})
     settings_class, algorithm_class = find_algorithm(learner)
-    networks = TextNetworkFactory(task, text.critic, text.micro_batch_size, config.seed)
+    networks = TextNetworkFactory(task, text, config.seed)
     collector = TextCollector(task, task.prompts, text, config.seed)
     return Trainer(config, algorithm_class(settings_class(**(algorithm or {})), networks), collector)
 
@@ -39,15 +40,29 @@ def make_rollout(trainer: Trainer, rows: int = 8) -> TextRollout:
     """A prepared rollout of ragged responses."""
     collector, generator = trainer.collector, torch.Generator().manual_seed(3)
     prompts = collector.prompts.select([row % len(collector.prompts) for row in range(rows)])
-    rollout = collect(collector.task, trainer.algorithm.networks.policy.model, prompts, generator, rows)
+    rollout = collect(collector.task, trainer.algorithm.networks.policy.model, prompts, generator, 1000)
     trainer.algorithm.prepare(rollout.data)
     return rollout
 
 
 def losses(trainer: Trainer, batch) -> dict[str, torch.Tensor]:
     """Every loss term's mean over a batch, as the trainer takes it."""
-    terms, weight = trainer.algorithm.loss(batch)[0], trainer.algorithm.step_weights(batch["mask"])
+    terms, weight = loss(trainer.algorithm, batch)[0], trainer.algorithm.step_weights(batch["mask"])
     return dict(zip(terms, weighted_sums(torch.stack(list(terms.values())), weight, batch["mask"]), strict=True))
+
+
+def whole(network, batch) -> torch.Tensor:
+    """Logits or action values of all tokens at all steps, [B, R, V]."""
+    return network.all_states(batch).map(lambda values: values)
+
+
+def loss(algorithm, batch) -> Loss:
+    """Loss terms [B, R] and diagnostics of all networks together; those of one name are added."""
+    together: Loss = ({}, {})
+    for parts in algorithm.loss(batch):
+        for total, part in zip(together, parts, strict=True):
+            total |= {name: total.get(name, 0) + value for name, value in part.items()}
+    return together
 
 
 def weights(module: torch.nn.Module) -> list[torch.Tensor]:

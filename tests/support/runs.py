@@ -14,7 +14,9 @@ from agents.__main__ import main, terminate
 from agents.checkpoint import FILE
 from agents.reporting import plots
 
-SIZES = dict(rollout_size=8, minibatch_size=4, micro_batch_size=4, epochs=1, evaluation_prompts=2, checkpoint_every=1)
+SIZES = dict(
+    rollout_size=8, minibatch_size=4, micro_batch_tokens=80, epochs=1, evaluation_prompts=2, checkpoint_every=1
+)
 
 
 def flags(settings: dict, **changes) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -38,6 +40,9 @@ class VectorNetworks:
 
     def __init__(self, alpha: float = 0.0, discrete: bool = True) -> None:
         self.alpha, self.discrete, self.made = alpha, discrete, 0
+
+    def map_states(self, function: Callable[..., Tensor], values: Sequence[Tensor], *others: Tensor) -> Tensor:
+        return function(*values, *(nn.functional.pad(other, (0, 1)) for other in others))
 
     def actor(self) -> VectorNetwork:
         return self._network()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -37,11 +38,15 @@ AFTER_HEAD: list[tuple[str, Callable[..., Tensor]]] = [
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits at N states that are not formed yet: what the head reads there, and the head."""
+    """Logits at N states that are not formed yet: what the head reads there, and the head.
+
+    A caller may put more behind the head, such as a mask, by another `head` with further inputs.
+    """
 
     hidden: Tensor  # [N, H]
-    head: Callable[[Tensor], Tensor]  # hidden states [n, H] to logits [n, V]
+    head: Callable[..., Tensor]  # hidden states [n, H], and a part of each further input, to logits [n, V]
     width: int  # V
+    further: tuple[Tensor, ...] = ()  # [N, ...] each
 
 
 def read_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Logits:
@@ -65,13 +70,13 @@ def map_states(function: Callable[..., Tensor], logits: Sequence[Logits], *other
     function: takes logits [n, V] of each of `logits`, and a part [n, ...] of each of `others`; returns [n, ...]. It may
     be called again for the gradients. Returns [N, ...].
     """
-    heads = [each.head for each in logits]
 
     def part(*inputs: Tensor) -> Tensor:
-        formed = [head(hidden) for head, hidden in zip(heads, inputs, strict=False)]
-        return function(*formed, *inputs[len(heads) :])
+        rest = iter(inputs)
+        formed = [each.head(*islice(rest, 1 + len(each.further))) for each in logits]
+        return function(*formed, *rest)
 
-    inputs = [*(each.hidden for each in logits), *others]
+    inputs = [*(tensor for each in logits for tensor in (each.hidden, *each.further)), *others]
     size = max(PART // max(each.width for each in logits), 1)
     if len(inputs[0]) <= size:
         return part(*inputs)
@@ -94,7 +99,9 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
 
     Returns [B, R, ...].
     """
-    return values.new_zeros(*mask.shape, *values.shape[1:]).index_put(mask.nonzero(as_tuple=True), values)
+    # Each place's row in `values`, after a row of zeros. On a GPU, `mask.nonzero()` would wait for all work so far.
+    rows = mask.flatten().cumsum(0).view(mask.shape) * mask  # [B, R]
+    return torch.cat([values.new_zeros(1, *values.shape[1:]), values])[rows]
 
 
 _after: WeakKeyDictionary[PreTrainedModel, Callable[[Tensor], Tensor] | None] = WeakKeyDictionary()

@@ -62,7 +62,7 @@ def letters(folders) -> dict:
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_it_learns_a_known_answer(letters, name):
     """The rewarded letter, one of four at first in few responses, comes to fill much of each."""
-    quick = dict(iterations=14, rollout_size=32, minibatch_size=16, micro_batch_size=32, schedule="constant")
+    quick = dict(iterations=14, rollout_size=32, minibatch_size=16, micro_batch_tokens=640, schedule="constant")
     quick |= dict(learning_rate=5e-3, critic_learning_rate=3e-3)
     trainer = make_trainer(letters, learner=name, **(quick | SETTINGS.get(name, {})))
     scores = [iteration.metrics["score"] for iteration in trainer.iterate()]
@@ -99,7 +99,7 @@ def small_run(name: str, folder: Path) -> Parts:
     env_arg = (*config.env_arg, "max_new_tokens=6", "device=cpu")
     return (
         dataclasses.replace(config, run=str(folder), iterations=1, minibatch_size=8, env_arg=env_arg),
-        dataclasses.replace(text, rollout_size=8, micro_batch_size=8, evaluation_prompts=8),
+        dataclasses.replace(text, rollout_size=8, micro_batch_tokens=160, evaluation_prompts=8),
         dataclasses.replace(algorithm, **settings_of(name)),
     )
 

@@ -11,9 +11,8 @@ from agents.algorithms.dqn import DQN, DQNConfig
 from agents.algorithms.sac import SAC, SACConfig
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.text.networks import language_model_of
-from agents.text.rollout import trim
 from tests.support import tiny
-from tests.support.learning import losses, make_rollout, make_trainer, same, weights
+from tests.support.learning import losses, make_rollout, make_trainer, same, weights, whole
 from tests.support.vectors import VectorNetworks
 
 BOTH = pytest.mark.parametrize("name", ["dqn", "sac"])
@@ -66,7 +65,7 @@ def test_dqn_equals_the_loop(settings, double):
     assert learner.alpha == beta
     with torch.no_grad():
         online, target = (
-            one.all_states(data).double() for one in (learner.networks.online, learner.networks.target.network)
+            whole(one, data).double() for one in (learner.networks.online, learner.networks.target.network)
         )
     total, count, actions = 0.0, 0, data["action"].tolist()
     for row in range(len(data)):
@@ -95,9 +94,9 @@ def test_sac_equals_the_loop(settings):
     perturb(trainer)
     learner, beta = trainer.algorithm, settings["kl_coef"]
     with torch.no_grad():
-        log_prob = learner.networks.policy.all_states(data).double().log_softmax(-1)
-        online = [network.all_states(data).double() for network in learner.networks.online]
-        lowest = torch.minimum(*(one.network.all_states(data).double() for one in learner.networks.target))
+        log_prob = whole(learner.networks.policy, data).double().log_softmax(-1)
+        online = [whole(network, data).double() for network in learner.networks.online]
+        lowest = torch.minimum(*(whole(one.network, data).double() for one in learner.networks.target))
     policy_total, q_total, count, actions = 0.0, 0.0, 0, data["action"].tolist()
     for row in range(len(data)):
         length = int(data["mask"][row].sum())
@@ -121,21 +120,19 @@ def test_the_policy_is_the_language_model(settings, name):
     data, beta = make_rollout(trainer).data, settings["kl_coef"]
     mask, q = data["mask"], list(trainer.algorithm.networks.trained.values())[-1]
     with torch.no_grad():
-        states = q.all_states(data)
-    values = states[:, :-1]
+        values = whole(q, data)
     log_prob = (values / beta).log_softmax(-1).gather(-1, data["action"][..., None])[..., 0]
     # float32: cached decoding against one pass, and values of a few units divided by β
     torch.testing.assert_close(log_prob[mask], data["action_log_prob"][mask], atol=1e-4, rtol=1e-4)
-    assert states.isfinite().all()
-    assert states.shape[1] == mask.shape[1] + 1
+    assert values.isfinite().all()
     hidden = trainer.collector.task.reference.model.base_model(
         input_ids=data["input_ids"],
         attention_mask=data["attention_mask"].long(),
         position_ids=(data["attention_mask"].long().cumsum(1) - 1).clamp_min(0),
-    ).last_hidden_state[:, -states.shape[1] :]
+    ).last_hidden_state[:, -mask.shape[1] - 1 : -1]
     expected = q.head(hidden)[..., 0].detach()
-    soft = beta * (states / beta).logsumexp(-1)
-    torch.testing.assert_close(soft[:, :-1][mask], expected[:, :-1][mask], atol=1e-4, rtol=1e-4)
+    soft = beta * (values / beta).logsumexp(-1)
+    torch.testing.assert_close(soft[mask], expected[mask], atol=1e-4, rtol=1e-4)
     assert same(
         weights(language_model_of(trainer.algorithm.networks.policy)), weights(trainer.collector.task.reference.model)
     )
@@ -145,25 +142,26 @@ def test_the_policy_is_the_language_model(settings, name):
 def test_gradients_do_not_depend_on_micro_batches(settings, name):
     """One optimizer step is a mean over all its valid tokens, however ragged rows are split."""
     found = {}
-    for size in (8, 3):
-        trainer = make(settings, name, minibatch_size=8, micro_batch_size=size, max_grad_norm=1e9)
+    for tokens in (1000, 45):
+        trainer = make(settings, name, minibatch_size=8, micro_batch_tokens=tokens, max_grad_norm=1e9)
         data = make_rollout(trainer).data
         perturb(trainer)
         trainer._backward(data)
-        found[size] = gradients(trainer)
-    scale = found[8].abs().max()
+        found[tokens] = gradients(trainer)
+    scale = found[1000].abs().max()
     # float32 sums in another order: a few roundings of the largest entry
-    torch.testing.assert_close(found[3] / scale, found[8] / scale, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[45] / scale, found[1000] / scale, atol=1e-5, rtol=0)
 
 
 @BOTH
 def test_padding_changes_no_loss_and_no_gradient(settings, name):
     """Ids, infinite and NaN rewards in padding change nothing, to the bit; columns of padding can be left out."""
-    trainer = make(settings, name)
+    trainer = make(settings, name, micro_batch_tokens=1000)
     data = make_rollout(trainer).data
     perturb(trainer)
     short = data[data["mask"].sum(1) < data["mask"].shape[1]]
-    assert trim(short)["input_ids"].shape[1] < short["input_ids"].shape[1]
+    (trimmed_batch,) = trainer.collector.micro_batches(short)
+    assert trimmed_batch["input_ids"].shape[1] < short["input_ids"].shape[1]
     spoilt = {value: short.clone() for value in (1e9, math.inf, math.nan)}
     for value, batch in spoilt.items():
         for key in ("reward", "step_score", "reference_log_prob", "action_log_prob"):
@@ -171,14 +169,14 @@ def test_padding_changes_no_loss_and_no_gradient(settings, name):
         batch["action"][~short["mask"]] = 5
         batch["input_ids"][~short["attention_mask"]] = 7
     results = []
-    for batch in (short, trim(short), *spoilt.values()):
+    for batch in (short, trimmed_batch, *spoilt.values()):
         trainer.optimizer.zero_grad()
         terms = losses(trainer, batch)
         sum(terms.values()).backward()
         results.append([*terms.values(), gradients(trainer)])
     assert all(same(results[0], other) for other in results[2:])
-    for whole, trimmed in zip(results[0], results[1], strict=True):
-        torch.testing.assert_close(whole, trimmed, atol=1e-4 * float(whole.detach().abs().max()), rtol=1e-4)
+    for plain, trimmed in zip(results[0], results[1], strict=True):
+        torch.testing.assert_close(plain, trimmed, atol=1e-4 * float(plain.detach().abs().max()), rtol=1e-4)
 
 
 @BOTH
@@ -245,7 +243,7 @@ def test_it_learns_a_known_answer(folders, name):
         temperature=3.0,  # this model's own distribution is all but certain of other letters
         device="cpu",
     )
-    sizes = dict(iterations=16, schedule="constant", rollout_size=64, minibatch_size=32, micro_batch_size=32)
+    sizes = dict(iterations=16, schedule="constant", rollout_size=64, minibatch_size=32, micro_batch_tokens=640)
     own = dict(learning_starts=64, gradient_steps=8, gamma=1.0, lmbda=0.95, buffer_size=512)
     trainer = make(settings, name, own, **sizes, learning_rate=5e-3, critic_learning_rate=5e-3)
     scores = [iteration.metrics["score"] for iteration in trainer.iterate()]

@@ -19,6 +19,7 @@ from agents.algorithms.ppo import PPO, PPOConfig
 from agents.algorithms.rloo import RLOO, RLOOConfig
 from agents.objectives.advantages import estimate_advantages, response_ends, td_errors, token_weights, whiten
 from agents.objectives.losses import clipped_surrogate, clipped_value_loss
+from tests.support.learning import loss
 from textenv.kl import environment_reward, k1, penalized_reward
 
 X = 99.0  # what must never count
@@ -80,7 +81,7 @@ class Tables:
     def critic(self) -> Table:
         return Table(NEW_VALUE)
 
-    def all_states(self, network: nn.Module, data: TensorDict) -> Tensor:
+    def state_values(self, critic: nn.Module, data: TensorDict) -> Tensor:
         """What the critic said before the updates."""
         return OLD_VALUE.clone()
 
@@ -108,7 +109,7 @@ def make_rollout() -> TensorDict:
 def step(algorithm: Any, batch: TensorDict) -> tuple[dict[str, float], dict[str, float]]:
     """Every loss term's mean as the trainer takes it, leaving gradients behind, and the diagnostics' sums."""
     weight = algorithm.step_weights(batch["mask"])
-    terms, diagnostics = algorithm.loss(batch)
+    terms, diagnostics = loss(algorithm, batch)
     means = {name: (term * weight).sum() for name, term in terms.items()}
     sum(means.values()).backward()
     return {name: float(mean.detach()) for name, mean in means.items()}, {k: float(v) for k, v in diagnostics.items()}

@@ -13,10 +13,10 @@ from agents.algorithms.ppo import PPOConfig
 from agents.objectives.losses import dual_clipped
 from agents.text.config import TextConfig
 from agents.text.networks import make_critic
-from agents.text.rollout import kl_metrics, trim
+from agents.text.rollout import kl_metrics
 from tests.support import tiny
 from tests.support.by_hand import gradients, perturb, whole_loss
-from tests.support.learning import losses, make_rollout, make_trainer, same, weights
+from tests.support.learning import loss, losses, make_rollout, make_trainer, same, weights
 from textenv import LanguageModel, TextGenConfig, build_task, shared
 from textenv.generation import response_log_probs
 from textenv.rewards.reward_model import last_token_scores
@@ -52,7 +52,7 @@ def test_losses_equal_the_loop(settings):
     data = make_rollout(trainer).data
     perturb(trainer.algorithm.networks.actor)
     perturb(trainer.algorithm.networks.critic)
-    terms, (_, diagnostics) = losses(trainer, data), trainer.algorithm.loss(data)
+    terms, (_, diagnostics) = losses(trainer, data), loss(trainer.algorithm, data)
     new = trainer.algorithm.networks.actor.distribution(data).log_prob(data["action"]).detach()
     value = trainer.algorithm.networks.critic.values(data).detach()
     policy, worth, clipped, count = 0.0, 0.0, 0, 0
@@ -72,12 +72,12 @@ def test_losses_equal_the_loop(settings):
     assert float(diagnostics["clip_fraction"]) / count == pytest.approx(clipped / count, abs=1e-6)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_gradients_do_not_depend_on_micro_batches(settings, micro_batch):
+@pytest.mark.parametrize("tokens", [1, 45, 100])
+def test_gradients_do_not_depend_on_micro_batches(settings, tokens):
     """One optimizer step is a mean over all its valid tokens, however ragged rows are split."""
     found = {}
-    for size in (8, micro_batch):
-        trainer = make_trainer(settings, minibatch_size=8, micro_batch_size=size, max_grad_norm=1e9)
+    for size in (1000, tokens):
+        trainer = make_trainer(settings, minibatch_size=8, micro_batch_tokens=size, max_grad_norm=1e9)
         data = make_rollout(trainer).data
         assert len(set(data["mask"].sum(1).tolist())) > 1
         perturb(trainer.algorithm.networks.actor)
@@ -86,9 +86,9 @@ def test_gradients_do_not_depend_on_micro_batches(settings, micro_batch):
         found[size] = torch.cat(
             [gradients(trainer.algorithm.networks.actor), gradients(trainer.algorithm.networks.critic)]
         )
-    scale = found[8].abs().max()
+    scale = found[1000].abs().max()
     # float32 sums in another order: a few roundings of the largest entry
-    torch.testing.assert_close(found[micro_batch] / scale, found[8] / scale, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[tokens] / scale, found[1000] / scale, atol=1e-5, rtol=0)
 
 
 def test_padding_changes_no_loss_and_no_gradient(settings):
@@ -118,10 +118,10 @@ def test_padding_changes_no_loss_and_no_gradient(settings):
 
 def test_trimming_changes_no_loss(settings):
     """Columns that are padding in every row can be left out."""
-    trainer = make_trainer(settings)
+    trainer = make_trainer(settings, micro_batch_tokens=1000)
     data = make_rollout(trainer).data
     short = data[data["mask"].sum(1) < data["mask"].shape[1]]
-    trimmed = trim(short)
+    (trimmed,) = trainer.collector.micro_batches(short)
     assert trimmed["input_ids"].shape[1] < short["input_ids"].shape[1]
     for name, value in losses(trainer, trimmed).items():
         torch.testing.assert_close(value, losses(trainer, short)[name], atol=1e-5, rtol=1e-5)
@@ -341,11 +341,11 @@ def test_approximate_kl_by_hand(settings):
     data = make_rollout(trainer).data
     valid = data["mask"].sum()
     # a ratio's rounding of 1e-6, in a sum of some sixty
-    assert abs(float(trainer.algorithm.loss(data)[1]["approx_kl"] / valid)) < 1e-5
+    assert abs(float(loss(trainer.algorithm, data)[1]["approx_kl"] / valid)) < 1e-5
     perturb(trainer.algorithm.networks.actor)
     ratio = trainer.algorithm.networks.actor.distribution(data).log_prob(data["action"]) - data["action_log_prob"]
     expected = (ratio.exp() - 1 - ratio)[data["mask"]].mean().detach()
-    found = trainer.algorithm.loss(data)[1]["approx_kl"] / valid
+    found = loss(trainer.algorithm, data)[1]["approx_kl"] / valid
     assert float(found) == pytest.approx(float(expected), rel=1e-4) and found > 0
 
 

@@ -105,7 +105,7 @@ def test_the_best_policy_is_learned(reference, name):
         temperature=1.0,
         device="cpu",
     )
-    sizes = dict(iterations=24, rollout_size=32, minibatch_size=32, micro_batch_size=32)
+    sizes = dict(iterations=24, rollout_size=32, minibatch_size=32, micro_batch_tokens=640)
     rates = dict(learning_rate=5e-3, critic_learning_rate=5e-3)
     own = dict(learning_starts=32, gradient_steps=10, tau=0.5)
     trainer = make_trainer(settings, algorithm=own, learner=name, **sizes, **rates)

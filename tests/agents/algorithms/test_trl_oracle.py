@@ -19,6 +19,7 @@ the golden file has corrected for.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from torch.nn.functional import pad
 import agents.text.rollout
 from agents.algorithms.ppo import PPO, PPOConfig
 from agents.config import TrainConfig
+from agents.interfaces import Loss
 from agents.text.config import TextConfig
 from agents.text.networks import TextNetworkFactory
 from agents.text.rollout import TextCollector
@@ -89,15 +91,14 @@ class TRLStylePPO(PPO):
         rollout["value_target"] = rollout["value_target"].where(~beyond, rollout["score"][:, None])
         return metrics
 
-    def loss(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        terms, diagnostics = super().loss(batch)
+    def loss(self, batch: TensorDict) -> Iterator[Loss]:
+        (policy, diagnostics), _ = super().loss(batch)
         mask, advantage = batch["mask"], batch["advantage"]
         tokens, beyond = mask.sum(), one_past(mask)
         wider = self._value_loss(TensorDict({**batch, "mask": mask | beyond}, batch_size=batch.batch_size))
-        terms["value_loss"] = pulled_back(wider, mask) * tokens / (tokens + beyond.sum())
         ratio = (self.networks.actor.distribution(batch).log_prob(batch["action"]) - batch["action_log_prob"]).exp()
-        self.clipped += int(((terms["policy_loss"] > -ratio * advantage) & mask).sum())
-        return terms, diagnostics
+        self.clipped += int(((policy["policy_loss"] > -ratio * advantage) & mask).sum())
+        yield policy | {"value_loss": pulled_back(wider, mask) * tokens / (tokens + beyond.sum())}, diagnostics
 
     def before_step(self, *_: Any) -> None:
         """A hook of the optimizer."""
@@ -155,13 +156,11 @@ def make_task() -> Task:
 def make_trainer(name: str) -> Trainer:
     """A trainer of PPO with TRL's settings. The value head's bias is 0.5, so that V(s_T) is not the score."""
     # In `ragged` a minibatch is read at once: its value loss counts the states past the ends in all its rows.
-    task, text = make_task(), TextConfig(rollout_size=8, micro_batch_size={"full": 2, "ragged": 4}[name])
+    task, text = make_task(), TextConfig(rollout_size=8, micro_batch_tokens={"full": 20, "ragged": 1000}[name])
     rates = {rate: SETTINGS[rate] for rate in ("learning_rate", "critic_learning_rate")}
     config = TrainConfig(iterations=1, minibatch_size=4, schedule="constant", max_grad_norm=1e9, **rates)
     own = {setting: SETTINGS[setting] for setting in ("gamma", "clip", "value_clip")}
-    algorithm = TRLStylePPO(
-        PPOConfig(epochs=2, lmbda=GOLDEN["lmbda"][name], **own), TextNetworkFactory(task, "auto", 4)
-    )
+    algorithm = TRLStylePPO(PPOConfig(epochs=2, lmbda=GOLDEN["lmbda"][name], **own), TextNetworkFactory(task, text))
     torch.nn.init.constant_(algorithm.networks.critic.head.bias, 0.5)
     trainer = Trainer(config, algorithm, TextCollector(task, task.prompts, text, seed=0))
     trainer.optimizer.register_step_pre_hook(algorithm.before_step)

@@ -17,6 +17,7 @@ from agents.algorithms.dqn import DQN, DQNConfig
 from agents.algorithms.sac import SAC, SACConfig
 from agents.objectives.advantages import Ends, response_ends
 from agents.objectives.soft_q import ReplayConfig, TargetNetwork, action_targets, soft_value
+from tests.support.learning import loss
 from tests.support.vectors import ACTIONS, VectorNetworks, as_torchrl, make_batch
 
 GAMMA = 0.9
@@ -96,7 +97,7 @@ def gradients(module):
 
 def means(learner, batch):
     """Each loss term's mean, whose sum's gradient is then in the weights."""
-    terms = {name: term.mean() for name, term in learner.loss(batch)[0].items()}
+    terms = {name: term.mean() for name, term in loss(learner, batch)[0].items()}
     sum(terms.values()).backward()
     return terms
 

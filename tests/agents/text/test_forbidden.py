@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from agents.objectives.actor_critic import Categorical
-from agents.text.networks import certain_outside, forbid
-from tests.support.learning import losses, make_rollout, make_trainer
+from agents.text.networks import forbid
+from tests.support.learning import losses, make_rollout, make_trainer, whole
 from textenv.masks.token_sets import TokenSets
 
 
@@ -35,15 +35,6 @@ def test_only_allowed_tokens_have_probability(size, shift):
             assert not leaf.grad[row, t, ~chosen].any()
 
 
-def test_the_actor_is_certain_of_padding():
-    """Outside the mask log-probability, entropy and gradient are exactly 0, however large the logits there."""
-    leaf = torch.tensor([[[-3e6, 5e6, 0.0], [1.0, 2.0, 3.0]]], requires_grad=True)
-    distribution = Categorical(certain_outside(leaf, torch.tensor([[False, True]])))
-    assert distribution.logits[0, 0, 0] == 0 and distribution.entropy()[0, 0] == 0
-    (distribution.entropy().sum() + distribution.logits[..., 0].sum()).backward()
-    assert not leaf.grad[0, 0].any() and leaf.grad[0, 1].any()
-
-
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 @pytest.mark.parametrize("learner", ["ppo", "dqn", "sac"])
 def test_learners_at_a_low_temperature(settings, learner):
@@ -51,7 +42,7 @@ def test_learners_at_a_low_temperature(settings, learner):
     algorithm = dict(learning_starts=8, alpha=0.3) if learner in ("dqn", "sac") else {}
     trainer = make_trainer(settings | {"action_mask": "words:no,yes", "temperature": 1e-4}, algorithm, learner)
     data = make_rollout(trainer).data
-    states = trainer.algorithm.networks.policy.all_states(data)[:, :-1]  # [B, R, V]
+    states = whole(trainer.algorithm.networks.policy, data)  # [B, R, V]
     log_prob = Categorical(states / 0.3 if learner == "dqn" else states).log_prob(data["action"])
     # Logits of up to 1e6: a rounding of 0.1.
     torch.testing.assert_close(log_prob[data["mask"]], data["action_log_prob"][data["mask"]], rtol=1e-3, atol=0.2)

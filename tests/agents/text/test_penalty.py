@@ -21,7 +21,7 @@ BETA = 0.3  # kl_coef of the settings
 ADAPTIVE = dict(kl_controller="adaptive", kl_target=0.5, kl_horizon=20)
 
 
-def rollout_of(trainer: Trainer, rows_per_pass: int = 8) -> TextRollout:
+def rollout_of(trainer: Trainer, tokens_per_pass: int = 1000) -> TextRollout:
     """Responses of an actor that has left the reference, under the trainer's own penalty."""
     perturb(trainer.algorithm.networks.actor, 0.03)
     generator = torch.Generator().manual_seed(3)
@@ -31,7 +31,7 @@ def rollout_of(trainer: Trainer, rows_per_pass: int = 8) -> TextRollout:
         trainer.algorithm.networks.policy.model,
         prompts,
         generator,
-        rows_per_pass,
+        tokens_per_pass,
         trainer.collector.penalty(),
     )
 
@@ -90,6 +90,20 @@ def test_exact_kl_under_masks(settings):
         )
         assert float(data["kl"][row, t]) == pytest.approx(wanted, abs=1e-4)
         assert wanted > 0.01
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+def test_exact_needs_no_more_than_a_few_rows_at_a_time(settings, monkeypatch):
+    """The exact KL is the same however many rows a pass reads, and no pass reads more."""
+    whole = rollout_of(make_trainer(settings, kl_estimator="exact")).data
+    trainer, widest = make_trainer(settings, kl_estimator="exact"), []
+    exact = textenv.generation.exact_kl
+    monkeypatch.setattr(
+        textenv.generation, "exact_kl", lambda logits, *rest: widest.append(len(logits)) or exact(logits, *rest)
+    )
+    parts = rollout_of(trainer, tokens_per_pass=3).data
+    torch.testing.assert_close(parts["kl"], whole["kl"], atol=1e-5, rtol=1e-5)
+    assert widest == [3, 3, 2] and not whole["kl"][~whole["mask"]].any()
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)

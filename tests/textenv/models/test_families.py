@@ -106,11 +106,11 @@ def check_networks(task, model):
     """Actor, critic and Q network read every state as a bare forward of the text up to it."""
     actor, critic, q_network = make_actor(task), make_critic(task), make_q_network(task, 0.3, seed=1)
     torch.nn.init.normal_(critic.head.weight)  # it starts at zero
-    rollout = collect(task, actor.model, task.prompts, torch.Generator().manual_seed(1), 4)
+    rollout = collect(task, actor.model, task.prompts, torch.Generator().manual_seed(1), 100)
     data = rollout.data
     log_probs = actor.distribution(data).log_prob(data["action"])
     torch.testing.assert_close(log_probs, data["action_log_prob"], rtol=0, atol=TOLERANCE)
-    values, token_values = critic.values(data), q_network.all_states(data)
+    values, token_values = critic.values(data), learning.whole(q_network, data)
     for row in range(len(data)):
         ids = data["input_ids"][row][data["attention_mask"][row]].tolist()
         length = int(data["mask"][row].sum())
@@ -125,7 +125,7 @@ def check_networks(task, model):
 
 def check_training(settings, folder):
     """Two iterations of PPO learn, every ratio starts at 1, and the saved actor gives the same numbers when reloaded."""
-    changes = dict(iterations=2, rollout_size=8, minibatch_size=8, micro_batch_size=4, learning_rate=1e-4)
+    changes = dict(iterations=2, rollout_size=8, minibatch_size=8, micro_batch_tokens=80, learning_rate=1e-4)
     trainer = learning.make_trainer(settings, dict(epochs=1), **changes)
     actor = trainer.algorithm.networks.policy.model
     start = learning.weights(actor)
