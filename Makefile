@@ -4,9 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 THREADS ?= 2
+# The floors have an environment of their own. TORCH=2.13.0 tests them with another PyTorch than the floor.
+FLOORS := .venv-floors
+FLOORS_READY := $(FLOORS)/.ready-$(or $(TORCH),floor)
 RUN ?= runs/reviews-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: install train test test-slow check format bench reviews clean
+.PHONY: install train test test-slow test-floors check format bench reviews clean
 
 install: $(READY)
 
@@ -26,6 +29,19 @@ test: install
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadscope -m slow
 
+# Every `name>=version` of the project's dependencies becomes `name==version`.
+$(FLOORS_READY): pyproject.toml
+	$(PYTHON) -m venv --clear $(FLOORS)
+	sed -n '/^dependencies/,/^\[tool/p' pyproject.toml | grep -oE '"[a-z0-9-]+(\[[a-z0-9]+\])?>=[0-9.]+' \
+		| sed -E 's/"|\[.*\]//g; s/>=/==/; $(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' > $(FLOORS)/constraints.txt
+	$(FLOORS)/bin/python -m pip install --quiet --upgrade pip
+	$(FLOORS)/bin/python -m pip install --quiet --constraint $(FLOORS)/constraints.txt torch
+	$(FLOORS)/bin/python -m pip install --quiet --constraint $(FLOORS)/constraints.txt --editable ".[dev]"
+	touch $@
+
+test-floors: $(FLOORS_READY)
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -n $(THREADS) --dist loadscope -m "not slow"
+
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -43,4 +59,4 @@ reviews: install
 	$(BIN)/python -m textenv.reviews.build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(FLOORS) build dist *.egg-info

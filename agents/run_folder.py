@@ -62,7 +62,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises ValueError while another process trains in it.
     """
     try:
-        with FileLock(folder / ".lock", blocking=False):
+        with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout as error:
         raise ValueError(

@@ -167,7 +167,7 @@ class Trainer:
         return metrics
 
     def _losses(self, batch: TensorDict) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """The algorithm's losses. Only the forwards are under autocast, whose copies of weights must not outlast them."""
+        """The algorithm's losses. Forwards alone are under autocast: its copies of weights must not outlast a step."""
         losses = self.algorithm.loss(batch)
         while True:
             with self.collector.autocast():

@@ -21,8 +21,8 @@ class TextConfig:
     """How responses are sampled, penalized and evaluated."""
 
     rollout_size: int = 128  # responses per rollout
-    # tokens per forward pass, prompts and padding included; affects speed and memory, not gradients; default: 2,048 on a
-    # CPU, 16,384 elsewhere
+    # tokens per forward pass, prompts and padding included; affects speed and memory, not gradients; default: 2,048 on
+    # a CPU, 16,384 elsewhere
     micro_batch_tokens: int | None = None
     gradient_checkpointing: bool = False  # compute each layer again in the backward pass: less memory, more time
     # of actor and critic: float32, bf16 (bfloat16 products, float32 weights), or auto (bf16 on CUDA, else float32)

@@ -23,7 +23,9 @@ Buffers = list[tuple[Tensor, Tensor] | None]  # keys and values, layer by layer;
 class Step(Protocol):
     """`read_token`, or a faster form of it that gives the same numbers."""
 
-    def __call__(self, model: PreTrainedModel, buffers: Buffers, tokens: Tensor, columns: Tensor, used: int) -> Tensor:
+    def __call__(
+        self, model: PreTrainedModel, buffers: Buffers, tokens: Tensor, columns: Tensor, used: int, /
+    ) -> Tensor:
         """Logits [B, V]."""
         ...
 

@@ -93,20 +93,6 @@ def test_exact_kl_under_masks(settings):
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-def test_exact_needs_no_more_than_a_few_rows_at_a_time(settings, monkeypatch):
-    """The exact KL is the same however many rows a pass reads, and no pass reads more."""
-    whole = rollout_of(make_trainer(settings, kl_estimator="exact")).data
-    trainer, widest = make_trainer(settings, kl_estimator="exact"), []
-    exact = textenv.generation.exact_kl
-    monkeypatch.setattr(
-        textenv.generation, "exact_kl", lambda logits, *rest: widest.append(len(logits)) or exact(logits, *rest)
-    )
-    parts = rollout_of(trainer, tokens_per_pass=3).data
-    torch.testing.assert_close(parts["kl"], whole["kl"], atol=1e-5, rtol=1e-5)
-    assert widest == [3, 3, 2] and not whole["kl"][~whole["mask"]].any()
-
-
-@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 @pytest.mark.parametrize("unit", ["token", "response"])
 def test_the_trainer_moves_beta(settings, unit):
     """β is updated once a rollout from that rollout's own KL; each rollout is logged with the β that it paid."""

@@ -5,11 +5,13 @@ is the table that users read, and it is tested here.
 """
 
 import random
+import re
 from pathlib import Path
 
 import gymnasium as gym
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 import textenv
@@ -33,6 +35,10 @@ TOLERANCE = 2e-4
 # One of each mechanism: learned positions that count from 2, ALiBi, two kinds of windows, chunks, a recurrent state,
 # both attention and a recurrent state, positions counted by the model itself, experts.
 TYPICAL = ["bart", "bloom", "gemma2", "gpt_neo", "jamba", "llama4_text", "mamba", "mistral", "opt", "phimoe"]
+
+
+# The version that the table describes. Older ones lack some of its architectures.
+DESCRIBED = re.search(r"Transformers (\d+\.\d+)", TABLE.read_text(encoding="utf-8"))[1]
 
 
 def table():
@@ -142,9 +148,15 @@ def check_training(settings, folder):
 
 
 def test_the_table_names_every_architecture():
-    """Every causal model type of the tested Transformers stands in the table, with one of four endings."""
-    assert set(table()) == set(families.names())
+    """Every causal model type of the installed Transformers is in the table, with one of four endings."""
+    assert set(families.names()) <= set(table())
     assert set(table().values()) <= {"fast", "slow", "refused", "not tried"}
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith(f"{DESCRIBED}."), reason=f"not Transformers {DESCRIBED}")
+def test_the_table_names_no_other_architecture():
+    """With the version that the table names, nothing is left in the table that this version does not have."""
+    assert set(table()) <= set(families.names())
 
 
 @pytest.mark.parametrize("name", TYPICAL)
