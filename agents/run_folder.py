@@ -26,7 +26,15 @@ from textenv.settings import check_new_folder
 from textenv.task import PARTS, is_embedded
 
 # Settings that do not change what is learned, or that are checked apart.
-NOT_COMPARED = {"run", "resume", "micro_batch_tokens", "gradient_checkpointing", "iterations"}
+NOT_COMPARED = {
+    "run",
+    "resume",
+    "micro_batch_tokens",
+    "gradient_checkpointing",
+    "decode_slots",
+    "compile",
+    "iterations",
+}
 
 
 def refuse(folder: Path) -> None:

@@ -21,6 +21,8 @@ class TextConfig:
     """How responses are sampled, penalized and evaluated."""
 
     rollout_size: int = 128  # responses per rollout
+    decode_slots: int | None = None  # responses written at a time, the others wait: less memory; default: all of them
+    compile: bool = False  # compile the step of decoding (CUDA: capture it as a graph): faster after the first rollouts
     # tokens per forward pass, prompts and padding included; affects speed and memory, not gradients; default: 2,048 on
     # a CPU, 16,384 elsewhere
     micro_batch_tokens: int | None = None
@@ -85,8 +87,7 @@ class TextConfig:
         check_types(self)
         self._check_kl()
         check_counts(self, ("rollout_size", "evaluation_prompts", "kl_horizon"))
-        if self.micro_batch_tokens is not None:
-            check_counts(self, ("micro_batch_tokens",))
+        check_counts(self, [name for name in ("micro_batch_tokens", "decode_slots") if getattr(self, name) is not None])
         check_choice(self, "critic", CRITICS)
         check_choice(self, "precision", PRECISIONS)
         check_choice(self, "old_log_probs", OLD_LOG_PROBS)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from agents.seeds import torch_generator
 from agents.text.config import TextConfig
 from textenv.generation import generate, score_responses
+from textenv.models.decoding import Decoding
 from textenv.models.loading import load_function
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
@@ -57,18 +58,20 @@ def evaluate(
     prompts: Prompts,
     gold: Gold | None,
     seed: int,
-    batch: tuple[int, int | None] = (128, 2048),
+    batch: tuple[int, int | None] = (128, None),
+    decoding: Decoding | None = None,
 ) -> Evaluation:
     """Sample one response per prompt at the task's temperature and measure it. Same seed, same responses.
 
     Scores are the reward's own, before normalization, so that evaluations can be compared. The KL is measured where
     `kl_coef` is 0 too.
     batch: responses generated at a time (which determines their random numbers), and tokens per forward pass.
+    decoding: how they are generated.
     """
     task = dataclasses.replace(task.without_normalization(), reference=task.load_reference())
     generator = torch.Generator(task.device).manual_seed(seed)
     chunks = torch.arange(len(prompts)).split(batch[0])
-    parts = [_evaluate(task, model, prompts.select(rows.tolist()), generator, batch[1]) for rows in chunks]
+    parts = [_evaluate(task, model, prompts.select(rows.tolist()), generator, batch[1], decoding) for rows in chunks]
     gathered: dict[str, Any] = {
         field.name: [value for part in parts for value in getattr(part, field.name) or []]
         for field in dataclasses.fields(Evaluation)
@@ -95,9 +98,10 @@ def _evaluate(
     prompts: Prompts,
     generator: torch.Generator,
     tokens_per_pass: int | None,
+    decoding: Decoding | None,
 ) -> Evaluation:
     """Evaluate one batch, without gold scores, by one forward of the reference and of the reward model."""
-    generation = generate(task, model, prompts, Sampling(temperature=task.config.temperature), generator)
+    generation = generate(task, model, prompts, Sampling(temperature=task.config.temperature), generator, decoding)
     scored = score_responses(task, generation.state, prompts.texts, tokens_per_pass, prompts.fields)
     return Evaluation(
         prompts=list(prompts.texts),

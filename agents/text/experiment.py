@@ -96,7 +96,9 @@ class TextExperiment:
         batch = (self.settings.rollout_size, self.settings.micro_batch_tokens)
         with self.collector.precision.tensor_cores():
             model = self.collector.sampling_model(policy)
-            return evaluate(self.task, model, self.held_out, self.gold, evaluation_seed(), batch)
+            return evaluate(
+                self.task, model, self.held_out, self.gold, evaluation_seed(), batch, self.collector.decoding
+            )
 
     def summarize(self, evaluation: Evaluation) -> dict[str, float]:
         """Means over the prompts."""

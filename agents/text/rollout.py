@@ -32,6 +32,7 @@ from agents.text.precision import Precision, mismatch
 from textenv.generation import Generation, ScoredResponses, generate, response_kl, score_responses
 from textenv.kl import ESTIMATORS, EXACT, AdaptiveKL, Controller, FixedKL, penalized_reward
 from textenv.masks.masks import MaskPolicy
+from textenv.models.decoding import Decoding
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
 from textenv.rewards.normalization import RAW
@@ -65,6 +66,7 @@ def collect(
     generator: torch.Generator,
     tokens_per_pass: int | None,
     penalty: Penalty | None = None,
+    decoding: Decoding | None = None,
 ) -> TextRollout:
     """One response to each prompt; `penalty` defaults to the environment's β with k1.
 
@@ -73,7 +75,7 @@ def collect(
     penalty = penalty or Penalty(coef=task.config.kl_coef)
     sampling = Sampling(temperature=task.config.temperature)
     with phase("decode"):
-        generation = generate(task, model, prompts, sampling, generator)
+        generation = generate(task, model, prompts, sampling, generator, decoding)
     state = generation.state
     with phase("score"):
         scored = score_responses(task, state, prompts.texts, tokens_per_pass, prompts.fields)
@@ -204,6 +206,7 @@ class TextCollector:
         check_groups(config, task)
         self.task, self.prompts, self.config = task, prompts, config
         self.precision = Precision(config.precision, task.device)
+        self.decoding = Decoding(slots=config.decode_slots, compile=config.compile)
         choice = config.old_log_probs
         self.recompute = ratios and (choice == "recomputed" or (choice == "auto" and self.precision.half))
         self.controller = make_controller(config, task.config.kl_coef)  # of β
@@ -227,7 +230,7 @@ class TextCollector:
         prompts, tokens = self.prompts.select(indices), self.config.micro_batch_tokens
         with self.precision.tensor_cores():
             model = self.sampling_model(policy)
-            rollout = collect(self.task, model, prompts, self.sampling_generator, tokens, self.penalty())
+            rollout = collect(self.task, model, prompts, self.sampling_generator, tokens, self.penalty(), self.decoding)
         if self.recompute:
             with phase("recompute"):
                 self.mismatch = self._recompute_log_probs(policy, rollout.data)

