@@ -85,7 +85,9 @@ def update_of(trainer: Any, data: Any) -> tuple[dict[str, float], Tensor]:
     terms = losses(trainer, data)
     torch.stack(list(terms.values())).sum().backward()
     trained = trainer.algorithm.networks.trained.values()
-    return {name: float(term.detach()) for name, term in terms.items()}, torch.cat([gradients(each) for each in trained])
+    return {name: float(term.detach()) for name, term in terms.items()}, torch.cat(
+        [gradients(each) for each in trained]
+    )
 
 
 def moved_trainer(settings: dict, name: str, **changes: Any) -> tuple[Any, Any]:
