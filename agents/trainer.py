@@ -148,10 +148,10 @@ class Trainer:
         valid, totals = minibatch["mask"].sum(), defaultdict[str, Any](float)
         for batch in self.collector.micro_batches(minibatch):
             for terms, diagnostics in self.algorithm.loss(batch):  # of one network after another
-                means = weighted_sums(torch.stack(list(terms.values())), batch["weight"], batch["mask"])
-                means.sum().backward()
-                for name, mean in zip(terms, means.detach(), strict=True):
-                    totals[name] += mean
+                means = [weighted_sum(term, batch["weight"], batch["mask"]) for term in terms.values()]
+                torch.autograd.backward(means)
+                for name, mean in zip(terms, means, strict=True):
+                    totals[name] += mean.detach()
                 for name, value in diagnostics.items():
                     totals[name] += value / valid
         for name, parameters in self.parameters.items():
@@ -184,12 +184,12 @@ class Trainer:
         self.algorithm.after_step(metrics)
 
 
-def weighted_sums(terms: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    """Sums of loss terms [K, B, R] over the steps of the mask, by weight. weight, mask: [B, R]. Returns [K].
+def weighted_sum(term: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """Sum of a loss term over the steps of the mask, by weight. All [B, R]; returns a scalar.
 
     Steps outside the mask are left out, whatever they hold: 0 · NaN would be NaN.
     """
-    return (terms.where(mask, 0.0) * weight).flatten(1).sum(1)
+    return (term.where(mask, 0.0) * weight).sum()
 
 
 def _first_not_finite(network: nn.Module) -> str:
