@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from agents.config import TrainConfig
-from agents.interfaces import Algorithm, Collector, Rollout
+from agents.interfaces import Algorithm, Collector, Loss, Rollout
 from agents.replay import Replay
 from agents.reporting.phases import phase
 from agents.seeds import torch_generator
@@ -152,10 +152,10 @@ class Trainer:
         valid, totals = minibatch["mask"].sum(), defaultdict[str, Any](float)
         for batch in self.collector.micro_batches(minibatch):
             for terms, diagnostics in self._losses(batch):  # of one network after another
-                means = weighted_sums(torch.stack(list(terms.values())), batch["weight"], batch["mask"])
-                means.sum().backward()
-                for name, mean in zip(terms, means.detach(), strict=True):
-                    totals[name] += mean
+                means = [weighted_sum(term, batch["weight"], batch["mask"]) for term in terms.values()]
+                torch.autograd.backward(means)
+                for name, mean in zip(terms, means, strict=True):
+                    totals[name] += mean.detach()
                 for name, value in diagnostics.items():
                     totals[name] += value / valid
         for name, parameters in self.parameters.items():
@@ -166,7 +166,7 @@ class Trainer:
         self._check_finite(metrics)
         return metrics
 
-    def _losses(self, batch: TensorDict) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    def _losses(self, batch: TensorDict) -> Iterator[Loss]:
         """The algorithm's losses. Forwards alone are under autocast: its copies of weights must not outlast a step."""
         losses = self.algorithm.loss(batch)
         while True:
@@ -198,12 +198,12 @@ class Trainer:
         self.algorithm.after_step(metrics)
 
 
-def weighted_sums(terms: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    """Sums of loss terms [K, B, R] over the steps of the mask, by weight. weight, mask: [B, R]. Returns [K].
+def weighted_sum(term: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """Sum of a loss term over the steps of the mask, by weight. All [B, R]; returns a scalar.
 
     Steps outside the mask are left out, whatever they hold: 0 · NaN would be NaN.
     """
-    return (terms.where(mask, 0.0) * weight).flatten(1).sum(1)
+    return (term.where(mask, 0.0) * weight).sum()
 
 
 def _first_not_finite(network: nn.Module) -> str:

@@ -20,7 +20,7 @@ FINISH_REASONS = ("", "stop", "length")
 
 # Tokens that a model reads in one forward, padding included: few enough for a processor's cache, and for rows of nearly
 # one length; enough to keep another device busy.
-CPU_TOKENS, OTHER_TOKENS = 2048, 16384
+CPU_TOKENS, OTHER_TOKENS = 1024, 16384
 
 
 @contextmanager
@@ -187,7 +187,7 @@ def left_aligned(input_ids: Tensor, attention_mask: Tensor, width: int | None = 
 def batches(length: Tensor, tokens: int | None = None) -> list[Tensor]:
     """Texts of similar length together, so that rows times the longest text is at most `tokens` in each batch.
 
-    length: int64 [B], tokens of each text; tokens: by default 2,048 on a CPU and 16,384 elsewhere. Returns row indices,
+    length: int64 [B], tokens of each text; tokens: by default 1,024 on a CPU and 16,384 elsewhere. Returns row indices,
     int64 [b], shortest texts first; a text that is longer than `tokens` is a batch by itself.
     """
     if tokens is None:

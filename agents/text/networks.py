@@ -70,7 +70,7 @@ class TokenDistribution:
 
     def log_prob(self, action: Tensor) -> Tensor:
         """Log-probability of tokens. action: int64 [B, R]; returns [B, R]."""
-        return self.values.map(lambda logits, action: Categorical(logits).log_prob(action), action)
+        return -self.values.map(partial(nn.functional.cross_entropy, reduction="none"), action)
 
     def entropy(self) -> Tensor:
         """−Σ π log π in nats, [B, R]."""

@@ -12,7 +12,7 @@ from agents.interfaces import Loss
 from agents.text.config import TextConfig
 from agents.text.networks import TextNetworkFactory
 from agents.text.rollout import TextCollector, TextRollout, collect
-from agents.trainer import Trainer, weighted_sums
+from agents.trainer import Trainer, weighted_sum
 from tests.support import tiny
 from textenv import TextGenConfig, build_task
 
@@ -48,7 +48,7 @@ def make_rollout(trainer: Trainer, rows: int = 8) -> TextRollout:
 def losses(trainer: Trainer, batch) -> dict[str, torch.Tensor]:
     """Every loss term's mean over a batch, as the trainer takes it."""
     terms, weight = loss(trainer.algorithm, batch)[0], trainer.algorithm.step_weights(batch["mask"])
-    return dict(zip(terms, weighted_sums(torch.stack(list(terms.values())), weight, batch["mask"]), strict=True))
+    return {name: weighted_sum(term, weight, batch["mask"]) for name, term in terms.items()}
 
 
 def whole(network, batch) -> torch.Tensor:
