@@ -318,7 +318,7 @@ def _exact_kl(
     mask = state.response_mask
     logits = [read_logits(model, state.input_ids, state.attention_mask, mask) for model in models]
     if sets is None:
-        return spread(map_states(lambda own, reference: exact_kl(own, reference, temperature), logits), mask)
+        return spread(map_states(lambda own, other: exact_kl(own, other, temperature), logits), mask)
 
     def masked_kl(own: Tensor, reference: Tensor, ids: Tensor, inside: Tensor) -> Tensor:
         allowed = TokenSets(ids, inside).dense(own.shape[-1])
