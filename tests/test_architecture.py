@@ -26,7 +26,7 @@ MOST_FUNCTION_LINES = 60
 TEXTENV_ORDER = """
     state | kl | json_lines | unread | settings config
     models.token_texts | models.encoding | models.loading | models.sampling models.language_model models.logits \
-        models.comparison models.decoding models.probe
+        models.comparison models.cache models.compiled models.decoding models.probe
     prompts.tokenized prompts.sources prompts.reset_options prompts.samplers | rewards.calling rewards.base \
         rewards.reward_model rewards.functions rewards.per_token rewards.library rewards.metrics \
         rewards.normalization rewards.build

@@ -36,7 +36,6 @@ from textenv.state import (
 )
 from textenv.task import Task
 
-LOOK_EVERY = 8  # steps between two looks at the device: which slots have finished
 FEWEST_SLOTS = 8  # slots are not dropped below this number: fewer would hardly be faster
 
 
@@ -91,12 +90,14 @@ def generate(
     uniform = torch.rand(
         len(prompts), task.config.max_new_tokens, dtype=torch.float64, device=task.device, generator=generator
     )
-    writing = _Writing(task, model, prompts, (sampling, uniform), decoding or Decoding())
+    decoding = decoding or Decoding()
+    look_every = decoding.look_every or (1 if task.device.type == "cpu" else 8)  # nothing waits for a CPU
+    writing = _Writing(task, model, prompts, (sampling, uniform), decoding)
     steps = 0
     while True:
         writing.write()
         steps += 1
-        if (steps % LOOK_EVERY == 0 or steps == writing.end) and not writing.look(steps):
+        if (steps % look_every == 0 or steps == writing.end) and not writing.look(steps):
             return writing.generation()
         writing.advance()
 

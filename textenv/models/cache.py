@@ -73,7 +73,8 @@ def read_token(model: PreTrainedModel, buffers: Buffers, tokens: Tensor, columns
     tokens: int64 [B]; columns: int64 [B], where they stand; used: the number of columns that attention reads, more than
     the largest of `columns`. To read a token again changes nothing.
     """
-    cache = Cache(layers=[_OneToken(layer, columns, used) for layer in buffers])
+    places = torch.arange(len(columns), device=columns.device), columns
+    cache = Cache(layers=[_OneToken(layer, places, used) for layer in buffers])
     output = model(
         input_ids=tokens[:, None],
         attention_mask=_attention_masks(model, columns, used),
@@ -125,11 +126,12 @@ class _WholeTexts(_Layer):
 
 
 class _OneToken(_Layer):
-    """One token a row, written at its column; attention reads the first `used` columns."""
+    """One token a row, written at `places`, rows and columns [B]; attention reads the first `used` columns."""
 
-    def __init__(self, buffers: tuple[Tensor, Tensor] | None, columns: Tensor, used: int) -> None:
+    def __init__(self, buffers: tuple[Tensor, Tensor] | None, places: tuple[Tensor, Tensor], used: int) -> None:
         super().__init__()
-        self.buffers, self.columns, self.used = buffers, columns, used
+        self.buffers, self.used = buffers, used
+        self.rows, self.columns = places
 
     def get_max_length(self) -> int:
         return self.used if self.buffers is None else self.buffers[0].shape[2]
@@ -137,9 +139,8 @@ class _OneToken(_Layer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert self.buffers is not None
         keys, values = self.buffers
-        rows = torch.arange(len(self.columns), device=self.columns.device)
-        keys[rows, :, self.columns] = key_states[:, :, 0]
-        values[rows, :, self.columns] = value_states[:, :, 0]
+        keys[self.rows, :, self.columns] = key_states[:, :, 0]
+        values[self.rows, :, self.columns] = value_states[:, :, 0]
         self.keys, self.values = keys[:, :, : self.used], values[:, :, : self.used]
         return self.keys, self.values
 
@@ -154,17 +155,16 @@ def _attention_masks(model: PreTrainedModel, columns: Tensor, used: int) -> Any:
     seen = keys <= queries  # [B, used]
 
     def additive(visible: Tensor) -> Tensor:
-        bias = torch.zeros(visible.shape, dtype=model.dtype, device=columns.device)
-        return bias.masked_fill(~visible, torch.finfo(model.dtype).min)[:, None, None]
+        return torch.where(visible, 0.0, torch.finfo(model.dtype).min).to(model.dtype)[:, None, None]
 
     window = getattr(config, "sliding_window", None) or used
     chunk = getattr(config, "attention_chunk_size", None) or used
+    if used <= min(window, chunk):
+        return additive(seen)
     sliding = seen & (keys > queries - window)
-    chunked = seen & (keys // chunk == queries // chunk)
-    masks = {"full_attention": seen, "sliding_attention": sliding, "chunked_attention": chunked}
     types = getattr(config, "layer_types", None)
     if types is None:
         return additive(sliding)  # every layer of Mistral slides, and has no type
-    if used <= min(window, chunk):
-        return additive(seen)
+    chunked = seen & (keys // chunk == queries // chunk)
+    masks = {"full_attention": seen, "sliding_attention": sliding, "chunked_attention": chunked}
     return {name: additive(masks[name]) for name in set(types) if name in masks}

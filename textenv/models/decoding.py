@@ -37,10 +37,15 @@ class Decoding:
 
     slots: int | None = None  # responses that are written at a time, the others wait; None: all of them
     compile: bool = False  # the step is compiled (CUDA: captured as a graph) once for each shape, which takes a while
+    look_every: int | None = None  # steps between two looks at which rows have finished; None: 1 on a CPU, else 8
 
     def __post_init__(self) -> None:
         if self.slots is not None and self.slots < 1:
             raise ValueError(f"slots must be 1 or more, or None for all responses at once; got {self.slots}.")
+        if self.look_every is not None and self.look_every < 1:
+            raise ValueError(
+                f"look_every must be 1 or more, or None to choose it by the device; got {self.look_every}."
+            )
 
 
 class Decoder:

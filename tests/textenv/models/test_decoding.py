@@ -14,7 +14,7 @@ from tests.support import families, tiny
 from tests.support.syncs import CountSyncs
 from textenv import LanguageModel, TextGenConfig, build_task
 from textenv.dynamics import TextDynamics
-from textenv.generation import LOOK_EVERY, generate, response_log_probs
+from textenv.generation import generate, response_log_probs
 from textenv.models import compiled, decoding
 from textenv.models.decoding import CachedDecoder, Decoder, Decoding, new_decoder
 from textenv.models.sampling import Sampling
@@ -79,7 +79,7 @@ def syncs(mask, tokens, rows=4):
     """How often the host waits for responses, the longest of which has `tokens` tokens."""
     task = make_task(tiny.language_model(), action_mask=mask, max_new_tokens=tokens, stop_token_ids=[tiny.PAD])
     with CountSyncs() as counted:
-        generation = respond(task, [row % 4 for row in range(rows)])
+        generation = respond(task, [row % 4 for row in range(rows)], look_every=8)
     assert generation.state.length.max() == tokens
     return counted.names.total()
 
@@ -90,7 +90,6 @@ def syncs(mask, tokens, rows=4):
 )
 def test_the_host_waits_at_looks_alone(mask, tokens, each_look):
     """One wait for every eight tokens, and with masks that read no text one more for their width."""
-    assert LOOK_EVERY == 8
     assert syncs(mask, tokens) - syncs(mask, 8) == (tokens // 8 - 1) * each_look
 
 
@@ -116,8 +115,8 @@ def check_slots(task, prompts, tolerance):
     """Eleven rows at once, or a few at a time: the same; and stepping and one forward agree."""
     whole = respond(task, prompts)
     assert len(set(whole.state.length.tolist())) > 2
-    for slots in (2, 5):
-        assert_equal(respond(task, prompts, slots=slots), whole, tolerance)
+    for slots, look_every in ((2, 1), (5, 8), (None, 8)):
+        assert_equal(respond(task, prompts, slots=slots, look_every=look_every), whole, tolerance)
     if not task.masks:
         assert_steps_agree(task, whole, prompts, tolerance)
         teacher_forced = response_log_probs(task.reference.model, whole.state, 0.7)
@@ -126,7 +125,7 @@ def check_slots(task, prompts, tolerance):
 
 @pytest.mark.parametrize("from_cache", [True, False])
 def test_slots_change_nothing(monkeypatch, from_cache):
-    """All rows at once, or two or five at a time, refilled: the same responses, as stepping has them too."""
+    """All rows at once, or two or five at a time, looked at after each step or eight: the same, as stepping has it."""
     monkeypatch.setattr(decoding, "decodes_from_cache", lambda *_: from_cache)
     check_slots(make_task(tiny.language_model()), GROUPS, TOLERANCE)
 
@@ -152,11 +151,12 @@ def test_a_row_does_not_depend_on_the_others():
     assert few.state.input_ids.equal(many.state.input_ids[:3])
 
 
+@pytest.mark.parametrize("name", ["slots", "look_every"])
 @pytest.mark.parametrize("count", [0, -1])
-def test_too_few_slots(count):
-    """No slot is refused in a sentence."""
-    with pytest.raises(ValueError, match=f"slots must be 1 or more, or None .*; got {count}"):
-        Decoding(slots=count)
+def test_too_few(name, count):
+    """No slot, and no step between two looks, are refused in a sentence."""
+    with pytest.raises(ValueError, match=f"{name} must be 1 or more, or None .*; got {count}"):
+        Decoding(**{name: count})
 
 
 @pytest.mark.parametrize("kind", [CachedDecoder, Decoder])
@@ -178,17 +178,17 @@ def test_groups_are_read_once(kind):
         torch.testing.assert_close(decoder.logits[row], alone, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("slots", [None, 2])
+@pytest.mark.parametrize("slots", [{}, dict(slots=2), dict(look_every=8), dict(slots=2, look_every=8)])
 def test_an_overflow_names_its_row_and_token(slots):
     """Logits that become NaN in the middle of a response are named, though the host looks later."""
     model = tiny.language_model()
     task = make_task(model, max_new_tokens=12, stop_token_ids=[tiny.PAD])
-    length = int(respond(task, [0, 1, 3, 2], slots=slots).state.length[3])
+    length = int(respond(task, [0, 1, 3, 2], **slots).state.length[3])
     assert length > 10
     with torch.no_grad():
         model.transformer.wpe.weight[len(tiny.PROMPTS[2]) + 8] = torch.nan  # no other text is as long
     with pytest.raises(ValueError, match="the largest of the policy's logits is nan at row 3, token 9: "):
-        respond(task, [0, 1, 3, 2], slots=slots)
+        respond(task, [0, 1, 3, 2], **slots)
 
 
 # ---- the compiled step
@@ -204,9 +204,9 @@ def test_compiled_is_eager(name, caplog):
     masked = make_task(model, action_mask="top_k:200")
     with caplog.at_level(logging.WARNING):
         for each in (task, masked):
-            for slots in (None, 9):
+            for changes in ({}, dict(slots=9, look_every=8)):
                 expected = respond(each, prompts)
-                assert_equal(respond(each, prompts, slots=slots, compile=True), expected, LARGE_TOLERANCE)
+                assert_equal(respond(each, prompts, compile=True, **changes), expected, LARGE_TOLERANCE)
         assert_steps_agree(task, respond(task, prompts, compile=True), prompts, LARGE_TOLERANCE)
         with torch.no_grad():
             for parameter in model.parameters():
