@@ -22,12 +22,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -47,11 +47,13 @@ class Settings:
 
     trl_python: Path | None = None  # interpreter with TRL 1.12.0; without it this library is measured alone
     smollm2: Path | None = None  # folder of SmolLM2-135M, for the case of that name
-    cases: tuple[str, ...] = ("ragged", "quarter", "smollm2")  # cases to run
-    repeats: int = 7  # iterations of each side, in turns, after one that does not count
+    cases: tuple[Literal["ragged", "quarter", "smollm2"], ...] = ("ragged", "quarter", "smollm2")  # cases to run
+    repeats: int = 7  # iterations of each side, in turns
     large_repeats: int = 3  # the same for SmolLM2
+    warm_up: int = 1  # iterations of each side that do not count
     rows: int = 128  # responses in an iteration; 16 for SmolLM2
-    epochs: int = 4  # passes over each rollout; 2 for SmolLM2
+    epochs: int = 4  # passes over each rollout
+    large_epochs: int = 1  # the same for SmolLM2
     minibatches: int = 4  # optimizer steps in an epoch; 2 for SmolLM2
     budget: int = 256  # tokens, of `quarter`
     trl_forward_rows: int = 128  # TRL's local_rollout_forward_batch_size; its default, 64, takes longer
@@ -71,12 +73,12 @@ NAMES = {
 
 def jobs_of(settings: Settings, work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The job of every case, by its name."""
-    makers: dict[str, Callable[[Settings, Path], dict[str, Any]]] = {"ragged": ragged, "quarter": quarter}
-    if settings.smollm2:
-        makers["smollm2"] = smollm2
-    for case in settings.cases:
-        if case in makers:
-            yield case, makers[case](settings, work)
+    makers = {"ragged": ragged, "quarter": quarter, "smollm2": smollm2}
+    cases = [case for case in settings.cases if case != "smollm2" or settings.smollm2]
+    if not cases:
+        raise SystemExit("the case smollm2 needs a folder of SmolLM2-135M; pass it as --smollm2.")
+    for case in cases:
+        yield case, makers[case](settings, work)
 
 
 def job_of(task: Task, settings: Settings, file: Path, **changes: Any) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def smollm2(settings: Settings, work: Path) -> dict[str, Any]:
         temperature=1.0,
     )
     parts = {"policy": str(settings.smollm2), "reward": str(work / "scorer"), "stop": stop, "pad": 0}
-    return job_of(task, settings, work / "smollm2.jsonl", rows=16, epochs=2, minibatches=2, **parts)
+    return job_of(task, settings, work / "smollm2.jsonl", rows=16, epochs=settings.large_epochs, minibatches=2, **parts)
 
 
 class Side:
@@ -205,10 +207,11 @@ def measure(case: str, job: dict[str, Any], settings: Settings, work: Path) -> d
     """One row of the table."""
     with sides_of(job, settings, work) as sides:
         assert len({side.ready["prompt_tokens"] for side in sides.values()}) == 1, "the prompts differ"
-        for turn in range(1 + (settings.large_repeats if case == "smollm2" else settings.repeats)):
+        repeats = settings.large_repeats if case == "smollm2" else settings.repeats
+        for turn in range(settings.warm_up + repeats):
             for side in sides.values():
                 row = side.iterate()
-                if turn:
+                if turn >= settings.warm_up:
                     side.rows.append(row)
         steps = {row["optimizer_steps"] for side in sides.values() for row in side.rows}
         assert steps == {job["epochs"] * job["minibatches"]}, f"the optimizer steps differ: {steps}"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -39,7 +39,7 @@ TITLES = {
 class Settings:
     """Sizes of the sweeps, and of what does not change."""
 
-    sweeps: tuple[str, ...] = SWEEPS  # sweeps to run
+    sweeps: tuple[Literal["rows", "prompt", "response", "parameters"], ...] = SWEEPS  # sweeps to run
     rows: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)  # responses
     prompt: tuple[int, ...] = (8, 16, 32, 64, 128, 256)  # tokens
     response: tuple[int, ...] = (32, 64, 128, 256)  # tokens
