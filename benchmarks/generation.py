@@ -29,6 +29,7 @@ import textenv  # registers TextGen-v0
 from benchmarks import rows as result_rows
 from benchmarks.support import models, ours
 from benchmarks.support.measure import Times, interleaved, one_thread, ratios, show, table
+from benchmarks.support.pictures import logarithmic
 from textenv.prompts.tokenized import Prompts
 from textenv.state import TextState, left_aligned
 from textenv.task import Task
@@ -241,10 +242,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                 if count == counts[0]:
                     axes.plot([], [], color=color, label=name)
             axes.plot([], [], style, color="black", label=f"{count} rows")
-        axes.set(
-            xscale="log", yscale="log", xlabel="parameters", ylabel="tokens per CPU second, one thread", title=kind
-        )
-        axes.grid(alpha=0.3, which="both")
+        axes.set(xlabel="parameters", ylabel="tokens per CPU second, one thread", title=kind)
+        logarithmic(axes, sorted({row["parameters"] for row in results if row["lengths"] == kind}))
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from benchmarks import rows as result_rows
 from benchmarks.support import models, ours
 from benchmarks.support.measure import bend, interleaved, one_thread, ratios, show, slope, table
+from benchmarks.support.pictures import logarithmic, short
 from textenv.state import TextState
 
 PARTS = ("generation", "scoring", "update")
@@ -140,14 +141,10 @@ def lines_of(results: Sequence[dict[str, Any]]) -> str:
         for part in (*PARTS, "all"):
             numbers = row[part]
             turn = numbers.get("bend")
-            bent = f"{_short(turn['at'])} ({turn['below']:.2f}, {turn['above']:.2f})" if turn else ""
-            ends = f"{_short(row['sizes'][0])}, {_short(row['sizes'][-1])}"
+            bent = f"{short(turn['at'])} ({turn['below']:.2f}, {turn['above']:.2f})" if turn else ""
+            ends = f"{short(row['sizes'][0])}, {short(row['sizes'][-1])}"
             lines.append([TITLES[row["sweep"]], ends, part, f"{numbers['slope']:.2f}", bent, show(numbers["growth"])])
     return table(header, lines)
-
-
-def _short(size: float) -> str:
-    return f"{size / 1e6:.1f}M" if size >= 1e5 else f"{size:.0f}"
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -161,8 +158,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
             if "bend" in numbers:
                 at = row["sizes"].index(numbers["bend"]["at"])
                 axes.plot(row["sizes"][at], numbers["seconds"][at], "o", color=line.get_color(), fillstyle="none")
-        axes.set(xscale="log", yscale="log", xlabel=TITLES[row["sweep"]], ylabel="CPU seconds, one thread")
-        axes.grid(alpha=0.3, which="both")
+        axes.set(xlabel=TITLES[row["sweep"]], ylabel="CPU seconds, one thread")
+        logarithmic(axes, row["sizes"])
         axes.legend(fontsize=8, title="slope", title_fontsize=8)
     figure.savefig(path, dpi=120)
 
