@@ -125,7 +125,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axes.margins(x=0.15)
         axes.set_title(f"{row['model']}\n{row['micro_rows']} x ({row['prompt']} + {row['response']})", fontsize=9)
         axes.set_xlabel("resident memory at the peak, GB")
-        axes.legend(fontsize=8, loc="lower right")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 
