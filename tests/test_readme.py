@@ -57,13 +57,13 @@ def flags():
     for arguments in HELPS:
         with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
             main([*arguments, "--help"])
-    return set(re.findall(r"--[a-z][a-z-]+", text.getvalue())) | {"--help"}
+    return set(re.findall(r"--[a-z][a-z0-9-]+", text.getvalue())) | {"--help"}
 
 
 @every_readme
 def test_flags_exist(readme, flags):
     """Every flag that a README names is one of the command line's."""
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme.read_text()))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", readme.read_text()))
     assert named <= flags | OTHER_PROGRAMS
 
 
