@@ -53,7 +53,7 @@ format: install
 
 bench: install
 	$(BIN)/python -m benchmarks.main_job
-	$(BIN)/python -m benchmarks.rollout
+	$(BIN)/python -m benchmarks.generation
 
 reviews: install
 	$(BIN)/python -m textenv.reviews.build

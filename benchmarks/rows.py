@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,13 +34,21 @@ def commit() -> str:
 COMMIT = commit()  # read at import, before any result is written
 
 
-def write(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> Path:
-    """Write results/NAME.json; returns its path."""
-    path = RESULTS / f"{name}.json"
+def folder(output: Path | None, quick: bool) -> Path:
+    """Where results go: to `output`, else to results/, or to a temporary folder if the sizes are small."""
+    if output is None:
+        return Path(tempfile.mkdtemp(prefix="benchmark-")) if quick else RESULTS
+    output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def write(name: str, rows: list[dict[str, Any]], settings: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write NAME.json, by default in results/; returns its path."""
+    path = (folder or RESULTS) / f"{name}.json"
     machine_info = machine(TextGenConfig().torch_device())
     machine_info["versions"] |= {name: version(name) for name in PACKAGES if find_spec(name)}
     document = {"commit": COMMIT, "machine": machine_info, "settings": settings, "rows": rows}
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
     return path
 
 
