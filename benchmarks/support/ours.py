@@ -19,13 +19,14 @@ from agents.text.config import TextConfig
 from agents.text.experiment import TextExperiment
 from agents.trainer import Trainer
 from textenv.generation import Generation, ScoredResponses, generate, score_responses
+from textenv.models.decoding import Decoding
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
 from textenv.state import TextState
 from textenv.task import Task
 
 # Ways to generate: further keyword arguments of `generate`, by the name in the tables.
-GENERATE: dict[str, dict[str, Any]] = {"ours": {}}
+GENERATE: dict[str, dict[str, Any]] = {"ours": {}, "ours, compiled": {"decoding": Decoding(compile=True)}}
 
 
 def write(
@@ -43,7 +44,7 @@ def score(task: Task, state: TextState, prompts: Prompts) -> ScoredResponses:
 
 def micro_batch(rows: int, width: int) -> dict[str, Any]:
     """The setting that puts about `rows` texts of `width` tokens through the networks at once."""
-    return {"micro_batch_size": rows}
+    return {"micro_batch_tokens": rows * width}
 
 
 def read_flags(flags: Sequence[str]) -> dict[str, Any]:

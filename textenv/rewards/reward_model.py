@@ -67,7 +67,9 @@ class RewardModel:
         with torch.no_grad():
             texts = sample_texts(self.model.config.get_text_config().vocab_size, width, 0, self.model.device)
             # No pad token inside: the model's own forward would take it for the end of the text.
-            ids = texts.input_ids.where(texts.input_ids != pad, 1 if pad == 0 else 0)
+            ids = (
+                texts.input_ids if pad is None else texts.input_ids.where(texts.input_ids != pad, 1 if pad == 0 else 0)
+            )
             scores = refuse.failing(lambda: self._outputs(ids, texts.attention_mask)).float()
             rows = [ids[row, mask][None] for row, mask in enumerate(texts.attention_mask)]
             alone = refuse.failing(lambda: torch.cat([self.model(input_ids=row).logits for row in rows])).float()
