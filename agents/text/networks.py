@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from agents.objectives.actor_critic import Categorical
 from agents.seeds import seed_of
+from agents.text.lora import with_adapters
 from textenv.masks.token_sets import TokenSets
 from textenv.models.decoding import decodes_from_cache
 from textenv.models.language_model import find_backbone, hidden_states, read, read_states, response_logits
@@ -129,7 +130,7 @@ class TextCritic(nn.Module):
     def all_states(self, batch: TensorDict) -> Tensor:
         """V(s_0)..V(s_R), float32 [B, R + 1]."""
         hidden = hidden_states(self.backbone, *_read_batch(batch))  # [B, R + 1, H]: s_t is read at token t - 1
-        return self.head(hidden).float()[..., 0]
+        return self.head(hidden.float()).float()[..., 0]
 
 
 def language_model_of(policy: nn.Module) -> PreTrainedModel:
@@ -143,9 +144,15 @@ class TextNetworkFactory:
 
     discrete = True
 
-    def __init__(self, task: Task, start: str = "auto", rows_per_pass: int = 16, seed: int = 0) -> None:
-        """start: where critics start from, see `make_critic`; rows_per_pass: in `all_states`."""
+    def __init__(
+        self, task: Task, start: str = "auto", rows_per_pass: int = 16, seed: int = 0, lora_rank: int = 0
+    ) -> None:
+        """start: where critics start from, see `make_critic`; rows_per_pass: in `all_states`.
+
+        lora_rank: of the adapters that actors and critics train in place of weights; 0: they train their weights.
+        """
         self.task, self.start, self.rows_per_pass, self.seed = task, start, rows_per_pass, seed
+        self.lora_rank = lora_rank
         self.group_size = task.config.group_size
         self.alpha = task.config.kl_coef
         self.made = 0  # networks with random weights, built so far
@@ -153,12 +160,12 @@ class TextNetworkFactory:
     @own_settings(gradients=True)
     def actor(self) -> TextActor:
         """A policy that starts as the reference."""
-        return make_actor(self.task)
+        return make_actor(self.task, self.lora_rank, self._next_seed() if self.lora_rank else 0)
 
     @own_settings(gradients=True)
     def critic(self) -> TextCritic:
         """A critic with the chosen start."""
-        return make_critic(self.task, self.start, self._next_seed())
+        return make_critic(self.task, self.start, self._next_seed(), self.lora_rank)
 
     @own_settings(gradients=True)
     def q_network(self, alpha: float) -> TextQ:
@@ -175,11 +182,15 @@ class TextNetworkFactory:
         return torch.cat([network.all_states(part) for part in data.split(self.rows_per_pass)])
 
 
-def make_actor(task: Task) -> TextActor:
-    """An actor that starts as the reference."""
-    model = _trainable_copy(task.load_reference().model)
-    decodes_from_cache(model, task.width)  # found out now, and not in the first rollout
-    return TextActor(model, task.config.temperature)
+def make_actor(task: Task, lora_rank: int = 0, seed: int = 0) -> TextActor:
+    """An actor that starts as the reference: a copy of it, or adapters on it, which start from the seed."""
+    reference, temperature = task.load_reference().model, task.config.temperature
+    if lora_rank:
+        actor = with_adapters(TextActor(reference, temperature), "model", lora_rank, seed)
+    else:
+        actor = TextActor(_trainable_copy(reference), temperature)
+    decodes_from_cache(language_model_of(actor), task.width)  # found out now, and not in the first rollout
+    return actor
 
 
 def make_q_network(task: Task, alpha: float, seed: int) -> TextQ:
@@ -196,12 +207,15 @@ def make_q_network(task: Task, alpha: float, seed: int) -> TextQ:
     return TextQ(model, head, task.config.temperature, alpha)
 
 
-def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TextCritic:
+def make_critic(task: Task, start: str = "auto", seed: int = 0, lora_rank: int = 0) -> TextCritic:
     """A critic that starts from the reward model with its head, or from another network with a zero head.
 
     start: `reward-model`, `reference`, `scratch` (the reference's architecture with random weights drawn from the
     seed), or `auto`: the reward model if it reads the same tokens, otherwise the reference. If scores are normalized
     the head is zero as well, since the reward model's has other units than the value targets.
+
+    lora_rank: of adapters that are trained in place of the backbone, which then stays that of the reward model or the
+    reference; 0: a copy is trained.
     """
     reward, reference = task.reward, task.load_reference().model
     fits = isinstance(reward, RewardModel) and reward.tokenizer is None and reads_every_position(reward.model)
@@ -212,13 +226,16 @@ def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TextCritic:
         )
     if start in ("auto", "reward-model") and fits:
         assert isinstance(reward, RewardModel)
-        backbone = _trainable_copy(find_backbone(reward.model))
+        backbone = find_backbone(reward.model)
     else:
-        backbone = _trainable_copy(_random(reference, seed) if start == "scratch" else find_backbone(reference))
+        backbone = _random(reference, seed) if start == "scratch" else find_backbone(reference)
+    backbone = backbone if lora_rank else _trainable_copy(backbone)
     width = check_backbone(backbone, "critic", task.width, task.vocabulary)
     if start in ("auto", "reward-model") and isinstance(reward, RewardModel) and fits and task.normalizer is None:
-        return TextCritic(backbone, _head(reward.model, reward.label))
-    return TextCritic(backbone, _zero_head(width, backbone.device))
+        critic = TextCritic(backbone, _head(reward.model, reward.label))
+    else:
+        critic = TextCritic(backbone, _zero_head(width, backbone.device))
+    return with_adapters(critic, "backbone", lora_rank, seed) if lora_rank else critic
 
 
 def _random(model: PreTrainedModel, seed: int) -> PreTrainedModel:

@@ -30,7 +30,7 @@ def make_trainer(settings: dict, algorithm: dict | None = None, learner: str = "
     config = TrainConfig(algorithm=learner, **{name: value for name, value in given.items() if name in SHARED})
     text = TextConfig(**{name: value for name, value in given.items() if name not in SHARED})
     settings_class, algorithm_class = find_algorithm(learner)
-    networks = TextNetworkFactory(task, text.critic, text.micro_batch_size, config.seed)
+    networks = TextNetworkFactory(task, text.critic, text.micro_batch_size, config.seed, text.lora_rank)
     collector = TextCollector(task, task.prompts, text, config.seed)
     return Trainer(config, algorithm_class(settings_class(**(algorithm or {})), networks), collector)
 
