@@ -52,7 +52,8 @@ def merged_model(policy: nn.Module) -> PreTrainedModel:
         return model
     # From the trunk anew: a trained model may hold states with gradients, which cannot be copied.
     trunk = copy.deepcopy(vars(policy)["trunk"]).float().requires_grad_(False)
-    copied = _adapt(trunk, adapted.peft_config["default"].r, seed=0)
+    config: Any = adapted.peft_config["default"]
+    copied = _adapt(trunk, config.r, seed=0)
     copied.get_base_model().load_state_dict(_trained(model), strict=False)
     return copied.merge_and_unload().eval()  # type: ignore[operator]
 
@@ -95,7 +96,8 @@ def _adapt(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
         r=rank,
         lora_alpha=SCALE * rank,
         target_modules="all-linear",
-        exclude_modules=".*router",  # of experts: some are linear layers that return several tensors
+        # Routers of experts: some are linear layers that return several tensors.
+        exclude_modules=[name for name, _ in model.named_modules() if name.endswith("router")] or None,
         task_type=None if model.get_output_embeddings() is None else TaskType.CAUSAL_LM,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
