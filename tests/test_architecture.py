@@ -51,8 +51,8 @@ AGENTS_ORDER = """
         | algorithms.sac
     algorithms.registry
     replay trainer reporting.profile
-    text.config text.networks text.precision text.rollout text.evaluation text.samples text.policy text.fingerprints \
-        text.experiment text.shading \
+    text.config text.lora text.networks text.precision text.rollout text.evaluation text.samples text.policy \
+        text.fingerprints text.experiment text.shading \
         | control.config control.networks control.environments control.collector control.policy control.experiment
     domains
     presets | run_folder | checkpoint

@@ -34,6 +34,9 @@ class TextConfig:
     mask_refresh: int = 20  # iterations between copies of the actor into a mask policy (NLPO); 0: never
     # initial critic: reward-model, reference, scratch, or auto (reward-model if its tokens match, else reference)
     critic: str = "auto"
+    # rank of adapters (LoRA) that actor and critic train in place of weights; learning rates ten times those of whole
+    # weights are usual; 0: all weights are trained
+    lora_rank: int = 0
     kl_estimator: str = "k1"  # penalty in the reward: k1, k2, k3 or exact; only k1 has the KL's gradient
     kl_controller: str = "fixed"  # fixed, or adaptive: β starts at kl_coef and moves to keep the KL at kl_target
     kl_target: float | None = None  # KL in nats per kl_unit that an adaptive β aims for
@@ -58,6 +61,12 @@ class TextConfig:
             "the algorithm learns from a replay buffer, without ratios to old probabilities; leave it out.",
         ),
         Unread(("critic",), lambda job: "critic" not in job.trained, "the algorithm has no critic; leave it out."),
+        Unread(
+            ("lora_rank",),
+            lambda job: not job.learner.on_policy,
+            "the algorithm's Q-networks train all their weights; leave it out, or choose an algorithm that learns from "
+            "its rollouts, such as ppo.",
+        ),
         Unread(
             ("kl_estimator", "kl_controller"),
             lambda job: not job.learner.on_policy,
@@ -93,6 +102,13 @@ class TextConfig:
         check_choice(self, "old_log_probs", OLD_LOG_PROBS)
         if self.mask_refresh < 0:
             raise ValueError(f"mask_refresh must be 0 (never) or more, got {self.mask_refresh}.")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0 (no adapters) or more, got {self.lora_rank}; 16 is usual.")
+        if self.lora_rank and self.critic == "scratch":
+            raise ValueError(
+                f"critic='scratch' starts from random weights, and with lora_rank={self.lora_rank} they would never be "
+                "trained. Choose --critic reference, or leave one of them out."
+            )
 
     def _check_kl(self) -> None:
         check_choice(self, "kl_estimator", (*ESTIMATORS, EXACT))

@@ -24,6 +24,7 @@ from agents.seeds import evaluation_seed
 from agents.text.config import TextConfig
 from agents.text.evaluation import Evaluation, evaluate, find_gold, mean, rate, split_prompts
 from agents.text.fingerprints import HELD_OUT, fingerprints, save_prompts
+from agents.text.lora import merged_model, save_adapter
 from agents.text.networks import TextNetworkFactory, language_model_of
 from agents.text.policy import export_policy
 from agents.text.rollout import TextCollector, TextRollout, collect
@@ -74,12 +75,13 @@ class TextExperiment:
         self.collector = TextCollector(self.task, self.prompts, settings, config.seed, ratios=on_policy)
 
     def describe(self) -> str:
-        """Device, prompts, reward, penalty and the amount of work."""
-        task = self.task
+        """Device, prompts, reward, penalty, adapters and the amount of work."""
+        task, rank = self.task, self.settings.lora_rank
+        adapters = f"adapters of rank {rank}; " if rank else ""
         return (
             f"({task.device}): {len(self.prompts)} prompts, {len(self.held_out)} held out; reward {task.reward.name}, "
-            f"kl_coef {task.config.kl_coef:g} ({describe_kl(self.settings)}); {self.config.iterations} iterations of "
-            f"{self.settings.rollout_size} responses."
+            f"kl_coef {task.config.kl_coef:g} ({describe_kl(self.settings)}); {adapters}"
+            f"{self.config.iterations} iterations of {self.settings.rollout_size} responses."
         )
 
     def fingerprints(self) -> dict[str, str]:
@@ -137,8 +139,10 @@ class TextExperiment:
         ]
 
     def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
-        """The language model with its tokenizer, samples before and after, and the credit of one response."""
-        export_policy(language_model_of(trainer.algorithm.networks.policy), self.task, folder / "actor")
+        """The language model with its tokenizer, its adapter, samples before and after, and one response's credit."""
+        policy = trainer.algorithm.networks.policy
+        export_policy(merged_model(policy), self.task, folder / "actor")
+        save_adapter(policy, folder / "adapter")
         write_samples(folder / "samples.md", before, after)
         plots.draw_credit(folder / "credit.png", assign_credit(trainer, self.held_out))
         return make_summary(before, after) | self.collector.describe_precision()

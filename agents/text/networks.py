@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from agents.objectives.actor_critic import Categorical
 from agents.seeds import seed_of
 from agents.text.config import TextConfig
+from agents.text.lora import with_adapters
 from textenv.masks.token_sets import TokenSets
 from textenv.models.decoding import decodes_from_cache
 from textenv.models.language_model import find_backbone, hidden_states, read, read_states
@@ -183,12 +184,13 @@ class TextNetworkFactory:
     @own_settings(gradients=True)
     def actor(self) -> TextActor:
         """A policy that starts as the reference."""
-        return self._prepared(make_actor(self.task))
+        rank = self.config.lora_rank
+        return self._prepared(make_actor(self.task, rank, self._next_seed() if rank else 0))
 
     @own_settings(gradients=True)
     def critic(self) -> TextCritic:
         """A critic with the chosen start."""
-        return self._prepared(make_critic(self.task, self.config.critic, self._next_seed()))
+        return self._prepared(make_critic(self.task, self.config.critic, self._next_seed(), self.config.lora_rank))
 
     @own_settings(gradients=True)
     def q_network(self, alpha: float) -> TextQ:
@@ -201,7 +203,7 @@ class TextNetworkFactory:
 
     def _prepared(self, network: Any) -> Any:
         if self.config.gradient_checkpointing:
-            recompute_layers(network)
+            recompute_layers(network.backbone if isinstance(network, TextCritic) else network.model)
         return network
 
     @own_settings()
@@ -217,11 +219,15 @@ class TextNetworkFactory:
         return torch.cat([mapped, torch.zeros_like(mapped[:, :1])], 1)
 
 
-def make_actor(task: Task) -> TextActor:
-    """An actor that starts as the reference."""
-    model = _trainable_copy(task.load_reference().model)
-    decodes_from_cache(model, task.width)  # found out now, and not in the first rollout
-    return TextActor(model, task.config.temperature)
+def make_actor(task: Task, lora_rank: int = 0, seed: int = 0) -> TextActor:
+    """An actor that starts as the reference: a copy of it, or adapters on it, which start from the seed."""
+    reference, temperature = task.load_reference().model, task.config.temperature
+    if lora_rank:
+        actor = with_adapters(TextActor(reference, temperature), "model", lora_rank, seed)
+    else:
+        actor = TextActor(_trainable_copy(reference), temperature)
+    decodes_from_cache(language_model_of(actor), task.width)  # found out now, and not in the first rollout
+    return actor
 
 
 def make_q_network(task: Task, alpha: float, seed: int) -> TextQ:
@@ -238,12 +244,15 @@ def make_q_network(task: Task, alpha: float, seed: int) -> TextQ:
     return TextQ(model, head, task.config.temperature, alpha)
 
 
-def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TextCritic:
+def make_critic(task: Task, start: str = "auto", seed: int = 0, lora_rank: int = 0) -> TextCritic:
     """A critic that starts from the reward model with its head, or from another network with a zero head.
 
     start: `reward-model`, `reference`, `scratch` (the reference's architecture with random weights drawn from the
     seed), or `auto`: the reward model if it reads the same tokens, otherwise the reference. If scores are normalized
     the head is zero as well, since the reward model's has other units than the value targets.
+
+    lora_rank: of adapters that are trained in place of the backbone, which then stays that of the reward model or the
+    reference; 0: a copy is trained.
     """
     reward, reference = task.reward, task.load_reference().model
     fits = isinstance(reward, RewardModel) and reward.tokenizer is None and reads_every_position(reward.model)
@@ -254,13 +263,16 @@ def make_critic(task: Task, start: str = "auto", seed: int = 0) -> TextCritic:
         )
     if start in ("auto", "reward-model") and fits:
         assert isinstance(reward, RewardModel)
-        backbone = _trainable_copy(find_backbone(reward.model))
+        backbone = find_backbone(reward.model)
     else:
-        backbone = _trainable_copy(_random(reference, seed) if start == "scratch" else find_backbone(reference))
+        backbone = _random(reference, seed) if start == "scratch" else find_backbone(reference)
+    backbone = backbone if lora_rank else _trainable_copy(backbone)
     width = check_backbone(backbone, "critic", task.width, task.vocabulary)
     if start in ("auto", "reward-model") and isinstance(reward, RewardModel) and fits and task.normalizer is None:
-        return TextCritic(backbone, _head(reward.model, reward.label))
-    return TextCritic(backbone, _zero_head(width, backbone.device))
+        critic = TextCritic(backbone, _head(reward.model, reward.label))
+    else:
+        critic = TextCritic(backbone, _zero_head(width, backbone.device))
+    return with_adapters(critic, "backbone", lora_rank, seed) if lora_rank else critic
 
 
 def _random(model: PreTrainedModel, seed: int) -> PreTrainedModel:
@@ -305,15 +317,15 @@ def _head(model: PreTrainedModel, label: int | None) -> nn.Linear:
     return head
 
 
-def recompute_layers(network: nn.Module) -> None:
+def recompute_layers(model: nn.Module) -> None:
     """Gradient checkpointing: the backward pass computes each layer again, and memory keeps its input alone.
 
     Transformers' own switch would put the model into train mode, where dropout and router noise are drawn. Raises
     ValueError for an architecture without such layers.
     """
-    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        names = sorted({type(module).__name__ for module in network.modules() if isinstance(module, PreTrainedModel)})
+        names = sorted({type(module).__name__ for module in model.modules() if isinstance(module, PreTrainedModel)})
         raise ValueError(
             f"Transformers cannot recompute the layers of {' and '.join(names)}; leave out gradient_checkpointing, and "
             "lower micro_batch_tokens to save memory."

@@ -50,8 +50,11 @@ class Precision:
 
     @torch.no_grad()
     def sampling_model(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model that samples for an actor: itself in float32, a bfloat16 copy of its present weights in bf16."""
-        if not self.half:
+        """The model that samples for an actor: itself in float32, a bfloat16 copy of its present weights in bf16.
+
+        A model with adapters samples by itself too: a copy would be a second trunk in memory.
+        """
+        if not self.half or not all(parameter.requires_grad for parameter in model.parameters()):
             return model
         if self.sampler is None:
             self.sampler = copy.deepcopy(model).requires_grad_(False).bfloat16()

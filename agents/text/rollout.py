@@ -27,6 +27,7 @@ from agents.objectives.advantages import masked_mean, response_ends
 from agents.reporting.phases import phase
 from agents.seeds import seed_of, torch_generator
 from agents.text.config import TextConfig
+from agents.text.lora import merged_model
 from agents.text.networks import language_model_of
 from agents.text.precision import Precision, mismatch
 from textenv.generation import Generation, ScoredResponses, generate, response_kl, score_responses
@@ -299,7 +300,7 @@ class TextCollector:
         """Refresh mask policies every `mask_refresh` iterations (NLPO)."""
         if self.config.mask_refresh and iteration % self.config.mask_refresh == 0:
             for mask in self.mask_policies:
-                mask.refresh(language_model_of(policy))
+                mask.refresh(merged_model(policy))
 
     def penalty(self) -> Penalty:
         """The penalty of the next rollout."""
