@@ -331,7 +331,13 @@ def recompute_layers(model: nn.Module) -> None:
             "lower micro_batch_tokens to save memory."
         )
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(_recomputed, layer.forward)  # of a method, so that copies of the model call their own
+
+
+def _recomputed(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():  # decoding, which may be compiled
+        return forward(*arguments, **named)
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
 
 
 def _trainable_copy(model: Any) -> Any:

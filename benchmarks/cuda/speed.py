@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -27,8 +27,17 @@ from benchmarks.cuda.scale import (
     task_for,
 )
 from textenv.generation import generate, score_responses
+from textenv.models.decoding import Decoding
 from textenv.models.sampling import Sampling
 from textenv.task import Task
+
+# Settings of an update by the name in the table.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "float32": dict(precision="float32"),
+    "bf16": dict(precision="bf16", compile=True),
+    "bf16, checkpointing": dict(precision="bf16", compile=True, gradient_checkpointing=True),
+    "bf16, adapters": dict(precision="bf16", lora_rank=16),
+}
 
 
 def decode(scale: Scale) -> Iterator[Row]:
@@ -51,8 +60,8 @@ def _decoders(case: str, task: Task, model: PreTrainedModel, rows: int, scale: S
     generator = torch.Generator(scale.device).manual_seed(0)
     fixed = len(task.stop_token_ids) == 1
 
-    def ours() -> int:
-        return int(generate(task, model, prompts, Sampling(), generator).state.length.sum())
+    def ours(decoding: Decoding) -> int:
+        return int(generate(task, model, prompts, Sampling(), generator, decoding).state.length.sum())
 
     def theirs() -> int:
         texts: Any = model.generate(  # type: ignore[operator]
@@ -68,7 +77,12 @@ def _decoders(case: str, task: Task, model: PreTrainedModel, rows: int, scale: S
 
     state = generate(task, model, prompts, Sampling(), generator).state
     bound = _roofline(model, rows, scale)
-    for method, call in {"ours": ours, "generate": theirs}.items():
+    methods = {
+        "ours": partial(ours, Decoding()),
+        "ours, captured": partial(ours, Decoding(compile=True)),
+        "generate": theirs,
+    }
+    for method, call in methods.items():
         speed = _speed(call, scale)
         row: Row = {"case": f"{case}: {method}", "tokens_per_second": speed}
         yield row | ({"share_of_roofline": speed / bound} if fixed and bound else {})
@@ -105,27 +119,27 @@ def _roofline(model: PreTrainedModel, rows: int, scale: Scale) -> float:
 
 
 def update(scale: Scale) -> Iterator[Row]:
-    """Rollout and update time of a PPO iteration of one epoch, in the precisions that PyTorch offers by itself."""
+    """Rollout and update time of a PPO iteration of one epoch, in each precision, and with what saves memory."""
     for name in scale.models:
         for vocabulary in scale.vocabularies:
-            first = vocabulary == scale.vocabularies[0]
-            for precision in ("float32", "tf32", "bf16 autocast") if first else ("tf32", "bf16 autocast"):
-                case = f"{name}, vocabulary {vocabulary:,}, {precision}"
+            for variant, changes in VARIANTS.items():
+                case = f"{name}, vocabulary {vocabulary:,}, {variant}"
                 try:
-                    yield {"case": case} | _iteration(name, vocabulary, precision, scale)
-                except torch.cuda.OutOfMemoryError as error:
+                    yield {"case": case} | _iteration(name, vocabulary, changes, scale)
+                except (torch.cuda.OutOfMemoryError, ValueError) as error:  # ValueError: peft is not installed
                     yield {"case": case, "error": str(error)[:200]}
                 free(scale.device)
 
 
-def _iteration(name: str, vocabulary: int, precision: str, scale: Scale) -> Row:
+def _iteration(name: str, vocabulary: int, changes: dict[str, Any], scale: Scale) -> Row:
     model = random_model(name, vocabulary, scale.device, torch.bfloat16)
     task = task_for(model, scale, scale.update_rows, (0,))
     config = TrainConfig(iterations=2, minibatch_size=scale.update_rows // 2)
     micro_batch = max(scale.update_rows // 4, 1) * (scale.prompt + scale.response)
-    settings = TextConfig(rollout_size=scale.update_rows, micro_batch_tokens=micro_batch, evaluation_prompts=1)
+    sizes: dict[str, Any] = dict(rollout_size=scale.update_rows, micro_batch_tokens=micro_batch, evaluation_prompts=1)
+    settings = TextConfig(**sizes, **changes)
     experiment = TextExperiment(config, settings, task)
-    with peak_memory(scale.device) as memory, _precision(precision, scale):
+    with peak_memory(scale.device) as memory:
         trainer = Trainer(config, PPO(PPOConfig(epochs=1), experiment.network_factory), experiment.collector)
         iterations = [iteration.metrics for iteration in trainer.iterate()]
     last = iterations[-1]
@@ -136,15 +150,3 @@ def _iteration(name: str, vocabulary: int, precision: str, scale: Scale) -> Row:
     peak = peak_of(scale.device)[0]
     row: Row = {"update_seconds": seconds, "rollout_seconds": last["rollout_seconds"], **memory}
     return row | ({"mfu": operations / seconds / peak} if peak else {})
-
-
-@contextlib.contextmanager
-def _precision(name: str, scale: Scale) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if name == "float32" else "high")
-    autocast = torch.autocast(scale.device.type, torch.bfloat16, enabled=name == "bf16 autocast")
-    try:
-        with autocast:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
