@@ -34,9 +34,9 @@ from textenv.models.loading import refuse_adapters
 
 RANK = 4
 CASES = [
-    *((family, torch.float32) for family in ("gpt2", "llama", "gemma2")),
+    *((family, torch.float32) for family in ("gpt2", "llama")),
     ("gpt2", torch.bfloat16),
-    *(pytest.param(family, torch.float32, marks=pytest.mark.slow) for family in ("qwen2", "opt")),
+    *(pytest.param(family, torch.float32, marks=pytest.mark.slow) for family in ("qwen2", "gemma2", "opt")),
     *(pytest.param(family, torch.bfloat16, marks=pytest.mark.slow) for family in ("llama", "qwen2", "gemma2", "opt")),
 ]
 LEARNERS = [
