@@ -22,7 +22,7 @@ from textenv.models.probe import Refusal
 if TYPE_CHECKING:
     from peft import PeftModel
 
-SCALE = 2  # alpha over rank; Adam makes a learning rate of any other choice
+SCALE = 2  # alpha over rank, as is usual; under Adam another value is much like another learning rate
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -30,7 +30,7 @@ def with_adapters(network: Network, attribute: str, rank: int, seed: int) -> Net
     """Let a network train adapters in place of the weights of the model that it has as `attribute`.
 
     Its `parameters()` and `state_dict()` then hold the adapters, float32, and its other modules, without the trunk.
-    Until the first step the model's outputs stay what they are to the bit. seed: of the adapters' random half.
+    Until the first step the adapters add zeros, so the model's outputs stay what they are. seed: of their random half.
     """
     trunk: Any = getattr(network, attribute)
     adapted = _adapt(_twin(trunk), rank, seed)

@@ -34,13 +34,14 @@ from textenv.models.loading import refuse_adapters
 
 RANK = 4
 CASES = [
-    *((family, torch.float32) for family in ("gpt2", "llama", "qwen2", "gemma2", "opt")),
+    *((family, torch.float32) for family in ("gpt2", "llama")),
     ("gpt2", torch.bfloat16),
+    *(pytest.param(family, torch.float32, marks=pytest.mark.slow) for family in ("qwen2", "gemma2", "opt")),
     *(pytest.param(family, torch.bfloat16, marks=pytest.mark.slow) for family in ("llama", "qwen2", "gemma2", "opt")),
 ]
 LEARNERS = [
-    *(("grpo", "float32"), ("ppo", "bfloat16")),
-    *(pytest.param(name, "float32", marks=pytest.mark.slow) for name in ("ppo", "a2c", "reinforce", "rloo")),
+    ("ppo", "bfloat16"),
+    *(pytest.param(name, "float32", marks=pytest.mark.slow) for name in ("ppo", "a2c", "reinforce", "rloo", "grpo")),
     *(pytest.param(name, "bfloat16", marks=pytest.mark.slow) for name in ("a2c", "reinforce", "rloo", "grpo")),
 ]
 
@@ -218,8 +219,8 @@ def test_learners_train_adapters(settings, learner, dtype):
     before, frozen_before = learning.weights(networks.policy), of_weights(task.reference.model)
     first, second = trainer.iterate()
     # What is left is rounding, of the decoder against whole forwards.
-    rounding = 1e-4 if dtype == "float32" else 0.3
-    assert abs(first.metrics["kl_per_response"]) < rounding < second.metrics["kl_per_response"]
+    assert abs(first.metrics["kl_per_response"]) < (1e-4 if dtype == "float32" else 0.3)
+    assert second.metrics["kl_per_response"] > 2 * abs(first.metrics["kl_per_response"])
     moved = [not torch.equal(*pair) for pair in zip(learning.weights(networks.policy), before, strict=True)]
     assert all(moved) and of_weights(task.reference.model) == frozen_before
     assert all(
@@ -340,10 +341,10 @@ def test_every_architecture(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_adapters_learn_the_embedded_task(seed):
-    """The score rises: by 0.9 to 1.2 in six iterations over three seeds, at thirty times the rate of whole weights."""
+    """The score rises: by 1.2 to 1.4 in eight iterations over three seeds, at thirty times the rate of whole weights."""
     train, text, ppo = defaults("TextGen-v0", "ppo")
     rates = dict(learning_rate=3e-3, critic_learning_rate=3e-3)
-    train = dataclasses.replace(train, seed=seed, iterations=6, env_arg=("device=cpu",), **rates)
+    train = dataclasses.replace(train, seed=seed, iterations=8, env_arg=("device=cpu",), **rates)
     _, trainer = run.build(train, dataclasses.replace(text, lora_rank=16), ppo)
     scores = [iteration.metrics["score"] for iteration in trainer.iterate()]
     assert scores[-1] > scores[0] + 0.5
