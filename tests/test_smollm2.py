@@ -47,7 +47,7 @@ def test_two_iterations_and_generate(tmp_path, capsys):
         '{"prompt": "2 plus 3 is"}\n{"prompt": "4 plus 4 is"}\n{"prompt": "1 plus 6 is"}\n', encoding="utf-8"
     )
     run = tmp_path / "run"
-    sizes = ["--iterations=2", "--rollout-size=4", "--minibatch-size=4", "--micro-batch-size=4"]
+    sizes = ["--iterations=2", "--rollout-size=4", "--minibatch-size=4", "--micro-batch-tokens=160"]
     main(["train", f"--run={run}", "--evaluation-prompts=1", *sizes, *arguments, f"--env-arg=prompts={prompts}"])
     assert "KL" in capsys.readouterr().out
     main(["generate", "--run", str(run), "--prompt", "2 plus 2 is"])

@@ -65,7 +65,7 @@ class TextConfig:
             ("lora_rank",),
             lambda job: not job.learner.on_policy,
             "the algorithm's Q-networks train all their weights; leave it out, or choose an algorithm that learns from "
-            "its rollouts, such as ppo.",
+            "its own rollouts.",
         ),
         Unread(
             ("kl_estimator", "kl_controller"),

@@ -247,7 +247,7 @@ def test_it_learns_a_known_answer(folders, name):
     own = dict(learning_starts=64, gradient_steps=8, gamma=1.0, lmbda=0.95, buffer_size=512)
     trainer = make(settings, name, own, **sizes, learning_rate=5e-3, critic_learning_rate=5e-3)
     scores = [iteration.metrics["score"] for iteration in trainer.iterate()]
-    assert sum(scores[:2]) / 2 < 0.2
+    assert scores[0] < 0.2  # of the policy before its first update
     assert sum(scores[-3:]) / 3 > 0.7
 
 
