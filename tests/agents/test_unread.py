@@ -216,7 +216,7 @@ REFUSED = [
     ("dqn-text", dict(learning_rate=1.0), "learning_rate=1.0 would do nothing.*critic_learning_rate"),
     ("dqn-text", dict(kl_estimator="k2"), "kl_estimator='k2' would do nothing: .*replay buffer"),
     ("dqn-text", dict(lora_rank=4), "lora_rank=4 would do nothing: .*Q-networks train all their weights"),
-    ("sac-text", dict(lora_rank=4), "lora_rank=4 would do nothing: .*such as ppo"),
+    ("sac-text", dict(lora_rank=4), "lora_rank=4 would do nothing: .*its own rollouts"),
     ("sac-text", dict(kl_controller="adaptive", kl_target=1.0), "kl_controller='adaptive' would do nothing"),
     ("dqn-text", dict(epsilon_end=0.5), "epsilon_end=0.5 would do nothing.*alpha"),
     ("sac-text", dict(target_entropy=0.9), "target_entropy=0.9 would do nothing: alpha is fixed"),
