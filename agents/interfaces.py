@@ -185,6 +185,7 @@ class Algorithm(Protocol):
     """A learner: three methods, a flag, a limit, and its networks."""
 
     on_policy: bool  # learns from each rollout once; otherwise from a replay buffer
+    ratios: bool  # divides by the probabilities under which actions were sampled
     target_kl: float  # a minibatch with an `approx_kl` above it ends the updates, without its step; 0: none does
     config: Any  # `epochs` if on policy; `buffer_size`, `learning_starts` and `gradient_steps` if not
     networks: Any  # `Networks`

@@ -96,7 +96,7 @@ class Trainer:
     def _update(self, data: TensorDict) -> dict[str, float]:
         """Prepare a rollout, or store it for replay, and take optimizer steps. Returns the metrics' means."""
         if self.replay is None:
-            with phase("prepare"), self.collector.autocast():
+            with phase("prepare"):
                 metrics = self.algorithm.prepare(data)
             return metrics | self._learn(self._shuffled(self.collector.training_rows(data)))
         return self._learn(self._replayed(self.replay, self.collector.replay_rows(data)))

@@ -51,7 +51,7 @@ AGENTS_ORDER = """
         | algorithms.sac
     algorithms.registry
     replay trainer reporting.profile
-    text.config text.lora text.networks text.precision text.rollout text.evaluation text.samples text.policy \
+    text.config text.lora text.precision text.networks text.rollout text.evaluation text.samples text.policy \
         text.fingerprints text.experiment text.shading \
         | control.config control.networks control.environments control.collector control.policy control.experiment
     domains

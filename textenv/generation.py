@@ -141,13 +141,13 @@ class _Writing:
     def write(self) -> None:
         """Append one token to every running slot."""
         logits, length = self.decoder.logits, self.state.length  # [b, V], [b]
-        self.finite.note("the largest of the policy's logits", logits.amax(-1), self.running, length)
         step = length.clamp_max(self.budget - 1)
         place = self.row.where(self.running, len(self.texts)), step  # where the results go
         if self.masker is not None:
             allowed = self.masker.allowed(self.state, [self.texts[row] for row in self.rows], self.running)  # [b, V]
             self.masks.append((place, allowed))
             logits = logits.masked_fill(~allowed, -torch.inf)
+        self.finite.note("the largest of the policy's logits", logits.amax(-1), self.running, length)
         tokens, log_prob = sample(logits, self.sampling, self.uniform[self.row, step])
         self.log_prob[place] = log_prob
         self.state = self.state.append(tokens, self.running)

@@ -184,6 +184,11 @@ def left_aligned(input_ids: Tensor, attention_mask: Tensor, width: int | None = 
     return input_ids.gather(1, mask.int().argmax(1, keepdim=True) + columns), length
 
 
+def pass_tokens(device: torch.device) -> int:
+    """Tokens of one forward, padding included, where nobody says how many."""
+    return CPU_TOKENS if device.type == "cpu" else OTHER_TOKENS
+
+
 def batches(length: Tensor, tokens: int | None = None) -> list[Tensor]:
     """Texts of similar length together, so that rows times the longest text is at most `tokens` in each batch.
 
@@ -191,7 +196,7 @@ def batches(length: Tensor, tokens: int | None = None) -> list[Tensor]:
     int64 [b], shortest texts first; a text that is longer than `tokens` is a batch by itself.
     """
     if tokens is None:
-        tokens = CPU_TOKENS if length.device.type == "cpu" else OTHER_TOKENS
+        tokens = pass_tokens(length.device)
     if tokens < 1:
         raise ValueError(f"batches of texts hold at least 1 token, got {tokens}; give the tokens of one forward.")
     order = length.argsort(stable=True)

@@ -44,6 +44,7 @@ class A2C:
     """Policy gradient with GAE advantages, and a critic fitted to their value targets."""
 
     on_policy = True
+    ratios = False
     target_kl = 0.0
     step_weights = staticmethod(token_weights)
 

@@ -73,6 +73,7 @@ class DQN:
     """Regression of action values on targets from a replay buffer."""
 
     on_policy = False
+    ratios = False
     target_kl = 0.0
     step_weights = staticmethod(token_weights)
 

@@ -51,6 +51,7 @@ class GRPO:
     """Clipped policy gradient with advantages relative to the group."""
 
     on_policy = True
+    ratios = True
     target_kl = 0.0
 
     def __init__(self, config: GRPOConfig, factory: NetworkFactory) -> None:

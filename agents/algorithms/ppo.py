@@ -65,6 +65,7 @@ class PPO:
     """Clipped policy gradient with GAE advantages, several passes over each rollout."""
 
     on_policy = True
+    ratios = True
     step_weights = staticmethod(token_weights)
 
     def __init__(self, config: PPOConfig, factory: NetworkFactory) -> None:

@@ -43,6 +43,7 @@ class Reinforce:
     """Policy gradient with whole returns, and a critic as the baseline."""
 
     on_policy = True
+    ratios = False
     target_kl = 0.0
     step_weights = staticmethod(token_weights)
 

@@ -46,6 +46,7 @@ class RLOO:
     """Clipped policy gradient with the leave-one-out baseline."""
 
     on_policy = True
+    ratios = True
     target_kl = 0.0
     step_weights = staticmethod(token_weights)
 

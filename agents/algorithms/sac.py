@@ -86,6 +86,7 @@ class SAC:
     """An actor that maximizes action values and entropy, and two critics fitted to targets from a replay buffer."""
 
     on_policy = False
+    ratios = False
     target_kl = 0.0
     step_weights = staticmethod(token_weights)
 

@@ -6,13 +6,14 @@ and is traced. Rates are those of the timed one; the count is scaled by its numb
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ PEAKS = {
 def peak_of(device: torch.device) -> tuple[float, float]:
     """Operations (bfloat16) and bytes of memory a second at best; zeros for a device that is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for card, peak in PEAKS.items() if card in name), (0.0, 0.0))
+    return next((peak for card, peak in PEAKS.items() if re.search(rf"\b{card}\b", name)), (0.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def profile_iterations(trainer: Any, trace: Path) -> Profile:
     with observed(clock):
         timed = next(iterations).rollout
     seconds, peak_bytes = clock._now()[0] - started, _peak_bytes(device)
+    if hasattr(trainer.collector, "decoding"):  # operations in a compiled step or a graph would not be counted
+        trainer.collector.decoding = replace(trainer.collector.decoding, compile=False)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with ExitStack() as stack:
         traced = stack.enter_context(profile(activities=activities))

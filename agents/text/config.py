@@ -57,8 +57,8 @@ class TextConfig:
         ),
         Unread(
             ("old_log_probs",),
-            lambda job: not job.learner.on_policy,
-            "the algorithm learns from a replay buffer, without ratios to old probabilities; leave it out.",
+            lambda job: not job.learner.ratios,
+            "the algorithm has no ratios to old probabilities; leave it out.",
         ),
         Unread(("critic",), lambda job: "critic" not in job.trained, "the algorithm has no critic; leave it out."),
         Unread(

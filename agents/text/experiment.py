@@ -71,8 +71,8 @@ class TextExperiment:
             self.prompts, self.held_out = self.task.prompts, self.task.read_prompts(held_out)
         self.gold = find_gold(self.task, settings)
         self.network_factory = TextNetworkFactory(self.task, settings, config.seed)
-        on_policy = find_algorithm(config.algorithm)[1].on_policy
-        self.collector = TextCollector(self.task, self.prompts, settings, config.seed, ratios=on_policy)
+        ratios = find_algorithm(config.algorithm)[1].ratios
+        self.collector = TextCollector(self.task, self.prompts, settings, config.seed, ratios=ratios)
 
     def describe(self) -> str:
         """Device, prompts, reward, penalty, adapters and the amount of work."""
@@ -215,7 +215,7 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
     prompts = held_out.select(
         [row // task.config.group_size % len(held_out) for row in range(8 * task.config.group_size)]
     )
-    rollout = collect(task, language_model_of(policy), prompts, generator, len(prompts), penalty)
+    rollout = collect(task, language_model_of(policy), prompts, generator, collector.config.micro_batch_tokens, penalty)
     trainer.algorithm.prepare(rollout.data)
     lengths = rollout.data["mask"].sum(1)
     row = int(lengths.argsort()[len(lengths) // 2])

@@ -28,6 +28,7 @@ from agents.objectives.actor_critic import Categorical
 from agents.seeds import seed_of
 from agents.text.config import TextConfig
 from agents.text.lora import with_adapters
+from agents.text.precision import Precision
 from textenv.masks.token_sets import TokenSets
 from textenv.models.decoding import decodes_from_cache
 from textenv.models.language_model import find_backbone, hidden_states, read, read_states
@@ -177,6 +178,7 @@ class TextNetworkFactory:
     def __init__(self, task: Task, config: TextConfig = DEFAULTS, seed: int = 0) -> None:
         """seed: of random weights."""
         self.task, self.config, self.seed = task, config, seed
+        self.precision = Precision(config.precision, task.device)
         self.group_size = task.config.group_size
         self.alpha = task.config.kl_coef
         self.made = 0  # networks with random weights, built so far
@@ -210,8 +212,20 @@ class TextNetworkFactory:
     def state_values(self, critic: TextCritic, data: TensorDict) -> Tensor:
         """V(s_0)..V(s_R) without gradient, [B, R + 1], `micro_batch_tokens` at a time."""
         parts = batches(data["attention_mask"].sum(1), self.config.micro_batch_tokens)
-        values = torch.cat([critic.all_states(data[rows]) for rows in parts])
+        read = data.select("input_ids", "attention_mask", "mask")
+        values = torch.cat([self._values(critic, read[rows]) for rows in parts])
         return values[torch.cat(parts).argsort()]
+
+    def _values(self, critic: TextCritic, rows: TensorDict) -> Tensor:
+        """V(s_0)..V(s_R) of rows of like length, [b, R + 1], zero where no token is generated."""
+        mask, attention = rows["mask"], rows["attention_mask"]
+        width = attention.shape[1] - mask.shape[1]  # P
+        unused = mask.shape[1] - int(attention[:, width:].sum(1).max())
+        texts = {"input_ids": rows["input_ids"], "attention_mask": attention, "mask": mask}
+        used = {name: tensor[:, : tensor.shape[1] - unused] for name, tensor in texts.items()}
+        with self.precision.autocast():
+            values = critic.all_states(TensorDict(used, batch_size=rows.batch_size))
+        return nn.functional.pad(values, (0, unused)).where(nn.functional.pad(mask, (0, 1)), 0.0)
 
     def map_states(self, function: Callable[..., Tensor], values: Sequence[TokenValues], *others: Tensor) -> Tensor:
         """`function` of action values, some of the states at a time; 0 at s_R, where the response is over."""

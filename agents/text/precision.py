@@ -2,7 +2,8 @@
 
 Weights, gradients and the optimizer's state are float32 either way, and so are log-probabilities, values, losses and
 advantages. In bf16, training forwards run under autocast, and responses are sampled by a copy of the actor with
-bfloat16 weights: decoding reads all weights for every token, and half the bytes take half the time.
+bfloat16 weights: decoding reads all weights for every token, and half the bytes take half the time. A model with
+adapters samples by itself, in the dtype of its trunk: give the environment `dtype="bfloat16"` with adapters.
 
 The copy's log-probabilities differ from those of the training forward by rounding. So the ratio of new to old
 probability would not start at 1. By default the old log-probabilities are therefore computed again by the training
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from textenv.kl import MAX_LOG_RATIO
+from textenv.models.language_model import cast_weights
 
 
 class Precision:
@@ -57,7 +59,7 @@ class Precision:
         if not self.half or not all(parameter.requires_grad for parameter in model.parameters()):
             return model
         if self.sampler is None:
-            self.sampler = copy.deepcopy(model).requires_grad_(False).bfloat16()
+            self.sampler = cast_weights(copy.deepcopy(model).requires_grad_(False), torch.bfloat16)
         pairs = zip(self.sampler.parameters(), model.parameters(), strict=True)
         for own, new in pairs:  # in place: what was compiled or checked for the copy stays valid
             own.copy_(new)

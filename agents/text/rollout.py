@@ -37,7 +37,7 @@ from textenv.models.decoding import Decoding
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
 from textenv.rewards.normalization import RAW
-from textenv.state import batches, own_settings
+from textenv.state import batches, own_settings, pass_tokens
 from textenv.task import Task
 
 
@@ -293,7 +293,7 @@ class TextCollector:
         attention, width = minibatch["attention_mask"], minibatch["mask"].shape[1]
         parts = attention.split([attention.shape[1] - width, width], 1)
         lengths = torch.stack([part.sum(1) for part in parts]).cpu()  # [2, B], the only wait for the device
-        for rows in batches(lengths.sum(0), self.config.micro_batch_tokens):
+        for rows in batches(lengths.sum(0), self.config.micro_batch_tokens or pass_tokens(self.task.device)):
             yield trim(minibatch[rows.to(attention.device)], *lengths[:, rows].amax(1).tolist())
 
     def after_update(self, policy: nn.Module, iteration: int) -> None:
@@ -313,6 +313,7 @@ class TextCollector:
             "sampler": self.sampler.state_dict(),
             "prompt_generator": json.dumps(self.prompt_generator.bit_generator.state),
             "sampling_generator": self.sampling_generator.get_state(),
+            "mismatch": self.mismatch,
         }
         if self.task.normalizer is not None:
             state["score_statistics"] = self.task.normalizer.statistics.state_dict()
@@ -322,6 +323,7 @@ class TextCollector:
         """Restore the state returned by `state_dict`."""
         self.load_statistics(state)
         self.sampler.load_state_dict(state["sampler"])
+        self.mismatch = state["mismatch"]
         self.prompt_generator.bit_generator.state = json.loads(state["prompt_generator"])
         self.sampling_generator.set_state(state["sampling_generator"].cpu())
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textenv.kl import FiniteCheck
 from textenv.models.decoding import Decoder, new_decoder, share_comparison
+from textenv.models.language_model import cast_weights
 from textenv.models.sampling import Sampling, log_probs
 from textenv.models.token_texts import TokenTexts
 from textenv.rewards.calling import describe
@@ -114,7 +115,7 @@ class MaskPolicy:
         """
         assert self.model is not None
         frozen: Any = copy.deepcopy(model).requires_grad_(False).eval()
-        frozen = frozen.to(self.dtype)
+        cast_weights(frozen, self.dtype)
         share_comparison(frozen, self.model)
         self.model = frozen
 

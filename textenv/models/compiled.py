@@ -11,6 +11,7 @@ compiled, every step is `read_token`: slower, said once, and right.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from functools import lru_cache
 from typing import Any
@@ -29,10 +30,10 @@ logger = logging.getLogger(__name__)
 class CompiledStep:
     """`read_token` of one model for one cache, in a form that is faster on its device."""
 
-    def __init__(self, cache: KeyValueCache, addresses: tuple[int, ...]) -> None:
+    def __init__(self, cache: KeyValueCache, addresses: tuple[int, ...], device: torch.device) -> None:
         self.cache, self.addresses = cache, addresses  # addresses: of the weights
         self.steps: dict[tuple[int, int], Step] = {}  # by rows and columns read
-        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None  # memory that graphs share
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # memory that graphs share
 
     def __call__(self, model: PreTrainedModel, buffers: Buffers, tokens: Tensor, columns: Tensor, used: int) -> Tensor:
         """Logits [B, V]."""
@@ -45,10 +46,13 @@ class CompiledStep:
     def _checked(self, arguments: Any) -> Step:
         """The fast step for a new shape; `read_token` where that gives other numbers or cannot be compiled."""
         model, buffers = arguments[:2]
-        for each in (each for layer in buffers for each in layer or ()):
-            torch._dynamo.mark_static(each, [1, 2, 3])  # else rows equal to one of these sizes would be held for it
         try:
-            step = _compiled() if self.pool is None else _captured(arguments, self.pool)
+            if self.pool is None:
+                for each in (each for layer in buffers for each in layer or ()):
+                    torch._dynamo.mark_static(each, [1, 2, 3])  # else rows equal to such a size would be held for it
+                step = _compiled()
+            else:
+                step = _captured(arguments, self.pool)
             difference = relative_difference(step(*arguments), read_token(*arguments))
         except (torch.OutOfMemoryError, MemoryError):
             raise
@@ -67,9 +71,12 @@ def _compiled() -> Step:
 
 
 def _captured(arguments: Any, pool: Any) -> Step:
-    """A CUDA graph of the step. It reads its inputs from where the first ones were, and writes to the same logits."""
+    """A CUDA graph of the step. It reads its inputs from where the first ones were, and writes to the same logits.
+
+    It is captured with other tokens than the first step's, so the comparison after it sees whether they are read.
+    """
     model, buffers, tokens, columns, used = arguments
-    tokens, columns = tokens.clone(), columns.clone()
+    tokens, columns = torch.zeros_like(tokens), columns.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # libraries take their memory at the first call, which no graph may hold
@@ -88,21 +95,42 @@ def _captured(arguments: Any, pool: Any) -> Step:
     return replay
 
 
+MOST_FREE = 2  # steps that a model keeps, with their caches: those of rollouts and of evaluations
+
 _free: WeakKeyDictionary[PreTrainedModel, list[CompiledStep]] = WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 def borrow_step(model: PreTrainedModel, rows: int, columns: int, borrower: object) -> CompiledStep:
-    """A step with a cache [B, L], old or new. When `borrower` is deleted, others get it with all that it compiled."""
+    """A step with a cache [B, L], old or new.
+
+    When `borrower` is deleted, others get it with the graphs that it captured. On a CPU, where what is compiled belongs
+    to no cache, the step goes with its borrower.
+    """
     addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
+    if model.device.type != "cuda":
+        return CompiledStep(KeyValueCache(model, rows, columns), addresses, model.device)
+    with _lock:
+        return _borrow(model, (rows, columns), addresses, borrower)
+
+
+def _borrow(
+    model: PreTrainedModel, size: tuple[int, int], addresses: tuple[int, ...], borrower: object
+) -> CompiledStep:
     free = _free.setdefault(model, [])
     free[:] = [step for step in free if step.addresses == addresses]  # graphs of weights that were replaced
-    fitting = [step for step in free if step.cache.size == (rows, columns)]
-    step = fitting[0] if fitting else CompiledStep(KeyValueCache(model, rows, columns), addresses)
+    fitting = [step for step in free if step.cache.size == size]
+    step = fitting[0] if fitting else CompiledStep(KeyValueCache(model, *size), addresses, model.device)
     if fitting:
         free.remove(step)
         step.cache.clear()
-    weakref.finalize(borrower, free.append, step)
+    weakref.finalize(borrower, _give_back, free, step)
     return step
+
+
+def _give_back(free: list[CompiledStep], step: CompiledStep) -> None:
+    free.append(step)
+    del free[:-MOST_FREE]
 
 
 @lru_cache

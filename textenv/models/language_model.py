@@ -104,6 +104,18 @@ def response_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
     return read(model, ids[:, : last + 1], positions.clamp_max(last))[0]
 
 
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Convert the weights of a model in place, as if it had been loaded in that dtype.
+
+    Buffers that are not saved stay as they are: rotary frequencies in bfloat16 would turn late positions by up to a
+    radian.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
 def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a causal or classification model below its head, which gives hidden states.
 

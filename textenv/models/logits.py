@@ -7,6 +7,7 @@ needed, the backward pass forms the logits of each part again (`torch.utils.chec
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -130,8 +131,11 @@ def _after_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:
     head: Any = model.get_output_embeddings()
     raw = torch.linspace(-TEST_LOGIT, TEST_LOGIT, output_width(model), device=model.device)
     values: list[Tensor] = []
+    reader = threading.get_ident()  # frozen models are shared, and other threads may be reading
 
     def replace(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        if threading.get_ident() != reader:
+            return output
         values.append(raw.to(output.dtype).expand_as(output))
         return values[-1]
 

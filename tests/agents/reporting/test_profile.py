@@ -88,7 +88,12 @@ def test_command(tmp_path, monkeypatch, capsys):
 def test_known_devices(monkeypatch):
     """The longest name counts: an L40S is no L4."""
     cuda = torch.device("cuda")
-    for name, peak in [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("X", 0.0)]:
+    for name, peak in [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 0.0),
+    ]:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert profile.peak_of(cuda)[0] == peak
 

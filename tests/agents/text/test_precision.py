@@ -136,3 +136,31 @@ def test_ambient_settings_return():
     assert torch.get_float32_matmul_precision() == before
     with Precision("float32", CPU).tensor_cores():
         assert torch.get_float32_matmul_precision() == before
+
+
+def test_rotary_frequencies_of_the_copy_are_the_models_own():
+    """In bfloat16 they would turn position 500 by up to 0.2 radians; only what a folder holds is converted."""
+    model = tiny.language_model("llama")
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    copy = Precision("bf16", CPU).sampling_model(model)
+    copied = dict(copy.named_buffers())
+    assert any("inv_freq" in name for name in copied)
+    assert all(
+        torch.equal(copied[name], buffer) and copied[name].dtype == buffer.dtype for name, buffer in buffers.items()
+    )
+
+
+def test_old_values_are_of_the_precision_of_the_run(settings, monkeypatch):
+    """They are read under autocast as those of the update are, so that their difference is the step's alone."""
+    for precision in ("float32", "bf16"):
+        trainer: Any = make_trainer(settings, precision=precision, critic="reference")
+        critic, seen = trainer.algorithm.networks.critic, []
+        plain = critic.all_states
+
+        def noting(batch: Any, plain: Any = plain, seen: list = seen) -> Any:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return plain(batch)
+
+        monkeypatch.setattr(critic, "all_states", noting)
+        next(trainer.iterate())
+        assert set(seen) == {precision == "bf16"} and len(seen) >= 3

@@ -16,7 +16,7 @@ from textenv import LanguageModel, TextGenConfig, build_task
 from textenv.dynamics import TextDynamics
 from textenv.generation import generate, response_log_probs
 from textenv.models import compiled, decoding
-from textenv.models.decoding import CachedDecoder, Decoder, Decoding, new_decoder
+from textenv.models.decoding import CachedDecoder, Decoder, Decoding
 from textenv.models.sampling import Sampling
 
 # Batches of other sizes add the same float32 numbers in another order: a few roundings of 6e-8 at logits of size 3,
@@ -249,18 +249,38 @@ def test_whole_texts_are_not_compiled(monkeypatch, caplog):
     assert [record for record in caplog.records if "not compiled (it reads whole texts)" in record.message]
 
 
-def test_a_compiled_step_is_lent_to_one_decoder():
+class Borrower:
+    """Stands for a decoder."""
+
+
+def test_a_captured_step_is_lent_to_one_decoder():
     """Two decoders at a time have two caches. What one leaves, the next one gets, empty; other weights get a new one."""
     model = tiny.language_model()
-    first, second = (new_decoder(model, 2, 8, tiny.VOCABULARY, compile=True) for _ in range(2))
-    assert first.cache is not second.cache
-    step = first.step
+
+    def borrow(borrower, rows=2):
+        addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
+        return compiled._borrow(model, (rows, 8), addresses, borrower)
+
+    first, second = Borrower(), Borrower()
+    step = borrow(first)
+    assert step.cache is not borrow(second).cache
     step.cache.memory[0] = (torch.full((2, 1, 9, 4), torch.nan),) * 2
     del first
     gc.collect()
-    third = new_decoder(model, 2, 8, tiny.VOCABULARY, compile=True)
-    assert third.step is step and not step.cache.memory[0][0].any()
+    third = Borrower()
+    assert borrow(third) is step and not step.cache.memory[0][0].any()
     del third
+    for rows in (3, 4, 5):  # more sizes than are kept
+        borrow(Borrower(), rows)
     gc.collect()
+    assert [each.cache.size[0] for each in compiled._free[model]] == [4, 5]
     model.transformer.wte.weight.data = model.transformer.wte.weight.data.clone()
-    assert new_decoder(model, 2, 8, tiny.VOCABULARY, compile=True).step is not step
+    borrow(Borrower(), 5)
+    assert len(compiled._free[model]) == 1
+
+
+def test_a_cpu_model_beside_a_gpu(monkeypatch):
+    """Graphs are for models on CUDA; a model on the CPU is compiled, whatever else the machine has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = tiny.language_model()
+    assert compiled.borrow_step(model, 2, 8, object()).pool is None

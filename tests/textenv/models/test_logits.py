@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 from typing import Any
 
@@ -177,3 +178,27 @@ def test_batches():
         for part, following in pairwise(parts):
             assert length[part].max() <= length[following].min()
             assert (len(part) + 1) * int(length[following[0]]) > tokens
+
+
+def test_another_thread_reads_while_the_head_is_looked_at(monkeypatch):
+    """The test values that take the place of the head's output are seen by the thread that looks alone."""
+    model, ids = tiny.language_model(), torch.arange(5)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    found, plain = [], model.forward
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        if named["input_ids"].shape == (1, 1):  # the forward of the look
+
+            def read() -> None:
+                with torch.no_grad():
+                    found.append(plain(input_ids=ids).logits)
+
+            other = threading.Thread(target=read)
+            other.start()
+            other.join()
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(model, "forward", forward)
+    read_logits(model, ids, torch.ones_like(ids), torch.ones(1, 2, dtype=torch.bool))
+    assert len(found) == 1 and torch.equal(found[0], expected) and module._after[model] is not None

@@ -90,3 +90,29 @@ def test_a_mask_policy_names_it(task):
     masked = build_task(replace(task.config, action_mask="top_k:3"))
     with pytest.raises(ValueError, match=r"largest logit of action mask 'top_k:3' is nan at row 1"):
         TextDynamics(masked, rows=2).begin([0, 1], prompts, [-1, -1])
+
+
+def test_no_allowed_token_has_a_probability(models_kept, monkeypatch):
+    """Where a mask allows only tokens of logit −∞, generation names row and token; none of them is written."""
+    reference = models_kept.reference
+    task = build_task(
+        TextGenConfig(
+            reference=shared(reference),
+            reward=lambda prompts, responses: [0.0] * len(prompts),
+            prompts=["a", "ca"],
+            action_mask=lambda prompt, response: [5] if response else [5, 6],
+            max_prompt_tokens=4,
+            max_new_tokens=4,
+            device="cpu",
+        )
+    )
+    model = copy.deepcopy(reference.model)
+
+    def forbid(head, inputs, output):
+        output = output.clone()
+        output[..., 5] = -torch.inf
+        return output
+
+    model.lm_head.register_forward_hook(forbid)
+    with pytest.raises(ValueError, match="largest of the policy's logits is -inf at row 0, token 1"):
+        generate(task, model, task.prompts, Sampling(), torch.Generator().manual_seed(0))
