@@ -219,13 +219,18 @@ def test_learners_train_adapters(settings, learner, dtype):
     before, frozen_before = learning.weights(networks.policy), of_weights(task.reference.model)
     first, second = trainer.iterate()
     # What is left is rounding, of the decoder against whole forwards.
-    assert abs(first.metrics["kl_per_response"]) < (1e-4 if dtype == "float32" else 0.3)
-    assert second.metrics["kl_per_response"] > 2 * abs(first.metrics["kl_per_response"])
+    start, later = (largest_log_ratio(iteration.rollout.data) for iteration in (first, second))
+    assert start < (1e-4 if dtype == "float32" else 0.2) and later > 2 * start and later > 0.02
     moved = [not torch.equal(*pair) for pair in zip(learning.weights(networks.policy), before, strict=True)]
     assert all(moved) and of_weights(task.reference.model) == frozen_before
     assert all(
         weight.dtype == torch.float32 for network in networks.trained.values() for weight in network.parameters()
     )
+
+
+def largest_log_ratio(data):
+    """Of actor and reference, over the tokens of a rollout: an estimate of the KL may be negative on few of them."""
+    return float((data["action_log_prob"] - data["reference_log_prob"])[data["mask"]].abs().max())
 
 
 def test_checkpoints_hold_adapters_alone(settings, tmp_path):
