@@ -217,15 +217,17 @@ class TextNetworkFactory:
         return values[torch.cat(parts).argsort()]
 
     def _values(self, critic: TextCritic, rows: TensorDict) -> Tensor:
-        """V(s_0)..V(s_R) of rows of like length, [b, R + 1], zero where no token is generated."""
+        """V(s_0)..V(s_R) of rows of like length, [b, R + 1], zero after the end of a response."""
         mask, attention = rows["mask"], rows["attention_mask"]
         width = attention.shape[1] - mask.shape[1]  # P
-        unused = mask.shape[1] - int(attention[:, width:].sum(1).max())
+        length = attention[:, width:].sum(1)  # [b]
+        unused = mask.shape[1] - int(length.max())
         texts = {"input_ids": rows["input_ids"], "attention_mask": attention, "mask": mask}
         used = {name: tensor[:, : tensor.shape[1] - unused] for name, tensor in texts.items()}
         with self.precision.autocast():
             values = critic.all_states(TensorDict(used, batch_size=rows.batch_size))
-        return nn.functional.pad(values, (0, unused)).where(nn.functional.pad(mask, (0, 1)), 0.0)
+        states = torch.arange(mask.shape[1] + 1, device=mask.device)
+        return nn.functional.pad(values, (0, unused)).where(states <= length[:, None], 0.0)
 
     def map_states(self, function: Callable[..., Tensor], values: Sequence[TokenValues], *others: Tensor) -> Tensor:
         """`function` of action values, some of the states at a time; 0 at s_R, where the response is over."""
