@@ -216,7 +216,8 @@ def measure(case: str, job: dict[str, Any], settings: Settings, work: Path) -> d
         steps = {row["optimizer_steps"] for side in sides.values() for row in side.rows}
         assert steps == {job["epochs"] * job["minibatches"]}, f"the optimizer steps differ: {steps}"
     result: dict[str, Any] = {"case": case, "optimizer_steps": job["epochs"] * job["minibatches"]}
-    result |= {"job": {key: value for key, value in job.items() if key != "prompt_ids"}}
+    # Names of files are this machine's own.
+    result |= {"job": {key: value for key, value in job.items() if isinstance(value, int | float)}}
     for name, side in sides.items():
         result[name] = {
             "seconds": median(row["seconds"] for row in side.rows),
