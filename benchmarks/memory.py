@@ -132,17 +132,12 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 def main(settings: Settings) -> None:
     """Measure every case and print the table."""
     settings = replace(settings, **QUICK) if settings.quick else settings
-    folder, results = result_rows.folder(settings.output, settings.quick), []
     names = [name for name in settings.models if name != models.SMOLLM2 or settings.smollm2]
     if not names:
         raise SystemExit("SmolLM2-135M is measured from a folder; pass it as --smollm2.")
     with tempfile.TemporaryDirectory() as work:
-        for name in names:
-            results.append(measure(settings.models.index(name), settings, Path(work)))
-            print(lines_of(results[-1:]), flush=True)
-            path = result_rows.write("memory", results, vars(settings), folder)
-    draw(results, folder / "memory.png")
-    print(f"\n{lines_of(results)}\nwritten to {path}")
+        measured = (measure(settings.models.index(name), settings, Path(work)) for name in names)
+        result_rows.report("memory", measured, settings, lines_of, draw)
 
 
 if __name__ == "__main__":

@@ -274,14 +274,9 @@ def main(settings: Settings) -> None:
     """Measure every case and print the table."""
     one_thread()
     settings = replace(settings, **QUICK) if settings.quick else settings
-    folder, results = result_rows.folder(settings.output, settings.quick), []
     with tempfile.TemporaryDirectory() as work:
-        for case, job in jobs_of(settings, Path(work)):
-            results.append(measure(case, job, settings, Path(work)))
-            print(lines_of(results[-1:]), flush=True)
-            path = result_rows.write("ppo_iteration", results, vars(settings), folder)
-    draw(results, folder / "ppo_iteration.png")
-    print(f"\n{lines_of(results)}\nwritten to {path}")
+        measured = (measure(case, job, settings, Path(work)) for case, job in jobs_of(settings, Path(work)))
+        result_rows.report("ppo_iteration", measured, settings, lines_of, draw)
 
 
 if __name__ == "__main__":

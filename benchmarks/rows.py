@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,8 +49,33 @@ def write(name: str, rows: list[dict[str, Any]], settings: dict[str, Any], folde
     machine_info = machine(TextGenConfig().torch_device())
     machine_info["versions"] |= {name: version(name) for name in PACKAGES if find_spec(name)}
     document = {"commit": COMMIT, "machine": machine_info, "settings": settings, "rows": rows}
-    path.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(document, indent=2, default=_name) + "\n", encoding="utf-8")
     return path
+
+
+def report(
+    name: str,
+    measured: Iterable[dict[str, Any]],
+    settings: Any,
+    lines_of: Callable[[list[dict[str, Any]]], str],
+    draw: Callable[[list[dict[str, Any]], Path], None],
+) -> None:
+    """Print and write rows as they come, then draw NAME.png and print the whole table.
+
+    settings: with `output` and `quick`, see `folder`.
+    """
+    place, rows = folder(settings.output, settings.quick), list[dict[str, Any]]()
+    for row in measured:
+        rows.append(row)
+        print(lines_of(rows[-1:]), flush=True)
+        write(name, rows, vars(settings), place)
+    draw(rows, place / f"{name}.png")
+    print(f"\n{lines_of(rows)}\nwritten to {place / name}.json")
+
+
+def _name(value: Any) -> str:
+    """Folders are this machine's own: only their names are written."""
+    return value.name if isinstance(value, Path) else str(value)
 
 
 def read_rows(name: str) -> list[dict[str, Any]]:

@@ -168,13 +168,7 @@ def main(settings: Settings) -> None:
     """Measure every sweep and print the table."""
     one_thread()
     settings = replace(settings, **QUICK) if settings.quick else settings
-    folder, results = result_rows.folder(settings.output, settings.quick), []
-    for sweep in settings.sweeps:
-        results.append(measure(sweep, settings))
-        print(lines_of(results[-1:]), flush=True)
-        path = result_rows.write("scaling", results, vars(settings), folder)
-    draw(results, folder / "scaling.png")
-    print(f"\n{lines_of(results)}\nwritten to {path}")
+    result_rows.report("scaling", (measure(sweep, settings) for sweep in settings.sweeps), settings, lines_of, draw)
 
 
 if __name__ == "__main__":
