@@ -24,7 +24,7 @@ from agents.interfaces import Experiment
 from agents.play import PlayConfig, show
 from agents.presets import defaults, describe_defaults
 from agents.reporting import profile
-from agents.reporting.files import as_utf8, never_fail_to_print, write_json
+from agents.reporting.files import as_utf8, ending_with_the_reader, never_fail_to_print, write_json
 from agents.text.config import GenerateConfig
 from agents.text.experiment import TextExperiment
 from agents.text.fingerprints import EVALUATION, REFERENCE, TRAINING
@@ -56,12 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "profile": job_command(arguments, profile_job, "Measure where the time of one iteration goes."),
             "reward-model": reward_model_command,
         }
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            args=arguments,
-            prog="python -m agents",
-            description="Train a policy by reinforcement learning, evaluate it, generate from it, play and profile it.",
-        )
+        with ending_with_the_reader():
+            tyro.extras.subcommand_cli_from_dict(
+                commands,
+                args=arguments,
+                prog="python -m agents",
+                description="Train a policy by reinforcement learning, evaluate it, generate from it, play and profile it.",
+            )
     except (ValueError, TypeError) as error:
         if not is_ours(error):
             raise

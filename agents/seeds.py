@@ -6,6 +6,9 @@ do not, between streams, between members of a stream, and between runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -23,6 +26,14 @@ def seed_of(run_seed: int, stream: str, member: int = 0) -> int:
 def torch_generator(run_seed: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of a stream."""
     return torch.Generator(device).manual_seed(seed_of(run_seed, stream))
+
+
+@contextmanager
+def initial_weights(seed: int) -> Iterator[None]:
+    """Draw initial weights, which are made on the CPU, by a seed. No global generator is changed, nor any of CUDA."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed all devices
+        yield
 
 
 def evaluation_seed() -> int:

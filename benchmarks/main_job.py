@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Literal
 
 import psutil
 import tyro
@@ -40,11 +41,13 @@ class Settings:
     """Selection and size of the runs."""
 
     seeds: tuple[int, ...] = (0, 1, 2)  # one run each
+    precision: Literal["float32", "bf16"] = "float32"  # of the runs; bf16 has a file of results of its own
 
 
-def run_seed(seed: int, folder: Path) -> dict:
+def run_seed(seed: int, precision: str, folder: Path) -> dict:
     """Run one seed; returns its summary, wall time in seconds and peak memory in GB."""
-    command = [sys.executable, "-m", "agents", "train", "--seed", str(seed), "--run", str(folder)]
+    flags = ["--seed", str(seed), "--precision", precision, "--run", str(folder)]
+    command = [sys.executable, "-m", "agents", "train", *flags]
     started = time.perf_counter()
     process = subprocess.Popen(command)
     monitored, peak = psutil.Process(process.pid), 0
@@ -65,14 +68,15 @@ def run_seed(seed: int, folder: Path) -> dict:
 
 def main(settings: Settings) -> None:
     """Run every seed and print the table."""
-    results = []
+    results, name = [], "main_job" if settings.precision == "float32" else f"main_job_{settings.precision}"
+    train = f"the command line's defaults, precision {settings.precision}"
     with tempfile.TemporaryDirectory() as work:
         for seed in settings.seeds:
-            results.append(run_seed(seed, Path(work) / f"seed{seed}"))
-            path = rows.write("main_job", results, {"seeds": settings.seeds, "train": "the command line's defaults"})
+            results.append(run_seed(seed, settings.precision, Path(work) / f"seed{seed}"))
+            path = rows.write(name, results, {"seeds": settings.seeds, "train": train})
         for picture in ("curves", "credit"):
             source = Path(work) / f"seed{settings.seeds[0]}" / f"{picture}.png"
-            shutil.copy(source, rows.RESULTS / f"main_job_{picture}.png")
+            shutil.copy(source, rows.RESULTS / f"{name}_{picture}.png")
     for key in (*KEYS, "gain_in_deviations", "wall_seconds", "peak_gb"):
         values = [row[key] for row in results]
         spread = stdev(values) if len(values) > 1 else 0.0

@@ -21,7 +21,7 @@ from torchrl.modules import IndependentNormal, TanhNormal
 
 from agents.control.config import HIGHEST_LOG_STD, LOWEST_LOG_STD, ControlConfig
 from agents.objectives.actor_critic import Categorical
-from agents.seeds import seed_of
+from agents.seeds import initial_weights, seed_of
 from textenv.state import own_settings
 
 # By activation: the module, and the in-place function.
@@ -255,8 +255,7 @@ class ControlNetworkFactory:
     def _own_randomness(self) -> Iterator[None]:
         """Initial weights depend on the seed and on how many networks came before; global randomness is unchanged."""
         self.made += 1
-        with own_settings(gradients=True), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, "networks", self.made))
+        with own_settings(gradients=True), initial_weights(seed_of(self.seed, "networks", self.made)):
             yield
 
 

@@ -6,6 +6,8 @@ import errno
 import io
 import json
 import os
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +66,23 @@ def never_fail_to_print() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def ending_with_the_reader() -> Iterator[None]:
+    """Where whoever reads standard output goes away (`| head`), end the command as a shell does: without a word."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)  # 0: errors alone, such as that nobody reads
+        if not output.poll(0):
+            raise  # of another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def as_utf8(argument: str) -> str:

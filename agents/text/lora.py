@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from agents.seeds import initial_weights
 from textenv.models.probe import Refusal
 
 if TYPE_CHECKING:
@@ -103,8 +104,7 @@ def _adapt(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
     )
     refuse = Refusal(model, "model with adapters")
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore", category=FutureWarning):
-            torch.manual_seed(seed)
+        with initial_weights(seed), warnings.catch_warnings(action="ignore", category=FutureWarning):
             adapted: Any = get_peft_model(model, config).eval()
     except ValueError as error:
         raise refuse(

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agents.objectives.actor_critic import Categorical
-from agents.seeds import seed_of
+from agents.seeds import initial_weights, seed_of
 from agents.text.config import TextConfig
 from agents.text.lora import with_adapters
 from agents.text.precision import Precision
@@ -294,8 +294,7 @@ def make_critic(task: Task, start: str = "auto", seed: int = 0, lora_rank: int =
 def _random(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A randomly initialized backbone of the same architecture."""
     backbone = find_backbone(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with initial_weights(seed):
         return type(backbone)(backbone.config).to(model.device)  # type: ignore[arg-type]
 
 

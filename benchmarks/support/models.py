@@ -194,8 +194,8 @@ def with_positions(source: Path, target: Path, width: int) -> None:
     kind: Any = AutoModelForCausalLM if source == SUPERVISED else AutoModelForSequenceClassification
     model = kind.from_pretrained(source)
     table = model.transformer.wpe.weight.data
-    config = AutoConfig.from_pretrained(source, n_positions=width)
-    longer = kind.from_config(config)
+    # The embedded models say use_cache=False, and leave it to generation_config.json, which is not copied.
+    longer = kind.from_config(AutoConfig.from_pretrained(source, n_positions=width, use_cache=True))
     weights = model.state_dict()
     repeats = -(-width // len(table))
     weights["transformer.wpe.weight"] = table.repeat(repeats, 1)[:width]

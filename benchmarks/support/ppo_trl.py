@@ -102,6 +102,8 @@ def main(job: dict[str, Any]) -> None:
     prompts = Dataset.from_list([{"input_ids": ids} for ids in job["prompt_ids"]])
     # float32 on both sides, whatever the files hold
     policy, reference = (AutoModelForCausalLM.from_pretrained(job["policy"], dtype=torch.float32) for _ in range(2))
+    if policy.generation_config.use_cache is False:
+        raise ValueError(f"{job['policy']} would generate without a cache, which is no comparison.")
     reward, value = (
         AutoModelForSequenceClassification.from_pretrained(job["reward"], num_labels=1, dtype=torch.float32)
         for _ in range(2)

@@ -311,3 +311,14 @@ def test_a_mistake_leaves_no_traceback(trained):
     result = agents("evaluate", "--run", "runs/none", folder=trained)
     assert result.returncode == 1
     assert result.stderr.startswith("error: no run in") and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help")])
+def test_a_reader_that_goes_away(arguments, tmp_path):
+    """`... --help | head` ends as other commands do: exit code 141, and no word on standard error."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "agents", *arguments]
+    ended = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
