@@ -38,6 +38,7 @@ from textenv.task import Task
 from textenv.training.reward_model import DEFAULT, RewardConfig, train_reward_model
 
 EPISODES = PlayConfig()
+DESCRIPTION = "Train a policy by reinforcement learning, evaluate it, generate from it, play and profile it."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,10 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         with ending_with_the_reader():
             tyro.extras.subcommand_cli_from_dict(
-                commands,
-                args=arguments,
-                prog="python -m agents",
-                description="Train a policy by reinforcement learning, evaluate it, generate from it, play and profile it.",
+                commands, args=arguments, prog="python -m agents", description=DESCRIPTION
             )
     except (ValueError, TypeError) as error:
         if not is_ours(error):

@@ -74,9 +74,10 @@ def main(settings: Settings) -> None:
         for seed in settings.seeds:
             results.append(run_seed(seed, settings.precision, Path(work) / f"seed{seed}"))
             path = rows.write(name, results, {"seeds": settings.seeds, "train": train})
-        for picture in ("curves", "credit"):
-            source = Path(work) / f"seed{settings.seeds[0]}" / f"{picture}.png"
-            shutil.copy(source, rows.RESULTS / f"{name}_{picture}.png")
+        if settings.precision == "float32":
+            for picture in ("curves", "credit"):
+                source = Path(work) / f"seed{settings.seeds[0]}" / f"{picture}.png"
+                shutil.copy(source, rows.RESULTS / f"main_job_{picture}.png")
     for key in (*KEYS, "gain_in_deviations", "wall_seconds", "peak_gb"):
         values = [row[key] for row in results]
         spread = stdev(values) if len(values) > 1 else 0.0
