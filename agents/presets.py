@@ -11,7 +11,7 @@ https://github.com/DLR-RM/rl-baselines3-zoo); `benchmarks/classic_control.py` me
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium as gym
@@ -56,6 +56,10 @@ ANY_REFERENCE: dict[str, Preset] = {
     "dqn": Preset(train={"critic_learning_rate": 1e-6}),  # its Q-network is the language model
     "sac": Preset(train=_rates(1e-6)),  # likewise
 }
+
+# Times a preset's learning rates under `--lora-rank`: what LoRA needs beside training all weights, whatever the rank
+# (Schulman and Thinking Machines 2025, "LoRA Without Regret").
+ADAPTERS = 10
 
 # Control, by id and algorithm.
 PRESETS: dict[str, dict[str, Preset]] = {
@@ -147,14 +151,16 @@ CONTROL: dict[str, Preset] = {
 }
 
 
-def defaults(env: str, algorithm: str, env_arguments: Mapping[str, Any] | None = None) -> tuple[TrainConfig, Any, Any]:
+def defaults(
+    env: str, algorithm: str, env_arguments: Mapping[str, Any] | None = None, adapters: bool = False
+) -> tuple[TrainConfig, Any, Any]:
     """Shared settings, the domain's and the algorithm's, for an environment and an algorithm by name.
 
-    env_arguments: keyword arguments of gym.make that decide which preset applies; they are not part of the result.
-    Raises ValueError for unknown names.
+    env_arguments, adapters: keyword arguments of gym.make, and whether `lora_rank` is above 0, which decide the preset;
+    they are not part of the result. Raises ValueError for unknown names.
     """
     (algorithm_settings, _), domain = find_algorithm(algorithm), domain_of(env)
-    _, preset = find_preset(env, algorithm, env_arguments or {})
+    _, preset = find_preset(env, algorithm, env_arguments or {}, adapters)
     return (
         TrainConfig(env=env, algorithm=algorithm, **preset.train),
         domain.settings(**preset.settings),
@@ -162,15 +168,26 @@ def defaults(env: str, algorithm: str, env_arguments: Mapping[str, Any] | None =
     )
 
 
-def find_preset(env: str, algorithm: str, env_arguments: Mapping[str, Any]) -> tuple[str, Preset]:
+def find_preset(
+    env: str, algorithm: str, env_arguments: Mapping[str, Any], adapters: bool = False
+) -> tuple[str, Preset]:
     """The preset of a task and an algorithm, and the task's name in words."""
     if domain_of(env) is TEXT:
+        task, preset = "a pretrained model", ANY_REFERENCE.get(algorithm, PRETRAINED)
         if _is_embedded_task(env, {**gym.spec(id_of(env)).kwargs, **env_arguments}):
-            return "the embedded task", REVIEWS.get(algorithm, Preset())
-        return "a pretrained model", ANY_REFERENCE.get(algorithm, PRETRAINED)
+            task, preset = "the embedded task", REVIEWS.get(algorithm, Preset())
+        return (f"{task} with adapters", _with_adapters(preset)) if adapters else (task, preset)
     if algorithm in PRESETS.get(id_of(env), {}):
         return id_of(env), PRESETS[id_of(env)][algorithm]
     return "any environment of vectors", CONTROL.get(algorithm, Preset())
+
+
+def _with_adapters(preset: Preset) -> Preset:
+    """The preset with the learning rates of adapters."""
+    both = ("learning_rate", "critic_learning_rate")
+    names = [name for name in both if name in preset.train] or both  # a preset names the rates that its learner has
+    rates = {name: ADAPTERS * preset.train.get(name, getattr(TrainConfig, name)) for name in names}
+    return replace(preset, train=preset.train | rates)
 
 
 _found: dict[tuple[Any, str], bool] = {}  # class and arguments -> whether it was the embedded task
@@ -190,9 +207,9 @@ def _is_embedded_task(env: str, arguments: Mapping[str, Any]) -> bool:
     return _found[key]
 
 
-def describe_defaults(config: TrainConfig) -> str:
+def describe_defaults(config: TrainConfig, adapters: bool = False) -> str:
     """Which preset the defaults come from, in a line."""
-    task, preset = find_preset(config.env, config.algorithm, arguments_of(config))
+    task, preset = find_preset(config.env, config.algorithm, arguments_of(config), adapters)
     rates = {name: value for name, value in preset.train.items() if name.endswith("learning_rate")}
     listed = "".join(f", {name} {value:g}" for name, value in rates.items())
     return f"Defaults: {config.algorithm} on {task}{listed}."

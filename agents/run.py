@@ -79,7 +79,8 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
             experiment.save_prompts(folder)
             checkpoint.save_checkpoint(folder, trainer)  # the run can be resumed from here on
             checkpoint.iterations_done(folder)  # raises if something in it cannot be read again
-        console.print(f"{_title(config)} {experiment.describe()}\n{describe_defaults(config)}\nresults in {folder}/")
+        source = describe_defaults(config, getattr(settings, "lora_rank", 0) > 0)
+        console.print(f"{_title(config)} {experiment.describe()}\n{source}\nresults in {folder}/")
         rows = _iterate(folder, console, experiment, trainer)
         summary = _write_results(folder, rows, experiment, trainer, before)
         console.print("\n".join(experiment.result_lines(summary, folder)))

@@ -43,7 +43,8 @@ def check_settings(job: Job) -> None:
     train = job.train
     parts = (train, job.settings, job.algorithm)
     by_class = [{field.name: field.default for field in fields(part)} for part in parts]
-    by_preset = [vars(part) for part in defaults(train.env, train.algorithm, arguments_of(train))]
+    preset = defaults(train.env, train.algorithm, arguments_of(train), getattr(job.settings, "lora_rank", 0) > 0)
+    by_preset = [vars(part) for part in preset]
     rendered = {"render_mode": train.env_arguments().get("render_mode")}
     rules = [rule for part in parts for rule in type(part).UNREAD]
     known = [_merged(by_class) | {"render_mode": None}, _merged(by_preset) | {"render_mode": None}]

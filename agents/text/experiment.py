@@ -253,10 +253,11 @@ def make_env(name: str, arguments: Mapping[str, Any]) -> gym.Env:
         return gym.make(name, **arguments)
     except gym.error.Error as error:
         raise ValueError(f"gym.make cannot make {name!r}: {error}") from error
-    except TypeError as error:  # Gymnasium raises the constructor's again
-        if error.__cause__ is None or not is_ours(error.__cause__):
+    except TypeError as error:  # Gymnasium raises the constructor's again; before 1.4 it does not name it as the cause
+        first = error.__cause__ or error.__context__
+        if first is None or not is_ours(first):
             raise
-        raise ValueError(f"gym.make cannot make {name!r}: {error.__cause__}") from error
+        raise ValueError(f"gym.make cannot make {name!r}: {first}") from error
 
 
 def check_minibatch(config: TrainConfig, settings: TextConfig) -> None:

@@ -110,6 +110,15 @@ def test_the_preset_is_named(capsys):
             "Defaults: ppo on a pretrained model, learning_rate 1e-06, critic_learning_rate 1e-05.",
         ),
         (["--env_arg=reference=x", "--algorithm=grpo"], "Defaults: grpo on a pretrained model, learning_rate 1e-06."),
+        (
+            ["--lora-rank", "4"],
+            "ppo on the embedded task with adapters, learning_rate 0.001, critic_learning_rate 0.003.",
+        ),
+        (
+            ["--env-arg", "reference=x", "--lora_rank=4", "--algorithm", "rloo"],
+            "Defaults: rloo on a pretrained model with adapters, learning_rate 1e-05.",
+        ),
+        (["--lora-rank", "0"], "Defaults: ppo on the embedded task."),
         (["--env", "CartPole-v1"], "Defaults: ppo on CartPole-v1, learning_rate 0.001, critic_learning_rate 0.001."),
         (["--env", "MountainCarContinuous-v0"], "Defaults: ppo on any environment of vectors, learning_rate 0.0003"),
     ):

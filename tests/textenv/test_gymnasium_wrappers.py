@@ -34,6 +34,7 @@ import torch
 from gymnasium import spaces, wrappers
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import vector as vector_wrappers
+from packaging.version import Version
 from torchrl.envs import StepCounter, TransformedEnv
 from torchrl.objectives.value.functional import td0_advantage_estimate
 
@@ -48,6 +49,12 @@ from textenv.vector_env import TextGenVectorEnv
 pytestmark = [pytest.mark.parametrize("kind", ["gpt2"], indirect=True), pytest.mark.usefixtures("models_kept")]
 STOPS = list(range(60))  # a fifth of all ids, so that random responses end at many lengths
 MODES = list(AutoresetMode)
+
+
+OF_1_4 = pytest.mark.skipif(
+    Version(gym.__version__) < Version("1.4"),
+    reason="older wrappers refuse by AssertionError, and count rows differently",
+)
 
 
 @pytest.fixture
@@ -267,6 +274,7 @@ def test_numpy_to_torch_keeps_texts(ragged):
     assert env.step(torch.tensor(5))[4]["finish_reason"] == "stop"
 
 
+@OF_1_4
 @pytest.mark.parametrize(
     ("wrap", "error"),
     [
@@ -299,6 +307,7 @@ def test_flat_observations_are_vectors(ragged):
 # ---- around the vector environment
 
 
+@OF_1_4
 @pytest.mark.parametrize("mode", MODES)
 def test_vector_record_episode_statistics(ragged, mode):
     """Returns and lengths of all episodes, in every autoreset mode; the others' statistics survive partial resets."""
@@ -313,6 +322,7 @@ def test_vector_record_episode_statistics(ragged, mode):
         assert not terminated.any() or info["_episode"].tolist() == terminated.tolist()
 
 
+@OF_1_4
 @pytest.mark.parametrize("mode", MODES)
 def test_vector_normalize_reward(ragged, mode):
     """Rewards over the deviation of all rows' discounted sums so far, by a plain loop over Gymnasium's rule."""
@@ -350,6 +360,7 @@ def test_vector_flatten_and_filter(ragged, mode):
         assert_same(flattened, np.stack(rows), "flattened")
 
 
+@OF_1_4
 def test_vector_observation_wrappers_refuse_same_step(ragged):
     """Gymnasium refuses to transform observations under SAME_STEP, where final_obs would stay as it was."""
     env = TextGenVectorEnv(3, autoreset_mode="SameStep", **ragged)
