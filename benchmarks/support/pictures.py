@@ -17,9 +17,16 @@ def short(number: float) -> str:
 
 
 def logarithmic(axes: Axes, sizes: Sequence[float]) -> None:
-    """Logarithmic axes with plain numbers: a mark at every size, and at 1, 2 and 5 times the powers of ten above."""
+    """Logarithmic axes with plain numbers: a mark at every size, and at 1, 2 and 5 times the powers of ten above.
+
+    Of sizes closer than a quarter, whose numbers would overlap, the first has one.
+    """
     axes.set(xscale="log", yscale="log")
-    axes.set_xticks(list(sizes), [short(size) for size in sizes], rotation=45 if len(sizes) > 4 else 0)
+    marked: list[float] = []
+    for size in sorted(sizes):
+        if not marked or size > 1.25 * marked[-1]:
+            marked.append(size)
+    axes.set_xticks(marked, [short(size) for size in marked], rotation=45 if len(marked) > 4 else 0)
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
