@@ -19,11 +19,12 @@ from torch import nn
 from agents import run, run_folder
 from agents.config import TrainConfig
 from agents.domains import arguments_of
-from agents.errors import is_ours
 from agents.interfaces import Experiment
 from agents.play import PlayConfig, show
 from agents.presets import defaults, describe_defaults
+from agents.ranks import RankError
 from agents.reporting import profile
+from agents.reporting.errors import is_ours
 from agents.reporting.files import as_utf8, ending_with_the_reader, never_fail_to_print, write_json
 from agents.text.config import GenerateConfig
 from agents.text.experiment import TextExperiment
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not is_ours(error):
             raise
         raise SystemExit(_with_notes(f"error: {error}", error)) from error
+    except RankError as error:
+        raise SystemExit(_with_notes(f"stopped, because of another process: {error}", error)) from None
     except KeyboardInterrupt as stop:
         print(_with_notes("\nstopped.", stop), file=sys.stderr)
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None  # the shell's convention

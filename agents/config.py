@@ -35,6 +35,7 @@ class TrainConfig:
     schedule: str = "linear"  # schedule of the learning rates: linear (decays to zero) or constant
     max_grad_norm: float = 1.0  # gradient clipping: maximum norm of each network's gradient
     checkpoint_every: int = 10  # iterations between checkpoints; the last iteration always saves one
+    rank_timeout: int = 1800  # under torchrun: seconds that a process waits for the others before it gives up
 
     UNREAD: ClassVar[tuple[Unread, ...]] = (
         Unread(
@@ -56,7 +57,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_counts(self, ("iterations", "minibatch_size", "checkpoint_every"))
+        check_counts(self, ("iterations", "minibatch_size", "checkpoint_every", "rank_timeout"))
         for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")

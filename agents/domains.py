@@ -15,6 +15,7 @@ from agents.config import TrainConfig, id_of
 from agents.control.config import ControlConfig
 from agents.control.experiment import ControlExperiment
 from agents.interfaces import Experiment
+from agents.ranks import ALONE, Ranks
 from agents.text.config import TextConfig
 from agents.text.experiment import TextExperiment, reopen_text
 from textenv.config import NAMES
@@ -28,17 +29,22 @@ class Domain:
     """A kind of environment: its settings, and the functions that open one for learning, and that of a run again."""
 
     settings: type
-    open: Callable[[TrainConfig, Any], Experiment]
+    open: Callable[[TrainConfig, Any, Ranks], Experiment]
     reopen: Callable[[TrainConfig, Any, Path], Experiment]  # Path: the run's folder
 
 
-def open_control(config: TrainConfig, settings: ControlConfig) -> ControlExperiment:
+def open_text(config: TrainConfig, settings: TextConfig, ranks: Ranks) -> TextExperiment:
+    """Open an environment of text."""
+    return TextExperiment(config, settings, ranks=ranks)
+
+
+def open_control(config: TrainConfig, settings: ControlConfig, ranks: Ranks = ALONE) -> ControlExperiment:
     """Open an environment of vectors. Raises ValueError if the environment turns out to be text."""
     check_not_text(config)
-    return ControlExperiment(config, settings)
+    return ControlExperiment(config, settings, ranks)
 
 
-TEXT = Domain(TextConfig, TextExperiment, reopen_text)
+TEXT = Domain(TextConfig, open_text, reopen_text)
 CONTROL = Domain(ControlConfig, open_control, lambda config, settings, folder: open_control(config, settings))
 
 

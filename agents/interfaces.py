@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from agents.ranks import Ranks
 from agents.reporting.plots import Panel
 
 # Of one network: loss terms by name, [B, R] each, and diagnostics, each summed over the valid steps.
@@ -214,6 +215,11 @@ class Experiment(Protocol):
     """An environment prepared for learning: who plays it, how it is measured and reported."""
 
     @property
+    def ranks(self) -> Ranks:
+        """The processes that learn together."""
+        ...
+
+    @property
     def collector(self) -> Collector:
         """Plays the environment."""
         ...
@@ -256,7 +262,10 @@ class Experiment(Protocol):
         ...
 
     def write_results(self, folder: Path, trainer: Any, before: Any, after: Any) -> dict[str, Any]:
-        """Write the policy, pictures and tables to the run's folder; returns entries for the summary."""
+        """Write the policy, pictures and tables to the run's folder; returns entries for the summary.
+
+        Called on every rank; the first one writes.
+        """
         ...
 
     def panels(self) -> Sequence[Panel]:

@@ -6,8 +6,9 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,22 @@ from agents.config import TrainConfig
 from agents.domains import domain_of
 from agents.interfaces import Algorithm, Experiment
 from agents.presets import describe_defaults
+from agents.ranks import ALONE, Ranks, connected, restarted
 from agents.reporting import plots, report
 from agents.reporting.files import never_fail_to_print, no_room, write_json
 from agents.trainer import Trainer
 from agents.unread import Job, check_settings
 
 
-def build(config: TrainConfig, settings: Any, algorithm_config: Any) -> tuple[Experiment, Trainer]:
+def build(
+    config: TrainConfig, settings: Any, algorithm_config: Any, ranks: Ranks = ALONE
+) -> tuple[Experiment, Trainer]:
     """The experiment for an environment, and a trainer at iteration 0."""
-    experiment = domain_of(config.env).open(config, settings)
+    experiment = domain_of(config.env).open(config, settings, ranks)
     _, algorithm = find_algorithm(config.algorithm)
     learner = algorithm(algorithm_config, experiment.network_factory)
     check_settings(Job(config, settings, algorithm_config, experiment, learner))
-    return experiment, Trainer(config, learner, experiment.collector)
+    return experiment, Trainer(config, learner, experiment.collector, ranks)
 
 
 def load_policy(folder: Path) -> tuple[Experiment, nn.Module]:
@@ -49,42 +53,87 @@ def load_networks(folder: Path) -> tuple[Experiment, Algorithm]:
 
 
 def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str, Any]:
-    """Train, write the results, and return the summary, which is also written to summary.json."""
+    """Train, write the results, and return the summary, which is also written to summary.json.
+
+    Under torchrun all ranks learn together, and the first one writes and reports.
+    """
     never_fail_to_print()
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    folder, parts = Path(config.run or default_folder(config)), (config, settings, algorithm_config)
-    with ExitStack() as stack:
-        if config.resume:
-            run_folder.check_same(folder, *parts)
-            stack.enter_context(run_folder.locked(folder))
-            if (summary := _finished(folder, config)) is not None:
-                console.print(f"the run in {folder}/ is finished, with {config.iterations} iterations.")
-                return summary
-            config, settings = run_folder.located(folder, config, settings)
-        else:
-            run_folder.check_new(folder)
-        experiment, trainer = build(config, settings, algorithm_config)
-        fingerprints = experiment.fingerprints()
+    with connected(config.rank_timeout) as ranks, ExitStack() as stack:
+        console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not ranks.first)
+        folder = ranks.lead(lambda: Path(config.run or default_folder(config)))  # the time is in its name
+        if ranks.lead(lambda: restarted() and os.path.isfile(folder / checkpoint.FILE)):
+            config = replace(config, run=str(folder), resume=True)
+        parts = config, settings, algorithm_config
+        if (summary := ranks.lead(lambda: _claim(folder, parts, stack))) is not None:
+            console.print(f"the run in {folder}/ is finished, with {config.iterations} iterations.")
+            return summary
+        experiment, trainer = ranks.together(lambda: build(*_located(folder, parts), ranks))
+        config, fingerprints = trainer.config, _agreed(experiment.fingerprints, ranks, "models and prompts")
         before = experiment.evaluate(trainer.algorithm.networks.policy)
         if config.resume:
-            run_folder.check_unchanged(folder, fingerprints)
-            checkpoint.load_checkpoint(folder, trainer)
-            run_folder.lengthen(folder, config)
-        else:
-            run_folder.create(folder)
-        stack.enter_context(_resumable(folder, config.resume))
-        if not config.resume:
-            stack.enter_context(run_folder.locked(folder))
-            run_folder.save_config(folder, *parts, fingerprints)
-            experiment.save_prompts(folder)
-            checkpoint.save_checkpoint(folder, trainer)  # the run can be resumed from here on
-            checkpoint.iterations_done(folder)  # raises if something in it cannot be read again
+            ranks.together(lambda: _restore(folder, trainer, fingerprints))
+            _agreed(lambda: trainer.iteration, ranks, "checkpoints; all must see one run folder")
+        ranks.lead(lambda: _open(folder, parts, experiment, trainer, fingerprints, stack))
         source = describe_defaults(config, getattr(settings, "lora_rank", 0) > 0)
         console.print(f"{_title(config)} {experiment.describe()}\n{source}\nresults in {folder}/")
         rows = _iterate(folder, console, experiment, trainer)
         summary = _write_results(folder, rows, experiment, trainer, before)
-        console.print("\n".join(experiment.result_lines(summary, folder)))
+        if ranks.first:
+            console.print("\n".join(experiment.result_lines(summary, folder)))
     return summary
+
+
+def _claim(folder: Path, parts: tuple[TrainConfig, Any, Any], stack: ExitStack) -> dict[str, Any] | None:
+    """Refuse a folder that this run may not use; lock that of a resumed one. Returns the summary of a finished run."""
+    if not parts[0].resume:
+        return run_folder.check_new(folder)
+    run_folder.check_same(folder, *parts)
+    stack.enter_context(run_folder.locked(folder))
+    return _finished(folder, parts[0])
+
+
+def _located(folder: Path, parts: tuple[TrainConfig, Any, Any]) -> tuple[TrainConfig, Any, Any]:
+    """The configuration to build from. That of a resumed run names files from where it was started."""
+    if not parts[0].resume:
+        return parts
+    run_folder.load_config(folder)  # so that the run's own modules are found, on every rank
+    return *run_folder.located(folder, *parts[:2]), parts[2]
+
+
+def _agreed(work: Callable[[], Any], ranks: Ranks, what: str) -> Any:
+    """What `work` returns on every rank. Raises ValueError where it differs: ranks would learn different things."""
+    found = ranks.each(work)
+    if any(other != found[0] for other in found):
+        raise ValueError(f"the processes of torchrun have different {what}: {found}.")
+    return found[0]
+
+
+def _restore(folder: Path, trainer: Trainer, fingerprints: Mapping[str, str]) -> None:
+    run_folder.check_unchanged(folder, fingerprints)
+    checkpoint.load_checkpoint(folder, trainer)
+
+
+def _open(
+    folder: Path,
+    parts: tuple[TrainConfig, Any, Any],
+    experiment: Experiment,
+    trainer: Trainer,
+    fingerprints: Mapping[str, str],
+    stack: ExitStack,
+) -> None:
+    """Create the folder of a new run, with what it can be resumed from. From here on, errors say how to go on."""
+    resume = parts[0].resume
+    if resume:
+        run_folder.lengthen(folder, parts[0])
+    else:
+        run_folder.create(folder)
+    stack.enter_context(_resumable(folder, resume))
+    if not resume:
+        stack.enter_context(run_folder.locked(folder))
+        run_folder.save_config(folder, *parts, fingerprints)
+        experiment.save_prompts(folder)
+        checkpoint.save_checkpoint(folder, trainer)
+        checkpoint.iterations_done(folder)  # raises if something in it cannot be read again
 
 
 def default_folder(config: TrainConfig) -> str:
@@ -107,8 +156,10 @@ def _finished(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
 
 
 def _iterate(folder: Path, console: Console, experiment: Experiment, trainer: Trainer) -> list[dict[str, Any]]:
-    """Train with reports and checkpoints. Returns the metrics of all iterations."""
+    """Train with reports and checkpoints, both by the first rank. Returns the metrics of all iterations."""
     config = trainer.config
+    if not trainer.ranks.first:
+        return [iteration.metrics for iteration in trainer.iterate()]
     with (
         closing(report.Scalars(folder, trainer.iteration)) as scalars,
         report.Bar(console, config.iterations, trainer.iteration) as bar,
@@ -132,9 +183,11 @@ def _write_results(
     """Evaluate, and write pictures, what the experiment writes, and last of all the summary."""
     config, unit = trainer.config, experiment.collector.unit
     after = experiment.evaluate(trainer.algorithm.networks.policy)
+    results = experiment.write_results(folder, trainer, before, after)
+    if not trainer.ranks.first:
+        return {}
     plots.draw_curves(folder / "curves.png", rows, f"{_title(config)}, seed {config.seed}", experiment.panels())
-    summary = {"env": config.env, "algorithm": config.algorithm, "seed": config.seed}
-    summary |= experiment.write_results(folder, trainer, before, after)
+    summary = {"env": config.env, "algorithm": config.algorithm, "seed": config.seed} | results
     summary |= {"iterations": trainer.iteration, unit: trainer.steps, "seconds": trainer.seconds}
     summary |= {f"{unit}_per_second": trainer.steps / max(trainer.seconds, 1e-9)}
     summary |= report.machine(trainer.device)

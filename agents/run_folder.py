@@ -34,6 +34,7 @@ NOT_COMPARED = {
     "decode_slots",
     "compile",
     "iterations",
+    "rank_timeout",
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from agents.config import TrainConfig
 from agents.interfaces import Algorithm, Collector, Loss, Rollout
+from agents.ranks import ALONE, Ranks
 from agents.replay import Replay
 from agents.reporting.phases import phase
 from agents.seeds import torch_generator
@@ -33,8 +34,8 @@ class Iteration:
 class Trainer:
     """The loop over a collector, an algorithm and its optimizer."""
 
-    def __init__(self, config: TrainConfig, algorithm: Algorithm, collector: Collector) -> None:
-        self.config, self.algorithm, self.collector = config, algorithm, collector
+    def __init__(self, config: TrainConfig, algorithm: Algorithm, collector: Collector, ranks: Ranks = ALONE) -> None:
+        self.config, self.algorithm, self.collector, self.ranks = config, algorithm, collector, ranks
         self.parameters = {name: list(network.parameters()) for name, network in algorithm.networks.trained.items()}
         self.optimizer = make_optimizer(config, self.parameters)
         self.generator = torch_generator(config.seed, "minibatches")  # of their order
@@ -150,21 +151,33 @@ class Trainer:
         """
         minibatch["weight"] = self.algorithm.step_weights(minibatch["mask"])  # [B, R]
         valid, totals = minibatch["mask"].sum(), defaultdict[str, Any](float)
-        for batch in self.collector.micro_batches(minibatch):
-            for terms, diagnostics in self._losses(batch):  # of one network after another
-                means = [weighted_sum(term, batch["weight"], batch["mask"]) for term in terms.values()]
-                torch.autograd.backward(means)
-                for name, mean in zip(terms, means, strict=True):
-                    totals[name] += mean.detach()
-                for name, value in diagnostics.items():
-                    totals[name] += value / valid
+        for sums in self.ranks.each(lambda: self._add_gradients(self.ranks.deal(minibatch), valid)):
+            for name, value in sums.items():
+                totals[name] += value.to(valid.device)
         for name, parameters in self.parameters.items():
+            self.ranks.sum_gradients(parameters)
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             totals[f"{name}_grad_norm"] = nn.utils.get_total_norm(gradients)
         # All numbers at once: the host waits for the device, which it does for every number by itself as well.
         metrics = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
         self._check_finite(metrics)
         return metrics
+
+    def _add_gradients(self, rows: TensorDict, valid: Tensor) -> dict[str, Tensor]:
+        """Add the gradients of some rows of a minibatch. Returns what they add to its losses and diagnostics.
+
+        valid: steps of the whole minibatch.
+        """
+        sums = defaultdict[str, Any](float)
+        for batch in self.collector.micro_batches(rows):
+            for terms, diagnostics in self._losses(batch):  # of one network after another
+                means = [weighted_sum(term, batch["weight"], batch["mask"]) for term in terms.values()]
+                torch.autograd.backward(means)
+                for name, mean in zip(terms, means, strict=True):
+                    sums[name] += mean.detach()
+                for name, value in diagnostics.items():
+                    sums[name] += value / valid
+        return sums
 
     def _losses(self, batch: TensorDict) -> Iterator[Loss]:
         """The algorithm's losses. Forwards alone are under autocast: its copies of weights must not outlast a step."""

@@ -22,8 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from agents.algorithms.ppo import PPO
 from agents.presets import defaults
+from agents.text.collector import TextCollector
 from agents.text.networks import TextNetworkFactory
-from agents.text.rollout import TextCollector
 from agents.trainer import Trainer
 from textenv import TextGenConfig, build_task
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 READMES = [ROOT / name for name in ("README.md", "benchmarks/README.md", "examples/README.md")]
 SHRUNK = ["--iterations", "1", "--rollout-size", "4", "--minibatch-size", "4", "--evaluation-prompts", "4"]
 HELPS = [["train"], ["train", "--env", "CartPole-v1"], ["generate"], ["evaluate"], ["play"], ["reward-model"]]
-OTHER_PROGRAMS = {"--output", "--model", "--quick", "--smollm2", "--trl-python"}  # of benchmarks
+OTHER_PROGRAMS = {"--output", "--model", "--quick", "--smollm2", "--trl-python", "--nproc-per-node"}  # and torchrun
 
 every_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 

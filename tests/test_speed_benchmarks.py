@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks import generation, memory, ppo_iteration, scaling
+from benchmarks import generation, memory, ppo_iteration, ranks, scaling
 from benchmarks.support import models, ours
 from benchmarks.support.measure import PeakMemory, bend, interleaved, ratios, slope
 from benchmarks.support.update import Plain
@@ -137,6 +137,16 @@ def test_memory_runs(tmp_path):
     (row,) = rows_of(tmp_path, "memory")
     for side in ("ours", "whole logits"):
         assert row[side]["peak_bytes"] > row[side]["before_bytes"] > 50e6
+
+
+@pytest.mark.slow
+def test_ranks_run(tmp_path):
+    """One process and two are measured in turns, and the speedup is the ratio of their seconds."""
+    ranks.main(ranks.Settings(quick=True, output=tmp_path))
+    (row,) = rows_of(tmp_path, "ranks")
+    (turn,) = row["turns"]
+    assert row["speedup"]["median"] == pytest.approx(turn["1"]["seconds"] / turn["2"]["seconds"])
+    assert turn["1"]["tokens"] > 0 < turn["2"]["tokens"]
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from textenv.models.decoding import Decoding, new_decoder
 from textenv.models.logits import log_probs_at, map_states, read_logits, spread
 from textenv.models.sampling import Sampling, sample
 from textenv.prompts.tokenized import Prompts
-from textenv.rewards.base import ResponseBatch, read_scores
+from textenv.rewards.base import ResponseBatch, Scores, read_scores
 from textenv.state import (
     FINISH_REASONS,
     RUNNING,
@@ -46,6 +46,16 @@ class Generation:
     state: TextState
     log_prob: Tensor  # float32 [B, R], after action masks; zero at tokens not generated
     allowed: TokenSets | None  # [B, R], the tokens that the action masks allowed; None without masks
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What the reward and the reference say of B finished responses, before normalization."""
+
+    raw: Scores
+    reference_log_prob: Tensor  # float32 [B, R], zero at tokens not generated, and where kl_coef is 0
+    finish_code: Tensor  # int64 [B], STOP or LENGTH
+    batch: ResponseBatch  # what the reward saw
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ def generate(
     model: PreTrainedModel,
     prompts: Prompts,
     sampling: Sampling,
-    generator: torch.Generator,
+    chance: torch.Generator | Tensor,
     decoding: Decoding | None = None,
 ) -> Generation:
     """Sample one response to each prompt from `model`.
@@ -86,10 +96,9 @@ def generate(
     Random numbers are drawn for every row and token beforehand, so a row's tokens depend on its own numbers alone: not
     on which rows are decoded beside it, on `decoding`, or on when others end. Identical prompts that follow one another
     are read once.
+    chance: a generator, or its numbers, as from `random_numbers`.
     """
-    uniform = torch.rand(
-        len(prompts), task.config.max_new_tokens, dtype=torch.float64, device=task.device, generator=generator
-    )
+    uniform = chance if isinstance(chance, Tensor) else random_numbers(task, len(prompts), chance)
     decoding = decoding or Decoding()
     look_every = decoding.look_every or (1 if task.device.type == "cpu" else 8)  # nothing waits for a CPU
     writing = _Writing(task, model, prompts, (sampling, uniform), decoding)
@@ -100,6 +109,12 @@ def generate(
         if (steps % look_every == 0 or steps == writing.end) and not writing.look(steps):
             return writing.generation()
         writing.advance()
+
+
+def random_numbers(task: Task, rows: int, generator: torch.Generator) -> Tensor:
+    """The random numbers of as many responses, float64 [rows, R]."""
+    shape = rows, task.config.max_new_tokens
+    return torch.rand(shape, dtype=torch.float64, device=task.device, generator=generator)
 
 
 class _Writing:
@@ -229,7 +244,6 @@ class _Writing:
             self.masks.clear()
 
 
-@own_settings()
 def score_responses(
     task: Task,
     state: TextState,
@@ -237,7 +251,19 @@ def score_responses(
     tokens_per_pass: int | None = None,
     fields: Mapping[str, Sequence[Any]] | None = None,
 ) -> ScoredResponses:
-    """Scores and rewards of finished responses.
+    """Scores and rewards of finished responses: `read_responses`, then `pay`."""
+    return pay(task, read_responses(task, state, prompt_texts, tokens_per_pass, fields))
+
+
+@own_settings()
+def read_responses(
+    task: Task,
+    state: TextState,
+    prompt_texts: Sequence[str],
+    tokens_per_pass: int | None = None,
+    fields: Mapping[str, Sequence[Any]] | None = None,
+) -> Readings:
+    """What the reward and the reference say of finished responses.
 
     The reward sees all of them at once. Models read them in batches of similar length.
     prompt_texts: B; tokens_per_pass: read by a model in one forward, see `in_batches`; fields: the prompts' further
@@ -252,15 +278,21 @@ def score_responses(
     batch = ResponseBatch(
         list(prompt_texts), state, code == STOP, task.tokenizer, fields or {}, tokens_per_pass=tokens_per_pass
     )
-    raw = scores = read_scores(task.reward, batch)
+    raw = read_scores(task.reward, batch)
     mask = state.response_mask  # [B, R]
     if task.reference is None:
         reference_log_prob = torch.zeros(mask.shape, device=mask.device)
     else:
         reference_log_prob = _log_probs(task.reference.model, state, task.config.temperature, tokens_per_pass)
         check_finite_steps(reference_log_prob, "the reference's log-probability")
-    if task.normalizer is not None:  # last: an error above must not move running statistics
-        scores = task.normalizer(raw)
+    return Readings(raw, reference_log_prob, code, batch)
+
+
+@own_settings()
+def pay(task: Task, readings: Readings) -> ScoredResponses:
+    """The rewards of responses that have been read. Running statistics see all their scores at once."""
+    raw, reference_log_prob, state = readings.raw, readings.reference_log_prob, readings.batch.state
+    scores = raw if task.normalizer is None else task.normalizer(raw)
     token_rewards = torch.zeros_like(reference_log_prob) if raw.tokens is None else raw.tokens  # [B, R]
     token_score = token_rewards + scores.final[:, None].where(state.last_generated, 0.0)  # [B, R]
     return ScoredResponses(
@@ -271,8 +303,8 @@ def score_responses(
         token_rewards=token_rewards,
         score=scores.total,
         score_parts=scores.parts,
-        finish_code=code,
-        batch=batch,
+        finish_code=readings.finish_code,
+        batch=readings.batch,
     )
 
 

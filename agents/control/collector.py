@@ -20,6 +20,7 @@ from torch import nn
 
 from agents.control.config import ControlConfig
 from agents.control.environments import Environments
+from agents.ranks import ALONE, Ranks
 from agents.reporting.phases import phase
 from agents.seeds import seed_of, torch_generator
 from textenv.state import own_settings
@@ -47,18 +48,34 @@ class ControlCollector:
     modules: Mapping[str, nn.Module] = {}
     autocast = staticmethod(nullcontext)  # float32
 
-    def __init__(self, environments: Environments, config: ControlConfig, seed: int, reset_every: int) -> None:
-        """reset_every: iterations between resets of all environments, equal to those between checkpoints."""
-        self.environments, self.config = environments, config
+    def __init__(
+        self,
+        environments: Environments,
+        config: ControlConfig,
+        seed: int,
+        reset_every: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """reset_every: iterations between resets of all environments, equal to those between checkpoints.
+
+        ranks: the first plays; the others learn from what it has played.
+        """
+        self.environments, self.config, self.ranks = environments, config, ranks
         self.seed, self.reset_every = seed, reset_every
         self.resets = 0  # of all environments together; each has a seed of its own
         self.observation: np.ndarray | None = None  # [B, D]; None: reset before the next step
         self.generator = torch_generator(seed, "sampling")
 
-    @own_settings()
-    @phase("play")
     def collect(self, policy: Any) -> ControlRollout:
         """Run `steps` steps in every environment."""
+        rollout, statistics = self.ranks.lead(lambda: (self._play(policy), self.environments.state_dict()))
+        if not self.ranks.first:
+            self.environments.load_state_dict(statistics)
+        return rollout
+
+    @own_settings()
+    @phase("play")
+    def _play(self, policy: Any) -> ControlRollout:
         env, shape = self.environments.env, (self.config.steps, self.config.num_envs)
         if self.observation is None:
             self.resets += 1
@@ -121,7 +138,8 @@ class ControlCollector:
 
     def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
         """The whole minibatch: these networks are small."""
-        yield minibatch
+        if len(minibatch):
+            yield minibatch
 
     def after_update(self, policy: nn.Module, iteration: int) -> None:
         """Reset all environments after iterations with a checkpoint."""

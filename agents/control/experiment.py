@@ -16,6 +16,7 @@ from agents.control.config import ControlConfig
 from agents.control.environments import Environments
 from agents.control.networks import ControlNetworkFactory
 from agents.control.policy import export_policy
+from agents.ranks import ALONE, Ranks
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, RED, Panel
 from agents.seeds import evaluation_seed
 from agents.trainer import Trainer
@@ -44,15 +45,15 @@ class Evaluation:
 class ControlExperiment:
     """See `agents.interfaces.Experiment`."""
 
-    def __init__(self, config: TrainConfig, settings: ControlConfig) -> None:
-        self.config, self.settings = config, settings
+    def __init__(self, config: TrainConfig, settings: ControlConfig, ranks: Ranks = ALONE) -> None:
+        self.config, self.settings, self.ranks = config, settings, ranks
         self.environments = Environments(config, settings, settings.num_envs)
         check_checkpoints(config, settings, self.environments.limit)
         env = self.environments.env
         self.network_factory = ControlNetworkFactory(
             env.single_observation_space, env.single_action_space, settings, config.seed
         )
-        self.collector = ControlCollector(self.environments, settings, config.seed, config.checkpoint_every)
+        self.collector = ControlCollector(self.environments, settings, config.seed, config.checkpoint_every, ranks)
 
     def describe(self) -> str:
         """Spaces, iterations and frames in one line."""
@@ -73,7 +74,10 @@ class ControlExperiment:
         """Write nothing: there are no prompts."""
 
     def evaluate(self, policy: Any) -> Evaluation:
-        """Run `evaluation_episodes` episodes, with the same seed at every evaluation."""
+        """Run `evaluation_episodes` episodes, with the same seed at every evaluation. The first rank runs them."""
+        return self.ranks.lead(lambda: self._evaluate(policy))
+
+    def _evaluate(self, policy: Any) -> Evaluation:
         environments = Environments(self.config, self.settings, self.settings.evaluation_episodes)
         environments.share_statistics(self.environments)
         evaluation = run_episodes(environments, policy)
@@ -107,6 +111,8 @@ class ControlExperiment:
 
     def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
         """The policy, which `agents.play` reads, and returns before and after training."""
+        if not self.ranks.first:
+            return {}
         export_policy(trainer.algorithm.networks.policy, self.environments.observation_statistics(), folder / "actor")
         first, last = self.summarize(before), self.summarize(after)
         return {

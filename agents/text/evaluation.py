@@ -6,14 +6,17 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from agents.ranks import ALONE, Ranks
 from agents.seeds import torch_generator
 from agents.text.config import TextConfig
-from textenv.generation import generate, score_responses
+from textenv.generation import generate, random_numbers, score_responses
 from textenv.models.decoding import Decoding
 from textenv.models.loading import load_function
 from textenv.models.sampling import Sampling
@@ -60,24 +63,30 @@ def evaluate(
     seed: int,
     batch: tuple[int, int | None] = (128, None),
     decoding: Decoding | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Sample one response per prompt at the task's temperature and measure it. Same seed, same responses.
 
     Scores are the reward's own, before normalization, so that evaluations can be compared. The KL is measured where
     `kl_coef` is 0 too.
     batch: responses generated at a time (which determines their random numbers), and tokens per forward pass.
-    decoding: how they are generated.
+    decoding: how they are generated. ranks: each takes a part of every batch.
     """
     task = dataclasses.replace(task.without_normalization(), reference=task.load_reference())
     generator = torch.Generator(task.device).manual_seed(seed)
-    chunks = torch.arange(len(prompts)).split(batch[0])
-    parts = [_evaluate(task, model, prompts.select(rows.tolist()), generator, batch[1], decoding) for rows in chunks]
+    parts: list[Evaluation] = []
+    for rows in torch.arange(len(prompts)).split(batch[0]):
+        numbers, own = random_numbers(task, len(rows), generator), ranks.share(len(rows))
+        work = partial(_evaluate, task, model, prompts.select(rows[own].tolist()), numbers[own], batch[1], decoding)
+        parts += [each for each in ranks.each(work if len(rows[own]) else lambda: None) if each is not None]
     gathered: dict[str, Any] = {
         field.name: [value for part in parts for value in getattr(part, field.name) or []]
         for field in dataclasses.fields(Evaluation)
     }
     evaluation = Evaluation(**gathered)
-    golds = None if gold is None else rate(gold, evaluation.prompts, evaluation.responses)
+    if gold is None:
+        return dataclasses.replace(evaluation, gold=None)
+    golds = ranks.lead(lambda: rate(gold, evaluation.prompts, evaluation.responses))
     return dataclasses.replace(evaluation, gold=golds)
 
 
@@ -96,12 +105,12 @@ def _evaluate(
     task: Task,
     model: PreTrainedModel,
     prompts: Prompts,
-    generator: torch.Generator,
+    numbers: Tensor,
     tokens_per_pass: int | None,
     decoding: Decoding | None,
 ) -> Evaluation:
     """Evaluate one batch, without gold scores, by one forward of the reference and of the reward model."""
-    generation = generate(task, model, prompts, Sampling(temperature=task.config.temperature), generator, decoding)
+    generation = generate(task, model, prompts, Sampling(temperature=task.config.temperature), numbers, decoding)
     scored = score_responses(task, generation.state, prompts.texts, tokens_per_pass, prompts.fields)
     return Evaluation(
         prompts=list(prompts.texts),

@@ -17,17 +17,19 @@ from torch import nn
 
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig, id_of
-from agents.errors import is_ours
+from agents.ranks import ALONE, Ranks
 from agents.reporting import plots
+from agents.reporting.errors import is_ours
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, ORANGE, RED, Panel
 from agents.seeds import evaluation_seed
+from agents.text.collector import TextCollector
 from agents.text.config import TextConfig
 from agents.text.evaluation import Evaluation, evaluate, find_gold, mean, rate, split_prompts
 from agents.text.fingerprints import HELD_OUT, fingerprints, save_prompts
 from agents.text.lora import merged_model, save_adapter
 from agents.text.networks import TextNetworkFactory, language_model_of
 from agents.text.policy import export_policy
-from agents.text.rollout import TextCollector, TextRollout, collect
+from agents.text.rollout import TextRollout, collect
 from agents.text.samples import make_summary, write_samples
 from agents.trainer import Trainer
 from textenv.config import NAMES, TextGenConfig
@@ -56,23 +58,28 @@ class TextExperiment:
     """See `agents.interfaces.Experiment`."""
 
     def __init__(
-        self, config: TrainConfig, settings: TextConfig, task: Task | None = None, held_out: str | None = None
+        self,
+        config: TrainConfig,
+        settings: TextConfig,
+        task: Task | None = None,
+        held_out: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """task: instead of the one that `gym.make` builds from `config.env`.
 
         held_out: file of the prompts to evaluate on, instead of a split of the task's: for a run that has trained.
         """
         check_minibatch(config, settings)
-        self.config, self.settings = config, settings
+        self.config, self.settings, self.ranks = config, settings, ranks
         self.task = make_task(config) if task is None else task
         if held_out is None:
             self.prompts, self.held_out = split_prompts(self.task, settings, config.seed)
         else:
             self.prompts, self.held_out = self.task.prompts, self.task.read_prompts(held_out)
         self.gold = find_gold(self.task, settings)
-        self.network_factory = TextNetworkFactory(self.task, settings, config.seed)
+        self.network_factory = TextNetworkFactory(self.task, settings, config.seed, ranks)
         ratios = find_algorithm(config.algorithm)[1].ratios
-        self.collector = TextCollector(self.task, self.prompts, settings, config.seed, ratios=ratios)
+        self.collector = TextCollector(self.task, self.prompts, settings, config.seed, ratios, ranks)
 
     def describe(self) -> str:
         """Device, prompts, reward, penalty, adapters and the amount of work."""
@@ -98,9 +105,8 @@ class TextExperiment:
         batch = (self.settings.rollout_size, self.settings.micro_batch_tokens)
         with self.collector.precision.tensor_cores():
             model = self.collector.sampling_model(policy)
-            return evaluate(
-                self.task, model, self.held_out, self.gold, evaluation_seed(), batch, self.collector.decoding
-            )
+            how = (batch, self.collector.decoding, self.ranks)
+            return evaluate(self.task, model, self.held_out, self.gold, evaluation_seed(), *how)
 
     def summarize(self, evaluation: Evaluation) -> dict[str, float]:
         """Means over the prompts."""
@@ -140,11 +146,13 @@ class TextExperiment:
 
     def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
         """The language model with its tokenizer, its adapter, samples before and after, and one response's credit."""
-        policy = trainer.algorithm.networks.policy
+        policy, credit = trainer.algorithm.networks.policy, assign_credit(trainer, self.held_out)  # by all ranks
+        if not self.ranks.first:
+            return {}
         export_policy(merged_model(policy), self.task, folder / "actor")
         save_adapter(policy, folder / "adapter")
         write_samples(folder / "samples.md", before, after)
-        plots.draw_credit(folder / "credit.png", assign_credit(trainer, self.held_out))
+        plots.draw_credit(folder / "credit.png", credit)
         return make_summary(before, after) | self.collector.describe_precision()
 
     def panels(self) -> tuple[Panel, ...]:
@@ -215,7 +223,8 @@ def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
     prompts = held_out.select(
         [row // task.config.group_size % len(held_out) for row in range(8 * task.config.group_size)]
     )
-    rollout = collect(task, language_model_of(policy), prompts, generator, collector.config.micro_batch_tokens, penalty)
+    tokens, how = collector.config.micro_batch_tokens, (penalty, collector.decoding, trainer.ranks)
+    rollout = collect(task, language_model_of(policy), prompts, generator, tokens, *how)
     trainer.algorithm.prepare(rollout.data)
     lengths = rollout.data["mask"].sum(1)
     row = int(lengths.argsort()[len(lengths) // 2])

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agents.objectives.actor_critic import Categorical
+from agents.ranks import ALONE, Ranks
 from agents.seeds import initial_weights, seed_of
 from agents.text.config import TextConfig
 from agents.text.lora import with_adapters
@@ -35,7 +36,7 @@ from textenv.models.language_model import find_backbone, hidden_states, read, re
 from textenv.models.logits import Logits, map_states, read_logits, spread
 from textenv.models.probe import check_backbone
 from textenv.rewards.reward_model import RewardModel, reads_every_position
-from textenv.state import batches, own_settings
+from textenv.state import in_batches, own_settings
 from textenv.task import Task
 
 # Logit of a token without probability, below the largest of its row: exp(-1e4) is 0 in float32, and finite logits keep
@@ -175,9 +176,9 @@ class TextNetworkFactory:
 
     discrete = True
 
-    def __init__(self, task: Task, config: TextConfig = DEFAULTS, seed: int = 0) -> None:
+    def __init__(self, task: Task, config: TextConfig = DEFAULTS, seed: int = 0, ranks: Ranks = ALONE) -> None:
         """seed: of random weights."""
-        self.task, self.config, self.seed = task, config, seed
+        self.task, self.config, self.seed, self.ranks = task, config, seed, ranks
         self.precision = Precision(config.precision, task.device)
         self.group_size = task.config.group_size
         self.alpha = task.config.kl_coef
@@ -210,11 +211,16 @@ class TextNetworkFactory:
 
     @own_settings()
     def state_values(self, critic: TextCritic, data: TensorDict) -> Tensor:
-        """V(s_0)..V(s_R) without gradient, [B, R + 1], `micro_batch_tokens` at a time."""
-        parts = batches(data["attention_mask"].sum(1), self.config.micro_batch_tokens)
-        read = data.select("input_ids", "attention_mask", "mask")
-        values = torch.cat([self._values(critic, read[rows]) for rows in parts])
-        return values[torch.cat(parts).argsort()]
+        """V(s_0)..V(s_R) without gradient, [B, R + 1], `micro_batch_tokens` at a time; each rank reads its own rows."""
+        read: Any = data.select("input_ids", "attention_mask", "mask")[self.ranks.share(len(data))]
+
+        def values() -> Tensor | None:
+            lengths = read["attention_mask"].sum(1)
+            tokens = self.config.micro_batch_tokens
+            return in_batches(lambda rows: self._values(critic, read[rows]), lengths, tokens) if len(read) else None
+
+        parts = [part for part in self.ranks.each(values) if part is not None]
+        return torch.cat(parts).to(data["mask"].device)
 
     def _values(self, critic: TextCritic, rows: TensorDict) -> Tensor:
         """V(s_0)..V(s_R) of rows of like length, [b, R + 1], zero after the end of a response."""

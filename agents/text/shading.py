@@ -7,8 +7,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from agents.interfaces import Algorithm
+from agents.text.collector import TextCollector
 from agents.text.networks import language_model_of
-from agents.text.rollout import TextCollector, collect
+from agents.text.rollout import collect
 from textenv.generation import score_responses
 from textenv.prompts.tokenized import Prompts
 from textenv.rendering.text import ansi

@@ -45,6 +45,7 @@ NOT_WALKED = {"env", "env_arg", "algorithm", "run", "resume", "checkpoint_every"
     "gradient_checkpointing",
     "decode_slots",
     "compile",
+    "rank_timeout",  # read under torchrun alone, and stored, so that any number of processes may go on
 }
 
 # Other values: changes that include the flag, of which the first that differs from the context is taken.

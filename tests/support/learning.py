@@ -9,9 +9,11 @@ import torch
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.interfaces import Loss
+from agents.ranks import ALONE, Ranks
+from agents.text.collector import TextCollector
 from agents.text.config import TextConfig
 from agents.text.networks import TextNetworkFactory
-from agents.text.rollout import TextCollector, TextRollout, collect
+from agents.text.rollout import TextRollout, collect
 from agents.trainer import Trainer, weighted_sum
 from tests.support import tiny
 from textenv import TextGenConfig, build_task
@@ -24,16 +26,18 @@ RAGGED = dict(stop_token_ids=[tiny.END, *range(60)])
 SHARED = {field.name for field in dataclasses.fields(TrainConfig)}
 
 
-def make_trainer(settings: dict, algorithm: dict | None = None, learner: str = "ppo", **changes) -> Trainer:
+def make_trainer(
+    settings: dict, algorithm: dict | None = None, learner: str = "ppo", ranks: Ranks = ALONE, **changes
+) -> Trainer:
     """A trainer on a tiny task; `learner` names the algorithm, and `algorithm` holds its own settings."""
     task = build_task(TextGenConfig(**(RAGGED | settings)))
     given = SMALL | changes
     config = TrainConfig(algorithm=learner, **{name: value for name, value in given.items() if name in SHARED})
     text = TextConfig(**{name: value for name, value in given.items() if name not in SHARED})
     settings_class, algorithm_class = find_algorithm(learner)
-    networks = TextNetworkFactory(task, text, config.seed)
-    collector = TextCollector(task, task.prompts, text, config.seed)
-    return Trainer(config, algorithm_class(settings_class(**(algorithm or {})), networks), collector)
+    networks = TextNetworkFactory(task, text, config.seed, ranks)
+    collector = TextCollector(task, task.prompts, text, config.seed, ranks=ranks)
+    return Trainer(config, algorithm_class(settings_class(**(algorithm or {})), networks), collector, ranks)
 
 
 def make_rollout(trainer: Trainer, rows: int = 8) -> TextRollout:

@@ -34,9 +34,9 @@ import agents.text.rollout
 from agents.algorithms.ppo import PPO, PPOConfig
 from agents.config import TrainConfig
 from agents.interfaces import Loss
+from agents.text.collector import TextCollector
 from agents.text.config import TextConfig
 from agents.text.networks import TextNetworkFactory
-from agents.text.rollout import TextCollector
 from agents.trainer import Trainer
 from tests.support.oracle_models import classifier, language_model, projections, word_tokenizer, words
 from textenv import LanguageModel, TextGenConfig, build_task, shared

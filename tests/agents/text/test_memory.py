@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXJapaneseConfig, GPTNeoXJapaneseForCausalLM
 
+from agents.text.collector import TextCollector
 from agents.text.networks import TextActor, TextQ, recompute_layers
-from agents.text.rollout import TextCollector
 from tests.support.by_hand import gradients, perturb
 from tests.support.learning import losses, make_rollout, make_trainer, same, weights
 from textenv.masks.token_sets import TokenSets

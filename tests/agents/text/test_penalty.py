@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from agents.objectives.actor_critic import add_penalized_reward
+from agents.text.collector import make_controller
 from agents.text.config import TextConfig
 from agents.text.experiment import assign_credit
-from agents.text.rollout import TextRollout, collect, make_controller
+from agents.text.rollout import TextRollout, collect
 from agents.trainer import Trainer
 from tests.support.by_hand import perturb
 from tests.support.learning import make_trainer

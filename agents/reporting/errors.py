@@ -7,7 +7,7 @@ from pathlib import Path
 
 import textenv
 
-OURS = (Path(__file__).parent, Path(str(textenv.__file__)).parent)
+OURS = (Path(__file__).parents[1], Path(str(textenv.__file__)).parent)
 
 
 def is_ours(error: BaseException) -> bool:
