@@ -85,7 +85,7 @@ def job_command(arguments: Sequence[str], action: Callable[..., Any], purpose: s
     else:
         env, name, env_arg = _flag(arguments, "env"), _flag(arguments, "algorithm"), _flags(arguments, "env_arg")
         given = TrainConfig(env=env, algorithm=name, env_arg=tuple(env_arg))
-        adapters = [*_flags(arguments, "lora_rank"), "0"][0] != "0"
+        adapters = ["0", *_flags(arguments, "lora_rank")][-1] != "0"
         config, settings, algorithm_config = defaults(env, name, arguments_of(given), adapters)
         source = describe_defaults(given, adapters)
 

@@ -182,6 +182,11 @@ def find_preset(
     return "any environment of vectors", CONTROL.get(algorithm, Preset())
 
 
+def has_adapters(settings: Any) -> bool:
+    """Whether settings of a domain ask for adapters; those of control have none."""
+    return getattr(settings, "lora_rank", 0) > 0
+
+
 def _with_adapters(preset: Preset) -> Preset:
     """The preset with the learning rates of adapters."""
     both = ("learning_rate", "critic_learning_rate")

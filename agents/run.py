@@ -20,7 +20,7 @@ from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.domains import domain_of
 from agents.interfaces import Algorithm, Experiment
-from agents.presets import describe_defaults
+from agents.presets import describe_defaults, has_adapters
 from agents.ranks import ALONE, Ranks, connected, restarted
 from agents.reporting import plots, report
 from agents.reporting.files import never_fail_to_print, no_room, write_json
@@ -74,7 +74,7 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
             ranks.together(lambda: _restore(folder, trainer, fingerprints))
             _agreed(lambda: trainer.iteration, ranks, "checkpoints; all must see one run folder")
         ranks.lead(lambda: _open(folder, parts, experiment, trainer, fingerprints, stack))
-        source = describe_defaults(config, getattr(settings, "lora_rank", 0) > 0)
+        source = describe_defaults(config, has_adapters(settings))
         console.print(f"{_title(config)} {experiment.describe()}\n{source}\nresults in {folder}/")
         rows = _iterate(folder, console, experiment, trainer)
         summary = _write_results(folder, rows, experiment, trainer, before)

@@ -8,7 +8,7 @@ from typing import Any
 from agents.config import TrainConfig
 from agents.domains import arguments_of
 from agents.interfaces import Algorithm, Experiment, NetworkFactory
-from agents.presets import defaults
+from agents.presets import defaults, has_adapters
 from textenv.unread import refuse_unread
 
 
@@ -43,7 +43,7 @@ def check_settings(job: Job) -> None:
     train = job.train
     parts = (train, job.settings, job.algorithm)
     by_class = [{field.name: field.default for field in fields(part)} for part in parts]
-    preset = defaults(train.env, train.algorithm, arguments_of(train), getattr(job.settings, "lora_rank", 0) > 0)
+    preset = defaults(train.env, train.algorithm, arguments_of(train), has_adapters(job.settings))
     by_preset = [vars(part) for part in preset]
     rendered = {"render_mode": train.env_arguments().get("render_mode")}
     rules = [rule for part in parts for rule in type(part).UNREAD]

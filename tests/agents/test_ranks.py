@@ -41,6 +41,9 @@ CASES = {
     "recomputed": case(old_log_probs="recomputed", gradient_checkpointing=True),
     "fewer rows than ranks": case(old_log_probs="recomputed", rollout_size=2),
     "control": dict(env="CartPole-v1", learner="ppo", algorithm=dict(epochs=2)),
+    "control, a2c": dict(env="CartPole-v1", learner="a2c", algorithm={}),
+    "control, reinforce": dict(env="CartPole-v1", learner="reinforce", algorithm={}),
+    "control, sac": dict(env="CartPole-v1", learner="sac", algorithm=REPLAY),
     "normalized control": dict(env="Pendulum-v1", learner="ppo", algorithm=dict(epochs=2)),
     "control from replay": dict(env="CartPole-v1", learner="dqn", algorithm=REPLAY),
 }
