@@ -7,9 +7,13 @@ THREADS ?= 2
 # The floors have an environment of their own. TORCH=2.13.0 tests them with another PyTorch than the floor.
 FLOORS := .venv-floors
 FLOORS_READY := $(FLOORS)/.ready-$(or $(TORCH),floor)
+RAY := .venv-ray# Ray brings many packages, so it has an environment of its own too.
+RAY_READY := $(RAY)/.ready
+TRACKERS := .venv-trackers# Trackers bring as many.
+TRACKERS_READY := $(TRACKERS)/.ready
 RUN ?= runs/reviews-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: install train test test-slow test-floors check format bench reviews clean
+.PHONY: install train test test-slow test-floors test-ray test-trackers check format bench reviews clean
 
 install: $(READY)
 
@@ -42,6 +46,27 @@ $(FLOORS_READY): pyproject.toml
 test-floors: $(FLOORS_READY)
 	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -n $(THREADS) --dist loadscope -m "not slow"
 
+$(RAY_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --upgrade pip
+	$(RAY)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(RAY)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]" pytest
+	touch $@
+
+test-ray: $(RAY_READY)
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/test_ray.py
+
+$(TRACKERS_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(TRACKERS)
+	$(TRACKERS)/bin/python -m pip install --quiet --upgrade pip
+	$(TRACKERS)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(TRACKERS)/bin/python -m pip install --quiet --constraint constraints.txt \
+		--editable ".[trackio,wandb,mlflow]" pytest
+	touch $@
+
+test-trackers: $(TRACKERS_READY)
+	OMP_NUM_THREADS=1 $(TRACKERS)/bin/python -m pytest tests/test_trackers.py
+
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -59,4 +84,4 @@ reviews: install
 	$(BIN)/python -m textenv.reviews.build
 
 clean:
-	rm -rf $(VENV) $(FLOORS) build dist *.egg-info
+	rm -rf $(VENV) $(FLOORS) $(RAY) $(TRACKERS) build dist *.egg-info

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from agents.interfaces import Experiment
 from agents.ranks import ALONE, Ranks
 from agents.text.config import TextConfig
 from agents.text.experiment import TextExperiment, reopen_text
-from textenv.config import NAMES
+from textenv.config import NAMES, TextGenConfig
 from textenv.env import TextGenEnv
 
 BYPASSED = ("reset", "step", "action_masks")  # methods of TextGenEnv that the learners never call
@@ -63,6 +64,15 @@ def domain_of(env: str) -> Domain:
 def arguments_of(config: TrainConfig) -> dict[str, Any]:
     """The arguments of `gym.make` in a configuration, where text environments take names of files as texts."""
     return config.env_arguments(texts=NAMES if domain_of(config.env) is TEXT else ())
+
+
+def environment_settings(config: TrainConfig) -> TextGenConfig:
+    """The settings of a text environment: its class's, its registration's, and those of `env_arg`."""
+    parameters = inspect.signature(entry_point_of(config.env)).parameters.values()
+    values = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+    values |= gym.spec(id_of(config.env)).kwargs | arguments_of(config)
+    known = {field.name for field in fields(TextGenConfig)}
+    return TextGenConfig(**{name: value for name, value in values.items() if name in known})
 
 
 def entry_point_of(env: str) -> Any:

@@ -108,6 +108,10 @@ class NetworkFactory(Protocol):
         """
         ...
 
+    def shard(self, networks: Any) -> None:
+        """Divide the weights of a learner's `Networks` among the ranks, if the settings say so."""
+        ...
+
     def state_values(self, critic: Any, data: TensorDict) -> Tensor:
         """`critic.all_states(data)` without gradient, a few rows at a time: V(s_0)..V(s_R), [B, R + 1]."""
         ...
@@ -135,6 +139,7 @@ class Collector(Protocol):
     """Plays the environment."""
 
     unit: str  # what a step is called: tokens or frames
+    in_step: bool  # networks are sharded, so that all ranks do as many forwards together
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -162,7 +167,10 @@ class Collector(Protocol):
         ...
 
     def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
-        """The parts of a minibatch that go through the networks one after another."""
+        """The parts of this rank's rows of a minibatch that go through the networks one after another.
+
+        Parts with an empty mask may follow, whose forwards the other ranks need.
+        """
         ...
 
     def after_update(self, policy: nn.Module, iteration: int) -> None:
@@ -249,8 +257,31 @@ class Experiment(Protocol):
         """Means of an evaluation, by name."""
         ...
 
+    def objective(self, evaluation: Any) -> float:
+        """What the learner is to raise, as measured by an evaluation."""
+        ...
+
     def report_metrics(self, rollout: Any) -> dict[str, float]:
         """Metrics of a rollout for the report alone, such as a gold score; no learner sees them."""
+        ...
+
+    def dump_rows(self, rollout: Any) -> Iterator[dict[str, Any]]:
+        """A rollout after `prepare` and `report_metrics` as rows of numbers and texts, and lists of them."""
+        ...
+
+    def watch(self, number: int, rollout: Any, policy: nn.Module) -> None:
+        """Note what only the policy that played the rollout of iteration `number` knows. Called before its update."""
+        ...
+
+    def records(self, number: int, rollout: Any) -> list[dict[str, Any]]:
+        """A few rows of the rollout of iteration `number` step by step, as JSON, to be looked at; usually none.
+
+        Called after the update, on the first rank.
+        """
+        ...
+
+    def held_out_records(self, trainer: Any, evaluation: Any) -> list[dict[str, Any]]:
+        """A few episodes of an evaluation step by step, with the learner's numbers. Called on every rank."""
         ...
 
     def progress_line(self, metrics: dict[str, float]) -> str:
@@ -261,11 +292,18 @@ class Experiment(Protocol):
         """What a user should know of iteration `number`, as lines for the terminal; usually none."""
         ...
 
-    def write_results(self, folder: Path, trainer: Any, before: Any, after: Any) -> dict[str, Any]:
+    def write_results(
+        self, folder: Path, trainer: Any, evaluations: tuple[Any, Any], records: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
         """Write the policy, pictures and tables to the run's folder; returns entries for the summary.
 
-        Called on every rank; the first one writes.
+        evaluations: before and after training. records: of held-out episodes after training. Called on every rank;
+        the first one writes.
         """
+        ...
+
+    def sample_rows(self, before: Any, after: Any) -> list[dict[str, Any]]:
+        """A table of some episodes before and after training, for trackers."""
         ...
 
     def panels(self) -> Sequence[Panel]:

@@ -94,16 +94,16 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "epsilon_updates": 4000,
             },
         ),
-        "sac": Preset(  # 49,920 frames; weak, about 250 of 500: benchmarks/LOG.md says what did not help
+        "sac": Preset(  # 49,920 frames
             train=_rates(1e-3, iterations=195, minibatch_size=64, max_grad_norm=10.0, checkpoint_every=50),
-            settings={"num_envs": 8, "steps": 32},
+            settings={"num_envs": 8, "steps": 32, "normalize_observation": True},
             algorithm={
                 "buffer_size": 50_000,
                 "learning_starts": 1000,
                 "gradient_steps": 128,
                 "gamma": 0.99,
-                "tau": 0.005,
-                "target_entropy": 0.1,
+                "tau": 0.02,
+                "target_entropy": 0.8,
             },
         ),
     },
@@ -174,7 +174,7 @@ def find_preset(
     """The preset of a task and an algorithm, and the task's name in words."""
     if domain_of(env) is TEXT:
         task, preset = "a pretrained model", ANY_REFERENCE.get(algorithm, PRETRAINED)
-        if _is_embedded_task(env, {**gym.spec(id_of(env)).kwargs, **env_arguments}):
+        if is_embedded_task(env, env_arguments):
             task, preset = "the embedded task", REVIEWS.get(algorithm, Preset())
         return (f"{task} with adapters", _with_adapters(preset)) if adapters else (task, preset)
     if algorithm in PRESETS.get(id_of(env), {}):
@@ -198,9 +198,12 @@ def _with_adapters(preset: Preset) -> Preset:
 _found: dict[tuple[Any, str], bool] = {}  # class and arguments -> whether it was the embedded task
 
 
-def _is_embedded_task(env: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether the reference is the embedded task's. A class with a constructor of its own may set it: it is made."""
-    kind = entry_point_of(env)
+def is_embedded_task(env: str, env_arguments: Mapping[str, Any]) -> bool:
+    """Whether the reference of a text environment is the embedded task's.
+
+    A class with a constructor of its own may set it: it is made.
+    """
+    arguments, kind = {**gym.spec(id_of(env)).kwargs, **env_arguments}, entry_point_of(env)
     if kind.__init__ is TextGenEnv.__init__:
         reference = arguments.get("reference")
         return reference is None or is_embedded(reference)

@@ -7,7 +7,6 @@ for rows of a few numbers.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,8 @@ class Replay:
 
 def check_memory(size: int, row_bytes: int, device: torch.device) -> None:
     """Raise ValueError if `size` rows of `row_bytes` exceed the available memory of the device."""
-    available = available_bytes(device)
-    if size * row_bytes > available:
+    available = free_memory(device)
+    if available is not None and size * row_bytes > available:
         raise ValueError(
             f"a replay buffer of {size} rows of {row_bytes} bytes takes {size * row_bytes / GIB:.1f} GiB, and "
             f"{device.type} has {available / GIB:.1f} GiB available; lower buffer_size to at most "
@@ -85,15 +84,21 @@ def check_memory(size: int, row_bytes: int, device: torch.device) -> None:
         )
 
 
-def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device; all physical memory where the system does not report it."""
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    table = Path("/proc/meminfo")  # Linux; counts reclaimable caches as available
+    found = []
+    table = Path("/proc/meminfo")  # Linux
     if table.exists():
         lines = dict(line.split(":") for line in table.read_text(encoding="utf-8").splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        found.append(1024 * int(lines["MemAvailable"].split()[0]))
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # of a container
+    if limit.exists() and (text := limit.read_text(encoding="utf-8").strip()) != "max":
+        lines = dict(line.split() for line in used.with_name("memory.stat").read_text(encoding="utf-8").splitlines())
+        # Files that were read are counted as used, and given back when memory is asked for.
+        found.append(int(text) - int(used.read_text(encoding="utf-8")) + int(lines.get("inactive_file", 0)))
+    return min(found, default=None)
 
 
 def _widened(value: Tensor, shape: torch.Size) -> Tensor:

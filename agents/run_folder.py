@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,11 +21,13 @@ from filelock import FileLock, Timeout
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.domains import domain_of
+from agents.ranks import PARENT
 from agents.reporting.files import write_json
 from textenv.config import NAMES
 from textenv.settings import check_new_folder
 from textenv.task import PARTS, is_embedded
 
+JOB = "job"  # in config.json
 # Settings that do not change what is learned, or that are checked apart.
 NOT_COMPARED = {
     "run",
@@ -33,8 +36,13 @@ NOT_COMPARED = {
     "gradient_checkpointing",
     "decode_slots",
     "compile",
+    "shard",
     "iterations",
     "rank_timeout",
+    "tracker",
+    "dump_rollouts",
+    "dump_format",
+    "keep_checkpoints",
 }
 
 
@@ -71,12 +79,25 @@ def locked(folder: Path) -> Iterator[None]:
     Raises ValueError while another process trains in it.
     """
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / ".lock", timeout=1):  # seconds: who only looks holds it for a moment
             yield
     except Timeout as error:
         raise ValueError(
             f"another process is training in {str(folder)!r}; wait until it ends, or stop it, and then --resume."
         ) from error
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains in the run folder."""
+    if not os.path.isfile(folder / ".lock"):
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # of a folder that may only be read
+        return False
 
 
 def save_config(
@@ -85,7 +106,23 @@ def save_config(
     """Write config.json. fingerprints: of models and prompts, see `Experiment.fingerprints`."""
     parts = {"train": config, "settings": settings, "algorithm": algorithm_config}
     stored: dict[str, Any] = {name: dataclasses.asdict(part) for name, part in parts.items()}
-    write_json(folder / "config.json", stored | {"directory": os.getcwd(), "fingerprints": dict(fingerprints)})
+    stored["directory"], stored["import_from"] = os.getcwd(), [name for name in sys.path if name in _added]
+    write_json(folder / "config.json", stored | {"fingerprints": dict(fingerprints), JOB: _job()})
+
+
+def is_of_this_job(folder: Path) -> bool:
+    """Whether the processes of this torchrun have started the run in a folder: those that it has started again."""
+    try:
+        stored = _read(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(stored, dict) and stored.get(JOB) is not None and stored[JOB] == _job()
+
+
+def _job() -> str | None:
+    """An id of the torchrun that has started this process, however often it does; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{name} {platform.node()} {PARENT}" if name == "none" else name  # "none" is what it says without an id
 
 
 def load_config(folder: Path) -> tuple[TrainConfig, Any, Any]:
@@ -97,11 +134,24 @@ def load_config(folder: Path) -> tuple[TrainConfig, Any, Any]:
         stored = _read(folder)
         train: dict[str, Any] = _tuples(stored["train"]) | {"run": str(folder)}
         config, directory = TrainConfig(**train), Path(stored["directory"])
-    _import_from(directory)
+    for place in (directory, *map(Path, stored.get("import_from", ()))):
+        _import_from(place)
     domain = domain_of(config.env)  # imports the user's module, whose errors are not the file's
     with _readable(folder):
         settings, (algorithm_settings, _) = domain.settings, find_algorithm(config.algorithm)
         return config, settings(**_tuples(stored["settings"])), algorithm_settings(**_tuples(stored["algorithm"]))
+
+
+def settings_of(source: Path) -> tuple[TrainConfig, Any, Any]:
+    """The settings of a run for a new one like it, with names of files located: see `located`.
+
+    source: a run folder, or its config.json, which may lie elsewhere under another name.
+    """
+    if not os.path.exists(source):
+        raise ValueError(f"no configuration at {str(source)!r}; --config takes a run folder, or its config.json.")
+    config, settings, algorithm_config = load_config(source)
+    config, settings = located(source, config, settings)
+    return dataclasses.replace(config, run=None, resume=False), settings, algorithm_config
 
 
 def check_same(folder: Path, config: TrainConfig, settings: Any, algorithm_config: Any) -> None:
@@ -132,15 +182,6 @@ def lengthen(folder: Path, config: TrainConfig) -> None:
         write_json(folder / "config.json", stored)
 
 
-def finished_summary(folder: Path, iterations: int) -> dict[str, Any] | None:
-    """The summary of a run that has ended after this many iterations; None if it has not, or has lost its summary."""
-    try:
-        summary = json.loads((folder / "summary.json").read_bytes())
-        return summary if summary["iterations"] == iterations else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def changed(folder: Path, fingerprints: Mapping[str, str]) -> list[str]:
     """What is not what it was when the run started, by the names of its fingerprints."""
     with _readable(folder):
@@ -164,11 +205,11 @@ def located(folder: Path, config: TrainConfig, settings: Any) -> tuple[TrainConf
     directory = Path(_read(folder)["directory"])
     arguments = config.env_arguments(texts=NAMES)
     found = {name: _found(arguments[name], directory) for name in PARTS if name in arguments}
-    items = tuple(f"{name}={json.dumps(value)}" for name, value in found.items() if value != arguments[name])
+    changed = {name: json.dumps(value) for name, value in found.items() if value != arguments[name]}
     held_out = getattr(settings, "held_out", None)
     if held_out is not None:
         settings = dataclasses.replace(settings, held_out=_found(held_out, directory))
-    return dataclasses.replace(config, env_arg=(*config.env_arg, *items)), settings
+    return config.with_env_arg(changed), settings
 
 
 def _found(name: Any, directory: Path) -> Any:
@@ -185,10 +226,14 @@ def _found(name: Any, directory: Path) -> Any:
     return str(directory / name)
 
 
+_added: set[str] = set()  # to sys.path; a run like another one (--config) needs that one's functions later too
+
+
 def _import_from(directory: Path) -> None:
     """Let functions be imported from where the run was started; the present directory comes first."""
     if os.path.isdir(directory) and str(directory) not in sys.path:
         sys.path.append(str(directory))
+        _added.add(str(directory))
 
 
 def _check_iterations(folder: Path, old: TrainConfig, new: TrainConfig) -> None:
@@ -206,10 +251,15 @@ def _check_iterations(folder: Path, old: TrainConfig, new: TrainConfig) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+    path = _path(folder)
     if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
         raise ValueError(f"no run in {str(folder)!r} (no config.json); pass a run folder written by train.")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _path(folder: Path) -> Path:
+    """The configuration of a run folder, or the file itself."""
+    return folder if os.path.isfile(folder) else folder / "config.json"
 
 
 @contextmanager
@@ -219,8 +269,7 @@ def _readable(folder: Path) -> Iterator[None]:
         yield
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{str(folder / 'config.json')!r} is not a configuration that this version can read ({error}); start a new "
-            "run."
+            f"{str(_path(folder))!r} is not a configuration that this version can read ({error}); start a new run."
         ) from error
 
 

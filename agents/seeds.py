@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 # A stream's place is its spawn key: a new one goes to the end, so that the others keep their numbers.
-STREAMS = ("split", "prompts", "sampling", "minibatches", "networks", "resets", "evaluation")
+STREAMS = ("split", "prompts", "sampling", "minibatches", "networks", "resets", "evaluation", "best-of-n", "pairs")
 EVERY_RUN = 0  # in place of the run's seed, where runs with different seeds must draw the same
 
 

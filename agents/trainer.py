@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from agents.config import TrainConfig
 from agents.interfaces import Algorithm, Collector, Loss, Rollout
-from agents.ranks import ALONE, Ranks
+from agents.ranks import ALONE, Ranks, full
 from agents.replay import Replay
 from agents.reporting.phases import phase
 from agents.seeds import torch_generator
@@ -29,6 +30,10 @@ class Iteration:
     number: int  # from 1
     metrics: dict[str, float]
     rollout: Rollout
+
+
+# Called with the number of an iteration, its rollout and the policy, by all ranks, before anything is learned from it.
+Watch = Callable[[int, Any, nn.Module], None]
 
 
 class Trainer:
@@ -49,10 +54,10 @@ class Trainer:
         """The device of the networks."""
         return next(self.algorithm.networks.policy.parameters()).device
 
-    def iterate(self) -> Iterator[Iteration]:
+    def iterate(self, watch: Watch | None = None) -> Iterator[Iteration]:
         """Run the remaining iterations, up to the configured number."""
         while self.iteration < self.config.iterations:
-            yield self._iterate()
+            yield self._iterate(watch)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything besides weights that an exact resume needs."""
@@ -75,17 +80,19 @@ class Trainer:
             self.replay.load_state_dict(state["replay"])
 
     @own_settings(gradients=True)
-    def _iterate(self) -> Iteration:
-        started = time.perf_counter()
-        rollout = self.collector.collect(self.algorithm.networks.policy)
+    def _iterate(self, watch: Watch | None) -> Iteration:
+        started, policy = time.perf_counter(), self.algorithm.networks.policy
+        rollout = self.collector.collect(policy)
         collected = time.perf_counter()
+        if watch is not None:
+            watch(self.iteration + 1, rollout, policy)
         steps = int(rollout.data["mask"].sum())
         metrics = rollout.metrics | self._update(rollout.data)
         seconds = time.perf_counter() - started
         self.iteration += 1
         self.steps += steps
         self.seconds += seconds
-        self.collector.after_update(self.algorithm.networks.policy, self.iteration)
+        self.collector.after_update(policy, self.iteration)
         metrics |= {
             f"{self.collector.unit}_per_second": steps / seconds,
             "seconds": seconds,
@@ -151,25 +158,25 @@ class Trainer:
         """
         minibatch["weight"] = self.algorithm.step_weights(minibatch["mask"])  # [B, R]
         valid, totals = minibatch["mask"].sum(), defaultdict[str, Any](float)
-        for sums in self.ranks.each(lambda: self._add_gradients(self.ranks.deal(minibatch), valid)):
+        for sums in self.ranks.each(lambda: self._add_gradients(minibatch, valid), in_step=self.collector.in_step):
             for name, value in sums.items():
                 totals[name] += value.to(valid.device)
         for name, parameters in self.parameters.items():
             self.ranks.sum_gradients(parameters)
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            totals[f"{name}_grad_norm"] = nn.utils.get_total_norm(gradients)
+            totals[f"{name}_grad_norm"] = _total_norm(gradients)
         # All numbers at once: the host waits for the device, which it does for every number by itself as well.
         metrics = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
         self._check_finite(metrics)
         return metrics
 
-    def _add_gradients(self, rows: TensorDict, valid: Tensor) -> dict[str, Tensor]:
-        """Add the gradients of some rows of a minibatch. Returns what they add to its losses and diagnostics.
+    def _add_gradients(self, minibatch: TensorDict, valid: Tensor) -> dict[str, Tensor]:
+        """Add the gradients of this rank's rows. Returns what they add to the minibatch's losses and diagnostics.
 
         valid: steps of the whole minibatch.
         """
         sums = defaultdict[str, Any](float)
-        for batch in self.collector.micro_batches(rows):
+        for batch in self.collector.micro_batches(minibatch):
             for terms, diagnostics in self._losses(batch):  # of one network after another
                 means = [weighted_sum(term, batch["weight"], batch["mask"]) for term in terms.values()]
                 torch.autograd.backward(means)
@@ -194,7 +201,11 @@ class Trainer:
         listed = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
         for name, network in self.algorithm.networks.trained.items():
             if not math.isfinite(metrics[f"{name}_grad_norm"]):
-                listed += [f"the first such gradient of the {name} is that of {_first_not_finite(network)}"]
+                first = _first_not_finite(network)
+                where = f"the first such gradient of the {name} is that of {first}"
+                listed.append(
+                    where if first else f"the gradients of the {name} are finite, their sum of squares is not"
+                )
         if listed:
             raise ValueError(
                 f"an update of iteration {self.iteration + 1} is not finite: {'; '.join(listed)}. Its step was not "
@@ -206,7 +217,8 @@ class Trainer:
         for name, parameters in self.parameters.items():
             norm = metrics[f"{name}_grad_norm"]
             if norm > self.config.max_grad_norm:
-                nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, torch.tensor(norm))
+                for some in _alike(parameters):
+                    nn.utils.clip_grads_with_norm_(some, self.config.max_grad_norm, torch.tensor(norm))
         self.optimizer.step()
         self.algorithm.after_step(metrics)
 
@@ -219,12 +231,26 @@ def weighted_sum(term: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     return (term.where(mask, 0.0) * weight).sum()
 
 
-def _first_not_finite(network: nn.Module) -> str:
-    """The first parameter of a network with a gradient that is not finite."""
+def _first_not_finite(network: nn.Module) -> str | None:
+    """The first parameter of a network with a gradient that is not finite; None where only the norm overflows."""
     for name, parameter in network.named_parameters():
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+        if parameter.grad is not None and not bool(full(parameter.grad).isfinite().all()):
             return name
-    return "none alone, only their sum of squares"  # finite entries whose norm overflows
+    return None
+
+
+def _alike(tensors: Iterable[Tensor]) -> list[list[Any]]:
+    """Whole tensors and sharded ones apart, which PyTorch does not mix. No list is empty."""
+    kinds: dict[bool, list[Any]] = defaultdict(list)
+    for tensor in tensors:
+        kinds[isinstance(tensor, DTensor)].append(tensor)
+    return list(kinds.values())
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of a network's gradient."""
+    norms = [full(nn.utils.get_total_norm(some)) for some in _alike(gradients)]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm() if norms else torch.zeros(())
 
 
 def make_optimizer(config: TrainConfig, trained: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
@@ -236,5 +262,9 @@ def make_optimizer(config: TrainConfig, trained: dict[str, list[nn.Parameter]]) 
     rates: dict[float, list[nn.Parameter]] = defaultdict(list)
     for name, parameters in trained.items():
         rates[config.learning_rate if name == "actor" else config.critic_learning_rate] += parameters
-    groups = [{"params": parameters, "lr": rate, "initial_lr": rate} for rate, parameters in rates.items()]
+    groups = [
+        {"params": some, "lr": rate, "initial_lr": rate}
+        for rate, parameters in rates.items()
+        for some in _alike(parameters)
+    ]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)

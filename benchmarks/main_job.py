@@ -6,9 +6,9 @@ Each seed runs the command line in a process of its own, so time and peak memory
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import psutil
 import tyro
 
 from benchmarks import rows
+from benchmarks.support.start import command
 
 KEYS = (
     "score_before",
@@ -42,20 +43,23 @@ class Settings:
 
     seeds: tuple[int, ...] = (0, 1, 2)  # one run each
     precision: Literal["float32", "bf16"] = "float32"  # of the runs; bf16 has a file of results of its own
+    ranks: int = 1  # processes of torchrun, of one thread each; more than one have a file of results too
 
 
-def run_seed(seed: int, precision: str, folder: Path) -> dict:
-    """Run one seed; returns its summary, wall time in seconds and peak memory in GB."""
-    flags = ["--seed", str(seed), "--precision", precision, "--run", str(folder)]
-    command = [sys.executable, "-m", "agents", "train", *flags]
+def run_seed(seed: int, settings: Settings, folder: Path) -> dict:
+    """Run one seed; returns its summary, wall time in seconds and the peak memory of a process in GB."""
+    flags = ["--seed", str(seed), "--precision", settings.precision, "--run", str(folder)]
+    ranks = settings.ranks if settings.ranks > 1 else None
+    threads = {"OMP_NUM_THREADS": "1"} if settings.ranks > 1 else {}
     started = time.perf_counter()
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command("agents", "train", *flags, ranks=ranks), env=os.environ | threads)
     monitored, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
         try:
-            peak = max(peak, monitored.memory_info().rss)
+            processes = [monitored, *monitored.children(recursive=True)]
+            peak = max(peak, *(each.memory_info().rss for each in processes))
         except psutil.NoSuchProcess:
-            break
+            continue
         time.sleep(0.2)
     if process.wait():
         raise SystemExit(f"seed {seed} failed with exit code {process.returncode}.")
@@ -68,13 +72,15 @@ def run_seed(seed: int, precision: str, folder: Path) -> dict:
 
 def main(settings: Settings) -> None:
     """Run every seed and print the table."""
-    results, name = [], "main_job" if settings.precision == "float32" else f"main_job_{settings.precision}"
-    train = f"the command line's defaults, precision {settings.precision}"
+    plain = settings.precision == "float32" and settings.ranks == 1
+    parts = [f"_{settings.precision}"] * (settings.precision != "float32") + ["_ranks"] * (settings.ranks > 1)
+    results, name = [], "main_job" + "".join(parts)
+    train = f"the command line's defaults, precision {settings.precision}, {settings.ranks} processes"
     with tempfile.TemporaryDirectory() as work:
         for seed in settings.seeds:
-            results.append(run_seed(seed, settings.precision, Path(work) / f"seed{seed}"))
+            results.append(run_seed(seed, settings, Path(work) / f"seed{seed}"))
             path = rows.write(name, results, {"seeds": settings.seeds, "train": train})
-        if settings.precision == "float32":
+        if plain:
             for picture in ("curves", "credit"):
                 source = Path(work) / f"seed{settings.seeds[0]}" / f"{picture}.png"
                 shutil.copy(source, rows.RESULTS / f"main_job_{picture}.png")

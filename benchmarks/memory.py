@@ -8,10 +8,6 @@ was there before it. support/update.py has the other side's code.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +20,7 @@ from matplotlib.figure import Figure
 from benchmarks import rows as result_rows
 from benchmarks.support import models
 from benchmarks.support.measure import table
+from benchmarks.support.start import answer
 
 WIDE = "tiny trunk, vocabulary 151,936"
 
@@ -55,24 +52,6 @@ QUICK: dict[str, Any] = {
 }
 
 
-def run(job: dict[str, Any], work: Path) -> dict[str, Any]:
-    """One update in a fresh process."""
-    file = work / "job.json"
-    file.write_text(json.dumps(job), encoding="utf-8")
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.support.update", str(file)],
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-        cwd=result_rows.HERE.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    answers = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    if result.returncode or not answers:
-        raise SystemExit(f"{job} failed with exit code {result.returncode}:\n{result.stderr[-3000:]}")
-    return json.loads(answers[-1].removeprefix("RESULT "))
-
-
 def measure(index: int, settings: Settings, work: Path) -> dict[str, Any]:
     """One row of the table: all sides of a case, in turns."""
     job = {
@@ -86,7 +65,7 @@ def measure(index: int, settings: Settings, work: Path) -> dict[str, Any]:
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for _ in range(settings.repeats):
         for name, (side, flags) in sides.items():
-            measured[name].append(run(job | {"side": side, "flags": flags}, work))
+            measured[name].append(answer("benchmarks.support.update", job | {"side": side, "flags": flags}, work))
     row: dict[str, Any] = {**job, "all": measured}
     for name, turns in measured.items():
         peak, before = (median(turn[key] for turn in turns) for key in ("peak_bytes", "before_bytes"))

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One run on two nodes of eight GPUs under Slurm: `sbatch examples/slurm.sh`. A process has one GPU and all weights.
+# One run on two nodes of eight GPUs under Slurm: `sbatch examples/slurm.sh`. A process has one GPU and all
+# weights; give --shard full for models that one GPU cannot train.
 # The run folder, models and prompts must be where all nodes see them. --rollout-size and --minibatch-size count the
 # responses of all processes together.
 #SBATCH --job-name=textenv

@@ -29,7 +29,10 @@ from textenv.prompts.sources import read_prompts
 from textenv.prompts.tokenized import PromptTokenizer
 from textenv.rewards.build import check_fields
 from textenv.rewards.functions import FunctionReward
-from textenv.training.reward_model import RewardConfig, encode_rows, read_rows, split_rows
+from textenv.training.data import read_rows
+from textenv.training.loop import split_rows
+from textenv.training.preferences import encode_rows
+from textenv.training.reward_model import RewardConfig
 from textenv.training.supervised import SupervisedConfig
 
 pytestmark = pytest.mark.slow

@@ -86,6 +86,18 @@ def test_client(name, library, settings, steps_taken, capsys):
     )
 
 
+def test_reward_hacking(tmp_path, monkeypatch, capsys):
+    """The example of reward hacking trains without a penalty, measures the KL all the same, and draws its picture."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    measured = importlib.import_module("reward_hacking").main(iterations=4, rollout=32, prompts=8)
+    assert [row["iteration"] for row in measured] == [0, 4]
+    assert measured[0]["kl_per_response"] == pytest.approx(0, abs=TOLERANCE) and measured[1]["kl_per_response"] > 0.1
+    printed = capsys.readouterr().out
+    assert printed.count("iteration ") == 2 and printed.count("gold ") == 8
+    assert (tmp_path / "reward_hacking.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short(path):
     """A client example has at most 60 lines; warm_start.py is shared code, one_file_ppo.py a whole trainer."""

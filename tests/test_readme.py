@@ -17,8 +17,28 @@ from textenv import TextGenConfig
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / name for name in ("README.md", "benchmarks/README.md", "examples/README.md")]
 SHRUNK = ["--iterations", "1", "--rollout-size", "4", "--minibatch-size", "4", "--evaluation-prompts", "4"]
-HELPS = [["train"], ["train", "--env", "CartPole-v1"], ["generate"], ["evaluate"], ["play"], ["reward-model"]]
-OTHER_PROGRAMS = {"--output", "--model", "--quick", "--smollm2", "--trl-python", "--nproc-per-node"}  # and torchrun
+HELPS = [
+    ["train"],
+    ["train", "--env", "CartPole-v1"],
+    ["generate"],
+    ["evaluate"],
+    ["play"],
+    ["view"],
+    ["supervised"],
+    ["reward-model"],
+    ["dpo"],
+    ["best-of-n"],
+]
+OTHER_PROGRAMS = {
+    "--output",
+    "--model",
+    "--quick",
+    "--smollm2",
+    "--trl-python",
+    "--ranks",
+    "--nproc-per-node",
+    "--tyro-print-completion",
+}  # torchrun and tyro among them
 
 every_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -68,9 +88,10 @@ def test_flags_exist(readme, flags):
 
 
 def test_settings_exist():
-    """Every `NAME=VALUE` that the README gives to --env-arg or as a setting is an argument of the environment."""
+    """Every `NAME=VALUE` and `--env.NAME` of the README is an argument of the environment."""
     text = READMES[0].read_text()
     settings = re.findall(r"--env-arg (\w+)=", text) + re.findall(r"`(\w+)=[^`]+`", text)
+    settings += [name.replace("-", "_") for name in re.findall(r"--env\.([\w-]+)", text)]
     assert len(settings) > 6 and set(settings) <= {field.name for field in dataclasses.fields(TextGenConfig)}
 
 

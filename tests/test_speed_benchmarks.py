@@ -143,10 +143,13 @@ def test_memory_runs(tmp_path):
 def test_ranks_run(tmp_path):
     """One process and two are measured in turns, and the speedup is the ratio of their seconds."""
     ranks.main(ranks.Settings(quick=True, output=tmp_path))
-    (row,) = json.loads((tmp_path / "ranks.json").read_text(encoding="utf-8"))["rows"]  # too few points for a picture
+    row, *memory = json.loads((tmp_path / "ranks.json").read_text(encoding="utf-8"))["rows"]  # no picture: few points
     (turn,) = row["turns"]
     assert row["speedup"]["median"] == pytest.approx(turn["1"]["seconds"] / turn["2"]["seconds"])
     assert turn["1"]["tokens"] > 0 < turn["2"]["tokens"]
+    alone, whole, sharded = memory
+    for name in ("weights", "gradients", "optimizer"):
+        assert alone[name] == whole[name] and 0.5 <= sharded[name] / alone[name] < 0.6
 
 
 @pytest.mark.slow

@@ -4,11 +4,11 @@ from gymnasium.envs.registration import register
 
 from textenv.config import TextGenConfig
 from textenv.masks.masks import TokenMask
-from textenv.models.language_model import LanguageModel
-from textenv.models.loading import shared
+from textenv.models.language_model import LanguageModel, shared
 from textenv.rewards.base import ResponseBatch, Reward, Scores
 from textenv.rewards.functions import per_batch, per_response
 from textenv.rewards.per_token import per_token
+from textenv.rewards.ray_pool import ray_actors
 from textenv.task import Task, build_task
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "per_batch",
     "per_response",
     "per_token",
+    "ray_actors",
     "shared",
 ]
 

@@ -14,6 +14,7 @@ from textenv.settings import check_types
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = ("reference", "reward", "prompts", "reward_label")  # texts, even if they look like numbers
+MEAN, MIN = "mean", "min"  # how the members of an ensemble become one score; a number κ is mean − κ · std
 PROMPT_SAMPLING = ("uniform", "shuffle", "weighted", "prioritized")
 
 
@@ -27,17 +28,19 @@ class TextGenConfig:
     `help("textenv.env.TextGenEnv")` explains each setting at length.
     """
 
-    reference: Any = None  # frozen language model: folder, hub name, or textenv.shared(LanguageModel)
+    reference: str | Any = None  # frozen language model: folder, hub name, or textenv.shared(model, tokenizer)
     reward: str | Callable | Mapping[str, float] | Any = None  # reward model, function, or {name: weight}
     reward_label: str | None = None  # the label whose log-odds are the score, if the reward model has several
+    reward_ensemble: float | str = MEAN  # an ensemble's score: "mean", "min", or the κ of mean − κ · std
     reward_timeout: float | None = None  # seconds per call of a reward function; None is no limit
     score_normalization: str = "none"  # "none", "fixed" (by the mean and std below) or "running"
-    score_mean: float = 0.0  # subtracted by "fixed"
-    score_std: float = 1.0  # the divisor in "fixed"
+    score_mean: float = 0.0  # what the normalization "fixed" subtracts from a score
+    score_std: float = 1.0  # what the normalization "fixed" divides a score by
     score_clip: float | None = None  # clips the final score to ± this
     prompts: str | Sequence[Any] | Any = None  # list, .jsonl path (field "prompt"), or "module:function"
-    prompt_sampling: str | None = None  # "uniform", "shuffle", "weighted" or "prioritized"; None lets the
-    # caller choose: the environments sample uniformly, the learners in shuffled rounds
+    # "uniform", "shuffle", "weighted" or "prioritized"; None lets the caller choose: the environments sample uniformly,
+    # the learners in shuffled rounds
+    prompt_sampling: str | None = None
     group_size: int = 1  # G, consecutive episodes on the same prompt
     chat: bool = False  # format prompts with the tokenizer's chat template
     chat_template_kwargs: Mapping[str, Any] | None = None  # variables of the template, as in {"enable_thinking": False}
@@ -45,10 +48,10 @@ class TextGenConfig:
     max_prompt_tokens: int = 24  # P; prompts are left-padded to it
     max_new_tokens: int = 48  # R; the token budget of a response
     temperature: float = 0.7  # of the reference's and the actor's distribution, as in Ziegler et al. 2019
-    action_mask: str | Sequence | Callable | Any = None  # which tokens may come next; None is off
-    stop_token_ids: Sequence[int] | None = None  # None is the model's own end tokens
+    action_mask: str | Sequence | Callable | Any = None  # which tokens may come next, as in top_k:20; None is off
+    stop_token_ids: Sequence[int] | None = None  # tokens that end a response; None is the model's own end tokens
     dtype: str = "float32"  # of the frozen models' weights
-    device: str = "auto"  # "auto" is CUDA if available
+    device: str = "auto"  # of all models: "cpu", "cuda", or "auto", which is CUDA if available
 
     def __post_init__(self) -> None:
         check_types(self, but=("prompts",))  # whose entries stay as they are
@@ -115,6 +118,7 @@ def _check_template_arguments(config: TextGenConfig) -> None:
 
 
 def _check_scores(config: TextGenConfig) -> None:
+    check_combine(config.reward_ensemble, "reward_ensemble")
     for name in ("reward_timeout", "score_std", "score_clip"):
         value = getattr(config, name)
         if value is not None and value <= 0:
@@ -124,6 +128,19 @@ def _check_scores(config: TextGenConfig) -> None:
         raise ValueError(
             f"score_normalization must be 'none', 'fixed' or 'running', got {config.score_normalization!r}."
         )
+
+
+def check_combine(combine: float | str, setting: str) -> None:
+    """Raise ValueError that names the setting for what does not say how an ensemble's members become one score."""
+    known = combine in (MEAN, MIN) if isinstance(combine, str) else _is_weight(combine)
+    if not known:
+        raise ValueError(
+            f"{setting} must be 'mean', 'min', or the κ of mean − κ · std, a number of 0 or more, got {combine!r}."
+        )
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def read_settings(settings: Mapping[str, Any]) -> TextGenConfig:

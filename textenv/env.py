@@ -95,7 +95,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     `"reviews"` names the embedded task's, as in `reference="reviews", reward=helpful, prompts="reviews"`. A setting
     that would do nothing, such as `score_mean` without normalization, is refused.
 
-    * `reference=None`: the folder or hub name of a causal language model, or `textenv.shared(LanguageModel(...))`. The
+    * `reference=None`: the folder or hub name of a causal language model, or `textenv.shared(model, tokenizer)`. The
       model consists of attention layers and has safetensors weights and an end token.
     * `reward=None`: scores a response. One of: the folder or hub name of a sequence-classification model, whose
       tokenizer may differ from the reference's; `"module:function"`, or a function
@@ -105,6 +105,9 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
       response, of tokens, and of tensors. `textenv.rewards.library` has length, repetition, unfinished, exact match and
       numeric match.
     * `reward_label=None`: the label of the reward model that is the score, if the model has several.
+    * `reward_ensemble="mean"`: how the members of an ensemble of reward models become one score: `"mean"`, `"min"`, or
+      a number κ, for mean − κ · std. An ensemble is a folder that `python -m agents reward-model` has written with
+      `--models` or `--heads`.
     * `reward_timeout=None`: seconds that one call of a reward function may take; the error names the reward.
     * `score_normalization="none"`: applied to the score before it is paid: `"fixed"` (by `score_mean` and `score_std`)
       or `"running"` (by the statistics of all scores so far).
@@ -148,7 +151,8 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     * `reference_log_prob` (every step, if `kl_coef > 0`): float, log π_ref of the token just written.
     * `score` (last step): float, the response's score after normalization: all that the reward paid for it.
     * `score_parts` (last step): dict of floats, each reward's score under its name, before weights and normalization;
-      with normalization also `raw`, their weighted sum.
+      with normalization also `raw`, their weighted sum. An ensemble's also has `disagreement`, the std over its
+      members.
     * `finish_reason` (last step): `"stop"` or `"length"`.
     * `response` (last step): the text, without special tokens.
     * `action_mask` (reset and every step, if `action_mask is not None`): int8 [V], 1 = may come next;

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textenv.config import DTYPES, TextGenConfig
 from textenv.masks.build import MaskContext, build_masks
 from textenv.masks.masks import TokenMask
 from textenv.models.language_model import LanguageModel
-from textenv.models.loading import check_room, load_causal_lm, load_config, load_tokenizer, refuse_adapters, unwrap
+from textenv.models.loading import (
+    check_room,
+    load_causal_lm,
+    load_config,
+    load_stop_token_ids,
+    load_tokenizer,
+    refuse_adapters,
+    unwrap,
+)
 from textenv.models.probe import check_causal
 from textenv.prompts.samplers import PromptSampler, make_sampler
 from textenv.prompts.sources import PromptRows, read_prompts
@@ -48,6 +55,12 @@ UNREAD: tuple[Unread, ...] = (
         lambda job: not job[1].with_label,
         "the reward is not a classifier with several labels that is loaded here; leave it out, or pass "
         "shared(RewardModel(model, label=...)).",
+    ),
+    Unread(
+        ("reward_ensemble",),
+        lambda job: not job[1].with_ensemble,
+        "the reward is no ensemble that is loaded here; leave it out, or pass shared(RewardEnsemble(models, "
+        "combine=...)).",
     ),
     Unread(
         ("reward_timeout",),
@@ -150,7 +163,7 @@ def build_task(config: TextGenConfig) -> Task:
     else:
         name = _reference_name(source)
         model_config, tokenizer = load_config(name), load_tokenizer(name)
-        stops = _stop_token_ids(name, config, tokenizer)
+        stops = _stops(name, config, tokenizer)
         vocabulary = model_config.get_text_config().vocab_size
         check_room("reference", model_config, config.width)
         reference = None
@@ -215,7 +228,7 @@ def _task_prompts(
             raise
         raise ValueError(
             f"{error} These are the embedded task's prompts, prompts={EMBEDDED!r}; give your own with prompts=... "
-            "(--env-arg prompts=... on the command line)."
+            "(--env.prompts on the command line)."
         ) from error
 
 
@@ -226,13 +239,29 @@ def _tokenize(rows: PromptRows, config: TextGenConfig, tokenizer: PreTrainedToke
     return replace(tokenize(rows.prompts, rows.places), fields=rows.fields, entries=rows.prompts)
 
 
+def named_models(config: TextGenConfig) -> tuple[Any, list[Any]]:
+    """The reference, and all parts of the reward: folders and names of the hub or of functions, or live objects."""
+    config = name_parts(config)
+    source, reward = unwrap(config.reference), unwrap(config.reward)
+    parts = [unwrap(name) for name in reward] if isinstance(reward, Mapping) else [reward]
+    return (
+        source if isinstance(source, LanguageModel) else _reference_name(source),
+        [str(REWARD_MODEL) if is_embedded(part) else part for part in parts],
+    )
+
+
 def _reference_name(source: Any) -> str:
     if is_embedded(source):
         return str(SUPERVISED)
     if isinstance(source, str):
         return source
+    if isinstance(source, PreTrainedModel):
+        raise ValueError(
+            f"reference is a {type(source).__name__} without its tokenizer; pass "
+            "reference=textenv.shared(model, tokenizer)."
+        )
     raise ValueError(
-        f"reference must be a folder, a hub name or textenv.shared(LanguageModel(...)), got {type(source).__name__}."
+        f"reference must be a folder, a hub name or textenv.shared(model, tokenizer), got {type(source).__name__}."
     )
 
 
@@ -250,31 +279,18 @@ def _load_reference(config: TextGenConfig, device: torch.device) -> LanguageMode
         name = _reference_name(source)
         load_config(name)  # raises for what is no model, which a tokenizer would report in other words
         tokenizer = load_tokenizer(name)
-        stops = _stop_token_ids(name, config, tokenizer)
+        stops = _stops(name, config, tokenizer)
         reference = LanguageModel(load_causal_lm(name, device, DTYPES[config.dtype]), tokenizer, stops)
     check_room("reference", reference.model.config, config.width)
     return reference
 
 
-def _stop_token_ids(name: str, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids in the settings, else those of the generation config, the model config or the tokenizer."""
-    if config.stop_token_ids is not None:
-        ids: Any = config.stop_token_ids
-    else:
-        sources = (_generation_eos(name), load_config(name).get_text_config().eos_token_id, tokenizer.eos_token_id)
-        ids = next((source for source in sources if source is not None), None)
-    return tuple(ids) if isinstance(ids, Sequence) else (() if ids is None else (ids,))
-
-
-def _generation_eos(name: str) -> Any:
-    try:
-        return GenerationConfig.from_pretrained(name).eos_token_id
-    except Exception as error:  # from a damaged file anything may come
-        if isinstance(error, OSError) and not os.path.isfile(os.path.join(name, "generation_config.json")):
-            return None  # the model has none
-        raise ValueError(
-            f"the generation_config.json of {name!r} cannot be read ({error}); repair it, or save it again."
-        ) from error
+def _stops(name: str, config: TextGenConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids in the settings, else the model's own."""
+    if config.stop_token_ids is None:
+        return load_stop_token_ids(name, tokenizer)
+    ids: Any = config.stop_token_ids
+    return tuple(ids) if isinstance(ids, Sequence) else (ids,)
 
 
 def _check_stop_token_ids(ids: Sequence[Any], vocabulary: int) -> None:

@@ -45,6 +45,7 @@ class ControlCollector:
     """
 
     unit = "frames"
+    in_step = False
     modules: Mapping[str, nn.Module] = {}
     autocast = staticmethod(nullcontext)  # float32
 
@@ -137,9 +138,10 @@ class ControlCollector:
         return rows.exclude("raw_observation", "raw_next_observation", "raw_step_score")
 
     def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
-        """The whole minibatch: these networks are small."""
-        if len(minibatch):
-            yield minibatch
+        """This rank's rows, together: these networks are small."""
+        rows = self.ranks.deal(minibatch)
+        if len(rows):
+            yield rows
 
     def after_update(self, policy: nn.Module, iteration: int) -> None:
         """Reset all environments after iterations with a checkpoint."""

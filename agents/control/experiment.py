@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,37 @@ import numpy as np
 import torch
 
 from agents.config import TrainConfig
-from agents.control.collector import ControlCollector, clip_action
+from agents.control.collector import ControlCollector, ControlRollout, clip_action
 from agents.control.config import ControlConfig
 from agents.control.environments import Environments
 from agents.control.networks import ControlNetworkFactory
 from agents.control.policy import export_policy
 from agents.ranks import ALONE, Ranks
-from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, RED, Panel
+from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, POLICY_LOSS, UPDATE, VALUE_LOSS, Line, Panel
 from agents.seeds import evaluation_seed
 from agents.trainer import Trainer
 from textenv.state import own_settings
 
 LONGEST = 10_000  # maximum length of an evaluation episode in an environment without a time limit
 
-PANELS: tuple[Panel, ...] = (
-    ("Return", "return per episode", (("return", "return", BLUE),)),
-    ("Length", "steps per episode", (("length", "length", GRAY),)),
-    ("Entropy", "nats per step", (("entropy", "entropy", GREEN),)),
-    LOSSES,
+PANELS = (
+    Panel(
+        title="Return",
+        unit="return per episode",
+        lines=(Line("return", "return", BLUE, evaluated="return"),),
+        deviation="return_std",
+    ),
+    Panel(
+        title="Length",
+        unit="steps per episode",
+        lines=(Line("length", "length", GRAY, evaluated="length"),),
+        shows=(0.0,),
+    ),
+    Panel(title="Entropy", unit="nats per step", lines=(Line("entropy", "entropy", GREEN),), shows=(0.0,)),
+    POLICY_LOSS,
+    VALUE_LOSS,
     CRITIC,
-    ("Size of an update", "nats per step", (("approx_kl", "KL of old and new policy", RED),)),
+    UPDATE,
 )
 
 
@@ -92,9 +104,29 @@ class ControlExperiment:
             "length": float(np.mean(evaluation.lengths)),
         }
 
+    def objective(self, evaluation: Evaluation) -> float:
+        """The mean return."""
+        return float(np.mean(evaluation.returns))
+
     def report_metrics(self, rollout: Any) -> dict[str, float]:
         """Nothing: a rollout has all its metrics."""
         return {}
+
+    def dump_rows(self, rollout: ControlRollout) -> Iterator[dict[str, Any]]:
+        """One row for each environment: the tensors of the rollout by name, a list of steps each."""
+        for row in rollout.data.cpu():
+            yield {name: values.tolist() for name, values in row.items()}
+
+    def watch(self, number: int, rollout: Any, policy: Any) -> None:
+        """Note nothing."""
+
+    def records(self, number: int, rollout: Any) -> list[dict[str, Any]]:
+        """None: steps are no tokens."""
+        return []
+
+    def held_out_records(self, trainer: Trainer, evaluation: Evaluation) -> list[dict[str, Any]]:
+        """None."""
+        return []
 
     def progress_line(self, metrics: dict[str, float]) -> str:
         """Return and speed in a few words."""
@@ -105,12 +137,29 @@ class ControlExperiment:
         """Nothing."""
         return []
 
+    def sample_rows(self, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+        """The episodes of the evaluation, which start from the same states."""
+        columns = {
+            "return_before": before.returns,
+            "return_after": after.returns,
+            "length_before": before.lengths,
+            "length_after": after.lengths,
+        }
+        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
     def panels(self) -> tuple[Panel, ...]:
         """Panels of the learning curves."""
         return PANELS
 
-    def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    def write_results(
+        self,
+        folder: Path,
+        trainer: Trainer,
+        evaluations: tuple[Evaluation, Evaluation],
+        records: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Any]:
         """The policy, which `agents.play` reads, and returns before and after training."""
+        before, after = evaluations
         if not self.ranks.first:
             return {}
         export_policy(trainer.algorithm.networks.policy, self.environments.observation_statistics(), folder / "actor")

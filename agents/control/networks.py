@@ -227,6 +227,9 @@ class ControlNetworkFactory:
         with self._own_randomness():
             return QNetwork(self._sizes(self.outputs), self.config.activation, alpha)
 
+    def shard(self, networks: Any) -> None:
+        """Nothing: these networks are small."""
+
     @own_settings()
     def state_values(self, critic: ValueNetwork, data: TensorDict) -> Tensor:
         """V(s_0)..V(s_R) without gradient, [B, R + 1]."""

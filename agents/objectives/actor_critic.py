@@ -77,11 +77,14 @@ def ends_of(rollout: TensorDict) -> Ends:
 def add_penalized_reward(rollout: TensorDict, kl_loss: str = "none") -> None:
     """Add `reward` [B, R], r̃_t = score_t − β·KL_t: what on-policy learners optimize.
 
-    The score alone if the KL is in the loss (`kl_loss` names its estimator), or if there is no penalty.
+    The score alone if the KL is in the loss (`kl_loss` names its estimator), or if there is no penalty. Where there is
+    one, `penalty` [B, R] is β·KL_t.
     """
     reward = rollout["step_score"]
     if "kl" in rollout and kl_loss == "none":
-        reward = penalized_reward(reward, rollout["kl"], rollout["kl_coef"][:, None])
+        coef = rollout["kl_coef"][:, None]
+        rollout["penalty"] = coef * rollout["kl"]
+        reward = penalized_reward(reward, rollout["kl"], coef)
     rollout["reward"] = reward
 
 

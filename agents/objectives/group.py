@@ -19,7 +19,7 @@ def check_group_size(factory: NetworkFactory) -> int:
     if factory.group_size < 2:
         raise ValueError(
             "this algorithm compares several responses to one prompt, and the environment gives each prompt "
-            f"{factory.group_size}; give --env-arg group_size=4."
+            f"{factory.group_size}; give --env.group-size 4."
         )
     return factory.group_size
 

@@ -1,4 +1,7 @@
-"""Tells sentences from surprises: an error that our own code raises names its remedy, any other needs its traceback."""
+"""Tells sentences from surprises, and both from a request to stop.
+
+An error that our own code raises names its remedy, any other needs its traceback.
+"""
 
 from __future__ import annotations
 
@@ -23,3 +26,19 @@ def is_ours(error: BaseException) -> bool:
     code = trace.tb_frame.f_code
     raises = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
     return raises and any(folder in Path(code.co_filename).parents for folder in OURS)
+
+
+def stop_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C or SIGTERM that an error comes from, if there is one.
+
+    A library may raise an error of its own while a stop passes through it: torch.save does, where it closes its file.
+    """
+    ahead, seen = [error], set()
+    while ahead:
+        error = ahead.pop()
+        if isinstance(error, KeyboardInterrupt):
+            return error
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            ahead += [error.__cause__, error.__context__]
+    return None

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,24 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All objects that can be read; none where there is no file.
+
+    A killed run or a full disk may leave a part of a line, a power cut any bytes.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [row for row in map(_parsed, lines) if isinstance(row, dict)]
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
 def no_room(error: BaseException | None) -> OSError | None:
     """The error of a full disk behind an error, if there is one."""
     while error is not None:
@@ -66,6 +85,20 @@ def never_fail_to_print() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def tell_a_full_disk_once() -> None:
+    """Let threads that write files, such as TensorBoard's, not print a full disk: their caller raises it again."""
+    original = threading.excepthook
+    if getattr(original, "tells_once", False):
+        return
+
+    def tell(ended: threading.ExceptHookArgs) -> None:
+        if no_room(ended.exc_value) is None:
+            original(ended)
+
+    tell.tells_once = True  # type: ignore[attr-defined]
+    threading.excepthook = tell
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Observer(Protocol):
-    """Is told when phases begin and end; they do not overlap."""
+    """Is told when phases begin and end. One may lie inside another, as waiting for other ranks does."""
 
     def begin(self, name: str) -> None:
         """A phase begins."""
@@ -32,6 +32,11 @@ def phase(name: str) -> Iterator[None]:
     finally:
         for observer in reversed(_observers):
             observer.end(name)
+
+
+def is_observed() -> bool:
+    """Whether somebody measures phases."""
+    return bool(_observers)
 
 
 @contextmanager

@@ -89,27 +89,34 @@ class Profile:
 
 
 class Clock:
-    """Seconds and operations by phase. With a counter or a trace, seconds mean little."""
+    """Seconds and operations by phase, without those of phases inside it. With a counter, seconds mean little."""
 
     def __init__(self, device: torch.device, counter: FlopCounterMode | None = None) -> None:
         self.device, self.counter = device, counter
         self.seconds: dict[str, float] = defaultdict(float)
         self.operations: dict[str, float] = defaultdict(float)
         self.mark: tuple[float, float] = (0.0, 0.0)
-        self.traced: Any = None
+        self.running: list[tuple[str, Any]] = []  # phases that have begun, the innermost last
 
     def begin(self, name: str) -> None:
         """Wait for the device, and start the clock."""
-        self.mark = self._now()
-        self.traced = record_function(name)
-        self.traced.__enter__()
+        self._count()
+        self.running.append((name, record_function(name)))
+        self.running[-1][1].__enter__()
 
     def end(self, name: str) -> None:
         """Wait for the device, and add the time since `begin`."""
-        self.traced.__exit__(None, None, None)
-        seconds, operations = self._now()
-        self.seconds[name] += seconds - self.mark[0]
-        self.operations[name] += operations - self.mark[1]
+        self._count()
+        self.running.pop()[1].__exit__(None, None, None)
+
+    def _count(self) -> None:
+        """Add what has passed since the last call to the innermost phase."""
+        now = self._now()
+        if self.running:
+            name = self.running[-1][0]
+            self.seconds[name] += now[0] - self.mark[0]
+            self.operations[name] += now[1] - self.mark[1]
+        self.mark = now
 
     def _now(self) -> tuple[float, float]:
         if self.device.type == "cuda":
@@ -136,7 +143,8 @@ def profile_iterations(trainer: Any, trace: Path) -> Profile:
         counted = Clock(device, stack.enter_context(FlopCounterMode(display=False)))
         stack.enter_context(observed(counted))
         rollout = next(iterations).rollout
-    traced.export_chrome_trace(str(trace))
+    if trainer.ranks.first:
+        traced.export_chrome_trace(str(trace))
     steps, counted_steps = (int(each.data["mask"].sum()) for each in (timed, rollout))
     phases = [
         Phase(name, clock.seconds[name], counted.operations[name] * steps / counted_steps) for name in clock.seconds
@@ -156,16 +164,35 @@ def decode_bytes(trainer: Any, data: Any) -> float:
     token = 2 * config.num_hidden_layers * heads * width * size
     lengths, texts = data["mask"].sum(1), data["attention_mask"].sum(1)  # [B]
     cached = (lengths * (texts - lengths) + lengths * (lengths - 1) / 2).sum()  # tokens in the cache, over all steps
-    return float(lengths.max()) * sum(each.numel() for each in model.parameters()) * size + float(cached) * token
+    weights = trainer.algorithm.networks.policy.model.parameters()  # a sharded policy's copy has none at present
+    return float(lengths.max()) * sum(each.numel() for each in weights) * size + float(cached) * token
 
 
-def write_profile(measured: Profile, unit: str, device: torch.device, file: Path) -> None:
-    """The numbers of the table, as JSON."""
-    numbers = asdict(measured) | {"unit": unit} | machine(device)
+def write_profile(measured: list[Profile], unit: str, device: torch.device, file: Path) -> None:
+    """The numbers of the table, as JSON; of several ranks also the seconds of each. measured: of every rank."""
+    ranks = {"ranks": [{part.name: part.seconds for part in each.phases} for each in measured]}
+    numbers = asdict(measured[0]) | {"unit": unit} | machine(device) | (ranks if len(measured) > 1 else {})
     write_json(file, numbers)
 
 
-def lines(measured: Profile, files: Iterable[Path]) -> list[str]:
+def rank_lines(measured: list[Profile]) -> list[str]:
+    """Where each rank's time went, a line a rank; nothing for one by itself.
+
+    Sharded networks exchange weights and gradients inside of forwards and backward passes: the trace shows them.
+    """
+    kinds = {"rollout": ("play", "decode", "score"), "waiting for others": ("wait",), "exchanging": ("exchange",)}
+    found = []
+    for index, each in enumerate(measured):
+        seconds = {
+            kind: sum(part.seconds for part in each.phases if part.name in names) for kind, names in kinds.items()
+        }
+        seconds |= {"the rest": each.seconds - sum(seconds.values())}
+        listed = ", ".join(f"{kind} {value:.3f}" for kind, value in seconds.items())
+        found.append(f"rank {index}: {listed} of {each.seconds:.3f} seconds; peak {each.peak_bytes / 2**20:,.0f} MiB")
+    return found if len(found) > 1 else []
+
+
+def remarks(measured: Profile, files: Iterable[Path]) -> list[str]:
     """What a reader should know beside the table."""
     names = " and ".join(map(str, files))
     notes = [f"peak memory {measured.peak_bytes / 2**20:,.0f} MiB; {names} written: open the trace at ui.perfetto.dev"]

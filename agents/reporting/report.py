@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,24 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
-from agents.reporting.files import write_text
+from agents.reporting.files import read_json_lines, write_text
 
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 PACKAGES = ("torch", "torchrl", "tensordict", "gymnasium", "transformers")
 
 
 class Scalars:
-    """Metrics of every iteration, written to metrics.jsonl and TensorBoard."""
+    """Metrics of every iteration, written to metrics.jsonl."""
 
     def __init__(self, folder: Path, resume_at: int) -> None:
         """resume_at: the last iteration to keep; later rows were written after the last checkpoint."""
-        self.folder, self.path, self.resume_at = folder, folder / "metrics.jsonl", resume_at
-        read = {row["iteration"]: row for row in self._read()}  # the last row of an iteration counts
-        self.rows = [read[number] for number in sorted(read) if 0 < number <= resume_at]
+        self.path, known = folder / METRICS, read_metrics(folder)
+        self.rows = [row for row in known if 0 < row["iteration"] <= resume_at]
+        # The last iteration that had been written, perhaps after the checkpoint.
+        self.reported = known[-1]["iteration"] if known else 0
         self.lost = resume_at - len(self.rows)  # iterations whose metrics could not be read any more
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-
-    @cached_property
-    def writer(self) -> SummaryWriter:
-        """TensorBoard's writer. It creates its file, so that it waits for the first metrics."""
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.resume_at + 1)
 
     def write(self, iteration: int, metrics: dict[str, float]) -> None:
         """Append the metrics of an iteration."""
@@ -42,35 +37,31 @@ class Scalars:
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, iteration)
-
-    def close(self) -> None:
-        """Flush everything to disk."""
-        if "writer" in vars(self):
-            self.writer.close()
-
-    def _read(self) -> list[dict[str, Any]]:
-        """All rows that can be read. A killed run or a full disk may leave a part of a row, a power cut any bytes."""
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        rows = [_parsed(line) for line in lines]
-        return [row for row in rows if isinstance(row, dict) and type(row.get("iteration")) is int]
 
 
-def _parsed(line: str) -> Any:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of every iteration that can be read, in order; the last row of an iteration counts."""
+    rows = {row["iteration"]: row for row in read_json_lines(folder / METRICS) if type(row.get("iteration")) is int}
+    return [rows[number] for number in sorted(rows)]
+
+
+def finished_summary(folder: Path, iterations: int) -> dict[str, Any] | None:
+    """The summary of a run that has ended after this many iterations; None if it has not, or has lost its summary."""
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        summary = json.loads((folder / SUMMARY).read_bytes())
+        return summary if summary["iterations"] == iterations else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 class Bar:
     """A progress bar in a terminal; one line per iteration elsewhere."""
 
-    def __init__(self, console: Console, total: int, done: int) -> None:
-        self.console, self.total = console, total
+    def __init__(
+        self, console: Console, total: int, done: int, words: tuple[str, str] = ("training", "iteration")
+    ) -> None:
+        """words: what goes on, and what is counted."""
+        self.console, self.total, self.unit = console, total, words[1]
         columns = [
             TextColumn("{task.description}"),
             BarColumn(),
@@ -79,7 +70,7 @@ class Bar:
             TextColumn("{task.fields[numbers]}"),
         ]
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.progress.add_task("training", total=total, completed=done, numbers="")
+        self.task = self.progress.add_task(words[0], total=total, completed=done, numbers="")
 
     def __enter__(self) -> Bar:
         self.progress.start()
@@ -92,7 +83,7 @@ class Bar:
         """Advance to an iteration. numbers: its metrics in a few words."""
         self.progress.update(self.task, completed=iteration, numbers=numbers)
         if not self.console.is_terminal:
-            self.console.print(f"iteration {iteration}/{self.total}  {numbers}")
+            self.console.print(f"{self.unit} {iteration}/{self.total}  {numbers}")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -7,7 +7,7 @@ masks, running statistics of scores, and the precision in which responses are sa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 from agents.ranks import ALONE, Ranks
 from agents.reporting.phases import phase
 from agents.seeds import seed_of, torch_generator
-from agents.text.config import TextConfig
+from agents.text.config import FULL, TextConfig
 from agents.text.lora import merged_model
-from agents.text.networks import language_model_of
+from agents.text.networks import TokenDistribution, distribution_of, language_model_of
 from agents.text.precision import Precision, mismatch
 from agents.text.rollout import Penalty, TextRollout, collect, trim
+from agents.text.sharding import in_step, twin_of, whole
 from textenv.kl import AdaptiveKL, Controller, FixedKL
 from textenv.masks.masks import MaskPolicy
 from textenv.models.decoding import Decoding
@@ -34,9 +35,12 @@ from textenv.state import batches, own_settings, pass_tokens
 from textenv.task import Task
 
 READ = ("input_ids", "attention_mask", "action", "mask", "allowed_ids", "allowed_inside")  # by an actor
-REPORT_ONLY = ("td_error", "raw_advantage", "kl", "step_score", "score", "raw_final_score", "token_score")  # no loss's
+# Keys that no loss reads.
+REPORT_ONLY = (
+    *("td_error", "raw_advantage", "kl", "penalty", "step_score", "score", "raw_final_score", "token_score", "entropy"),
+)
 # Keys that no learner from replay needs. It forms rewards when rows are sampled, from raw scores if there are any.
-NOT_REPLAYED = ("kl", "score", "action_log_prob")
+NOT_REPLAYED = ("kl", "score", "action_log_prob", "entropy")
 
 
 class TextCollector:
@@ -56,14 +60,16 @@ class TextCollector:
         """ratios: whether the learner divides by old probabilities."""
         check_groups(config, task)
         self.task, self.prompts, self.config, self.ranks = task, prompts, config, ranks
+        self.in_step = config.shard == FULL
         self.precision = Precision(config.precision, task.device)
         self.decoding = Decoding(slots=config.decode_slots, compile=config.compile)
         choice = config.old_log_probs
         self.recompute = ratios and (choice == "recomputed" or (choice == "auto" and self.precision.half))
         self.controller = make_controller(config, task.config.kl_coef)  # of β
         self.mask_policies = [mask for mask in task.masks if isinstance(mask, MaskPolicy)]
-        for mask in self.mask_policies:
-            mask.refresh(task.load_reference().model)  # so that it has weights of its own for a checkpoint to restore
+        with whole(*[task.load_reference().model] * bool(self.mask_policies)):
+            for mask in self.mask_policies:
+                mask.refresh(task.load_reference().model)  # so that it has weights of its own, which a checkpoint holds
         self.mismatch: dict[str, float] = {}  # of the latest rollout, if log-probabilities are recomputed
         self.sampler = task.prompt_sampler(prompts, "shuffle")
         self.prompt_generator = np.random.default_rng(seed_of(seed, "prompts"))
@@ -96,27 +102,36 @@ class TextCollector:
         return rollout
 
     def sampling_model(self, policy: nn.Module) -> PreTrainedModel:
-        """The model that writes the responses of a policy, with its present weights."""
-        return self.precision.sampling_model(language_model_of(policy))
+        """The model that writes the responses of a policy, with its present weights (inside `whole` if sharded)."""
+        return twin_of(policy) or self.precision.sampling_model(language_model_of(policy))
 
-    @own_settings()
-    def _recompute_log_probs(self, policy: Any, data: TensorDict) -> dict[str, float]:
+    def _recompute_log_probs(self, policy: nn.Module, data: TensorDict) -> dict[str, float]:
         """Replace `action_log_prob` by that of the training forward. Returns the metrics of the difference."""
-        sampled, own = data["action_log_prob"], self.ranks.share(len(data))
-
-        def recompute() -> Tensor:
-            rows: Any = data.select(*READ, strict=False)[own]
-            log_probs = torch.zeros_like(rows["action"], dtype=sampled.dtype)
-            rows["row"] = torch.arange(len(rows), device=sampled.device)
-            for batch in self.micro_batches(rows):
-                with self.autocast():
-                    log_prob = policy.distribution(batch).log_prob(batch["action"])
-                log_probs[batch["row"], : log_prob.shape[1]] = log_prob
-            return log_probs
-
-        recomputed = torch.cat(self.ranks.each(recompute)).to(sampled.device)
+        sampled = data["action_log_prob"]
+        recomputed = self._read(policy, data, lambda chosen, batch: chosen.log_prob(batch["action"]))
         data["action_log_prob"] = recomputed
         return mismatch(sampled, recomputed, data["mask"])
+
+    def entropies(self, policy: nn.Module, data: TensorDict) -> Tensor:
+        """The entropy of what each token was drawn from, by the training forward: nats, [B, R], zero elsewhere."""
+        return self._read(policy, data, lambda chosen, batch: chosen.entropy())
+
+    @own_settings()
+    def _read(self, policy: Any, data: TensorDict, number: Callable[[TokenDistribution, TensorDict], Tensor]) -> Tensor:
+        """A number of the policy's distribution at every generated token, [B, R]; each rank reads its own rows."""
+        mask, own = data["mask"], self.ranks.share(len(data))
+
+        def read() -> Tensor:
+            rows: Any = data.select(*READ, strict=False)
+            rows["row"] = torch.arange(len(rows), device=mask.device)
+            numbers = torch.zeros(mask.shape, device=mask.device)
+            for batch in self._parts(rows[own], rows):
+                with self.autocast():
+                    part = number(distribution_of(policy, batch), batch)
+                numbers[batch["row"], : part.shape[1]] += part
+            return numbers[own]
+
+        return torch.cat(self.ranks.each(read, in_step=self.in_step)).to(mask.device)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision of the run, for one forward of trained networks."""
@@ -148,13 +163,22 @@ class TextCollector:
 
     def micro_batches(self, minibatch: TensorDict) -> Iterator[TensorDict]:
         """Texts of similar length together, which saves padding; `micro_batch_tokens` in each part."""
-        if not len(minibatch):
-            return
-        attention, width = minibatch["attention_mask"], minibatch["mask"].shape[1]
-        parts = attention.split([attention.shape[1] - width, width], 1)
-        lengths = torch.stack([part.sum(1) for part in parts]).cpu()  # [2, B], the only wait for the device
-        for rows in batches(lengths.sum(0), self.config.micro_batch_tokens or pass_tokens(self.task.device)):
-            yield trim(minibatch[rows.to(attention.device)], *lengths[:, rows].amax(1).tolist())
+        return self._parts(self.ranks.deal(minibatch), minibatch)
+
+    def _parts(self, own: TensorDict, every: TensorDict) -> Iterator[TensorDict]:
+        """This rank's rows in parts; then, where networks are sharded, one of all rows with an empty mask, in vain."""
+        attention, width = own["attention_mask"], own["mask"].shape[1]
+        halves = attention.split([attention.shape[1] - width, width], 1)
+        lengths = torch.stack([half.sum(1) for half in halves]).cpu()  # [2, B], the only wait for the device
+        tokens = self.config.micro_batch_tokens or pass_tokens(self.task.device)
+        parts = batches(lengths.sum(0), tokens) if len(own) else []
+        for rows in in_step(parts, self.ranks) if self.in_step else parts:
+            if rows is None:
+                idle: Any = every[:1]
+                idle["mask"] = torch.zeros_like(idle["mask"])
+                yield idle
+            else:
+                yield trim(own[rows.to(attention.device)], *lengths[:, rows].amax(1).tolist())
 
     def after_update(self, policy: nn.Module, iteration: int) -> None:
         """Refresh mask policies every `mask_refresh` iterations (NLPO)."""

@@ -13,6 +13,7 @@ from textenv.unread import Unread, refuse_unread
 
 CRITICS = ("auto", "reward-model", "reference", "scratch")
 PRECISIONS = ("auto", "float32", "bf16")
+SHARDS = ("none", FULL := "full")
 OLD_LOG_PROBS = ("auto", "sampled", "recomputed")
 
 
@@ -27,6 +28,9 @@ class TextConfig:
     # a CPU, 16,384 elsewhere
     micro_batch_tokens: int | None = None
     gradient_checkpointing: bool = False  # compute each layer again in the backward pass: less memory, more time
+    # under torchrun: none (every process has all weights), or full (each has a part, with its gradients and optimizer
+    # state, and gathers one layer at a time: less memory, more traffic; networks with adapters then share no trunk)
+    shard: str = "none"
     # of actor and critic: float32, bf16 (bfloat16 products, float32 weights), or auto (bf16 on CUDA, else float32)
     precision: str = "auto"
     # old log-probabilities of ratios: sampled, recomputed by the training forward, or auto (recomputed in bf16)
@@ -52,7 +56,7 @@ class TextConfig:
         Unread(
             ("mask_refresh",),
             lambda job: not job.experiment.collector.mask_policies,
-            "no mask of the environment has a policy that could be refreshed; give --env-arg action_mask=top_k:20 or "
+            "no mask of the environment has a policy that could be refreshed; give --env.action-mask top_k:20 or "
             "so, or leave it out.",
         ),
         Unread(
@@ -76,7 +80,7 @@ class TextConfig:
         Unread(
             ("kl_estimator", "kl_controller"),
             lambda job: job.factory.alpha == 0,
-            "the environment's kl_coef is 0, so there is no reference and no KL; give --env-arg kl_coef=0.1 or so, or "
+            "the environment's kl_coef is 0, so there is no reference and no KL; give --env.kl-coef 0.1 or so, or "
             "leave them out.",
         ),
         Unread(
@@ -99,7 +103,10 @@ class TextConfig:
         check_counts(self, [name for name in ("micro_batch_tokens", "decode_slots") if getattr(self, name) is not None])
         check_choice(self, "critic", CRITICS)
         check_choice(self, "precision", PRECISIONS)
+        check_choice(self, "shard", SHARDS)
         check_choice(self, "old_log_probs", OLD_LOG_PROBS)
+        if self.shard == FULL and self.compile:
+            raise ValueError("compile remembers where weights lie, and with shard='full' they move; leave one out.")
         if self.mask_refresh < 0:
             raise ValueError(f"mask_refresh must be 0 (never) or more, got {self.mask_refresh}.")
         if self.lora_rank < 0:

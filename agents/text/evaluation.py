@@ -10,21 +10,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from agents.ranks import ALONE, Ranks
 from agents.seeds import torch_generator
 from agents.text.config import TextConfig
-from textenv.generation import generate, random_numbers, score_responses
+from agents.text.rollout import readers, write
+from agents.text.sharding import whole
+from textenv.generation import Generation, random_numbers, score_responses
 from textenv.models.decoding import Decoding
 from textenv.models.loading import load_function
-from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
 from textenv.reviews.gold import gold as gold_of_reviews
 from textenv.reviews.prompts import held_out_prompts
 from textenv.state import STOP, own_settings
 from textenv.task import Task, is_embedded
+
+BATCH = 128  # responses generated at a time, which determines their random numbers
 
 Gold = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -35,7 +37,7 @@ class Evaluation:
 
     prompts: list[str]
     responses: list[str]
-    score: list[float]
+    score: list[float]  # empty without a reward
     gold: list[float] | None  # None without a gold rater
     kl: list[float]  # log π − log π_ref summed over each response, nats
     length: list[int]  # tokens
@@ -43,9 +45,9 @@ class Evaluation:
 
     def summary(self) -> dict[str, float]:
         """Means over the prompts, and the standard deviation of the scores."""
-        numbers = {
-            "score": mean(self.score),
-            "score_std": float(torch.tensor(self.score).std(correction=0)),
+        scores = torch.tensor(self.score)
+        score = {"score": mean(self.score), "score_std": float(scores.std(correction=0))} if self.score else {}
+        numbers = score | {
             "kl_per_response": mean(self.kl),
             "length": mean(self.length),
             "stopped": mean(self.stopped),
@@ -61,7 +63,7 @@ def evaluate(
     prompts: Prompts,
     gold: Gold | None,
     seed: int,
-    batch: tuple[int, int | None] = (128, None),
+    batch: tuple[int, int | None] = (BATCH, None),
     decoding: Decoding | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
@@ -77,8 +79,12 @@ def evaluate(
     parts: list[Evaluation] = []
     for rows in torch.arange(len(prompts)).split(batch[0]):
         numbers, own = random_numbers(task, len(rows), generator), ranks.share(len(rows))
-        work = partial(_evaluate, task, model, prompts.select(rows[own].tolist()), numbers[own], batch[1], decoding)
-        parts += [each for each in ranks.each(work if len(rows[own]) else lambda: None) if each is not None]
+        part = prompts.select(rows[own].tolist())
+        with whole(model):
+            generation = ranks.together(partial(write, task, model, part, numbers[own], decoding))
+        with whole(*readers(task)):
+            measured = ranks.each(partial(_measure, task, part, generation, batch[1]))
+        parts += [each for each in measured if each is not None]
     gathered: dict[str, Any] = {
         field.name: [value for part in parts for value in getattr(part, field.name) or []]
         for field in dataclasses.fields(Evaluation)
@@ -101,16 +107,12 @@ def rate(gold: Gold, prompts: list[str], responses: list[str]) -> list[float]:
     return scores
 
 
-def _evaluate(
-    task: Task,
-    model: PreTrainedModel,
-    prompts: Prompts,
-    numbers: Tensor,
-    tokens_per_pass: int | None,
-    decoding: Decoding | None,
-) -> Evaluation:
+def _measure(
+    task: Task, prompts: Prompts, generation: Generation | None, tokens_per_pass: int | None
+) -> Evaluation | None:
     """Evaluate one batch, without gold scores, by one forward of the reference and of the reward model."""
-    generation = generate(task, model, prompts, Sampling(temperature=task.config.temperature), numbers, decoding)
+    if generation is None:
+        return None
     scored = score_responses(task, generation.state, prompts.texts, tokens_per_pass, prompts.fields)
     return Evaluation(
         prompts=list(prompts.texts),

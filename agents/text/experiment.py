@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,41 +16,72 @@ from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from torch import nn
 
 from agents.algorithms.registry import find_algorithm
-from agents.config import TrainConfig, id_of
+from agents.config import BEST, TrainConfig, id_of
 from agents.ranks import ALONE, Ranks
 from agents.reporting import plots
 from agents.reporting.errors import is_ours
-from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, LOSSES, ORANGE, RED, Panel
+from agents.reporting.files import write_json
+from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, ORANGE, POLICY_LOSS, RED, UPDATE, VALUE_LOSS, Line, Panel
 from agents.seeds import evaluation_seed
 from agents.text.collector import TextCollector
-from agents.text.config import TextConfig
-from agents.text.evaluation import Evaluation, evaluate, find_gold, mean, rate, split_prompts
+from agents.text.config import FULL, TextConfig
+from agents.text.evaluation import Evaluation, distinct_bigrams, evaluate, find_gold, mean, rate, split_prompts
 from agents.text.fingerprints import HELD_OUT, fingerprints, save_prompts
 from agents.text.lora import merged_model, save_adapter
-from agents.text.networks import TextNetworkFactory, language_model_of
+from agents.text.networks import TextNetworkFactory
 from agents.text.policy import export_policy
-from agents.text.rollout import TextRollout, collect
-from agents.text.samples import make_summary, write_samples
+from agents.text.records import held_out_records, iterations_to_keep, median_record, read_records, rows_to_keep
+from agents.text.rollout import TextRollout
+from agents.text.samples import make_summary, sample_rows, write_samples
+from agents.text.sharding import shard_task
 from agents.trainer import Trainer
 from textenv.config import NAMES, TextGenConfig
 from textenv.env import TextGenEnv
-from textenv.prompts.tokenized import Prompts
 from textenv.task import Task, is_embedded
 
 EQUAL = 1e-6  # a smaller standard deviation of float32 scores, relative to their mean, is rounding error
 FAR = 1.0  # nats a response; two iterations that wreck a model of 135M weights move it by six
 
-PANELS: tuple[Panel, ...] = (
-    (
-        "What is optimized, and what is true",
-        "score",
-        (("score", "score", BLUE), ("score/raw", "score before normalization", GRAY), ("gold", "gold score", ORANGE)),
+GOLD = Line("gold", "gold score", ORANGE, evaluated="gold")
+SCORES = Panel(
+    title="What is optimized, and what is true",
+    unit="score",
+    lines=(Line("score", "score", BLUE, evaluated="score"), GOLD),
+    deviation="score_std",
+)
+# Evaluations and gold scores are not normalized.
+NORMALIZED_SCORES = replace(
+    SCORES,
+    lines=(
+        Line("score", "score, normalized", GRAY),
+        Line("score/raw", "score", BLUE, evaluated="score"),
+        GOLD,
     ),
-    ("Distance from the reference", "nats a response", (("kl_per_response", "KL", RED),)),
-    ("Entropy", "nats a token", (("entropy", "entropy", GREEN),)),
-    ("Length", "tokens a response", (("length", "length", GRAY),)),
-    LOSSES,
+)
+PANELS = (
+    Panel(
+        title="Distance from the reference",
+        unit="nats a response",
+        lines=(Line("kl_per_response", "KL", RED, evaluated="kl_per_response"),),
+        shows=(0.0, 1.0),
+    ),
+    Panel(title="Entropy", unit="nats a token", lines=(Line("entropy", "entropy", GREEN),), shows=(0.0,)),
+    Panel(
+        title="Length",
+        unit="tokens a response",
+        lines=(Line("length", "length", GRAY, evaluated="length"),),
+        shows=(0.0,),
+    ),
+    POLICY_LOSS,
+    VALUE_LOSS,
     CRITIC,
+    UPDATE,
+    Panel(
+        title="Disagreement of the reward models",
+        unit="standard deviation of a score",
+        lines=(Line("score/disagreement", "disagreement", GRAY),),
+        shows=(0.0,),
+    ),
 )
 
 
@@ -72,6 +103,10 @@ class TextExperiment:
         check_minibatch(config, settings)
         self.config, self.settings, self.ranks = config, settings, ranks
         self.task = make_task(config) if task is None else task
+        check_best(config, self.task)
+        ranks.check_device(self.task.config.device)
+        if settings.shard == FULL:
+            self.task = shard_task(self.task, ranks.mesh(self.task.device))
         if held_out is None:
             self.prompts, self.held_out = split_prompts(self.task, settings, config.seed)
         else:
@@ -80,6 +115,7 @@ class TextExperiment:
         self.network_factory = TextNetworkFactory(self.task, settings, config.seed, ranks)
         ratios = find_algorithm(config.algorithm)[1].ratios
         self.collector = TextCollector(self.task, self.prompts, settings, config.seed, ratios, ranks)
+        self.kept = slice(rows_to_keep(self.task.config.group_size, self.task.config.width))  # of a rollout
 
     def describe(self) -> str:
         """Device, prompts, reward, penalty, adapters and the amount of work."""
@@ -112,11 +148,47 @@ class TextExperiment:
         """Means over the prompts."""
         return evaluation.summary()
 
+    def objective(self, evaluation: Evaluation) -> float:
+        """Mean score − β·KL, with the β of the environment."""
+        return mean(evaluation.score) - self.task.config.kl_coef * mean(evaluation.kl)
+
     def report_metrics(self, rollout: TextRollout) -> dict[str, float]:
-        """The gold score of a rollout, if the task has one."""
+        """The diversity of a rollout's responses, and their gold score, if the task has one.
+
+        `data` gets the gold scores of the responses, float64 [B].
+        """
+        responses = rollout.scored.responses
+        metrics = {"distinct_bigrams": distinct_bigrams(responses)}
         if self.gold is None:
-            return {}
-        return {"gold": mean(rate(self.gold, list(rollout.prompts), rollout.scored.responses))}
+            return metrics
+        golds = rate(self.gold, list(rollout.prompts), responses)
+        rollout.data["gold"] = torch.tensor(golds, dtype=torch.float64, device=rollout.data.device)
+        return metrics | {"gold": mean(golds)}
+
+    def dump_rows(self, rollout: TextRollout) -> Iterator[dict[str, Any]]:
+        """One row for each response."""
+        return rollout.rows()
+
+    def watch(self, number: int, rollout: TextRollout, policy: nn.Module) -> None:
+        """Add `entropy` [B, R] to rollouts of which records are kept, in their rows."""
+        if number in iterations_to_keep(self.config.iterations):
+            data: Any = rollout.data
+            entropy = torch.zeros_like(data["action_log_prob"])
+            entropy[self.kept] = self.collector.entropies(policy, data[self.kept])
+            data["entropy"] = entropy
+
+    def records(self, number: int, rollout: TextRollout) -> list[dict[str, Any]]:
+        """The first rows of about a dozen rollouts, as the learner saw them."""
+        if number not in iterations_to_keep(self.config.iterations):
+            return []
+        referenced, rows = self.task.reference is not None, range(len(rollout.data))[self.kept]
+        golds = rollout.data["gold"][self.kept].tolist() if "gold" in rollout.data else None
+        records = read_records(self.task.tokenizer, rollout, rows, golds, referenced)
+        return [record.as_json() for record in records]
+
+    def held_out_records(self, trainer: Trainer, evaluation: Evaluation) -> list[dict[str, Any]]:
+        """Of responses to the first held-out prompts."""
+        return [record.as_json() for record in held_out_records(trainer, self.held_out, evaluation.gold)]
 
     def progress_line(self, metrics: dict[str, float]) -> str:
         """Score, gold score, KL and speed."""
@@ -144,20 +216,43 @@ class TextExperiment:
             "for the language model 1e-6 is usual)."
         ]
 
-    def write_results(self, folder: Path, trainer: Trainer, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    def write_results(
+        self,
+        folder: Path,
+        trainer: Trainer,
+        evaluations: tuple[Evaluation, Evaluation],
+        records: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Any]:
         """The language model with its tokenizer, its adapter, samples before and after, and one response's credit."""
-        policy, credit = trainer.algorithm.networks.policy, assign_credit(trainer, self.held_out)  # by all ranks
+        policy = trainer.algorithm.networks.policy
+        model = merged_model(policy)  # by all ranks
+        save_adapter(policy, folder / "adapter", self.ranks)
         if not self.ranks.first:
             return {}
-        export_policy(merged_model(policy), self.task, folder / "actor")
-        save_adapter(policy, folder / "adapter")
-        write_samples(folder / "samples.md", before, after)
+        export_policy(model, self.task, folder / "actor")
+        write_samples(folder / "samples.md", *evaluations, self._settings_line())
+        credit = median_record(records)
+        write_json(folder / "credit.json", credit)
         plots.draw_credit(folder / "credit.png", credit)
-        return make_summary(before, after) | self.collector.describe_precision()
+        return make_summary(*evaluations) | self.collector.describe_precision()
+
+    def sample_rows(self, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+        """Responses to the same held-out prompts."""
+        return sample_rows(before, after)
+
+    def _settings_line(self) -> str:
+        """What shapes the responses, for their page."""
+        config, task = self.config, self.task.config
+        return (
+            f"{config.algorithm} on {config.env}, seed {config.seed}: {config.iterations} iterations of "
+            f"{self.settings.rollout_size} responses, learning rate {config.learning_rate:g} ({config.schedule}), "
+            f"reward {self.task.reward.name}, kl_coef {task.kl_coef:g} ({describe_kl(self.settings)}), "
+            f"temperature {task.temperature:g}, at most {task.max_new_tokens} tokens a response."
+        )
 
     def panels(self) -> tuple[Panel, ...]:
         """The panels of the learning curves."""
-        return PANELS
+        return (SCORES if self.task.normalizer is None else NORMALIZED_SCORES, *PANELS)
 
     def result_lines(self, summary: dict[str, Any], folder: Path) -> list[str]:
         """Score, gold score, KL, and the files to look at."""
@@ -165,7 +260,7 @@ class TextExperiment:
             f"score {summary['score_before']:+.2f} → {summary['score_after']:+.2f} ({describe_gain(summary)})",
             f"KL {summary['kl_per_response']:.1f} nats a response, length {summary['length_before']:.0f} → "
             f"{summary['length_after']:.0f} tokens, {summary['tokens']} tokens in {summary['seconds']:.0f} s",
-            f"read {folder}/samples.md, look at {folder}/curves.png and credit.png, try: "
+            f"look at {folder}/report.html, read {folder}/samples.md, try: "
             f'python -m agents generate --run {shlex.quote(str(folder))} --prompt "..."',
         ]
         if "gold_before" in summary:
@@ -201,8 +296,7 @@ def available(config: TrainConfig, folder: Path) -> TrainConfig:
         changes["prompts"] = str(held_out)
     if not _is_here(arguments.get("device", "auto")):
         changes["device"] = "auto"
-    items = (f"{name}={json.dumps(value)}" for name, value in changes.items())
-    return replace(config, env_arg=(*config.env_arg, *items))
+    return config.with_env_arg({name: json.dumps(value) for name, value in changes.items()})
 
 
 def _is_here(device: str) -> bool:
@@ -212,44 +306,14 @@ def _is_here(device: str) -> bool:
         return False
 
 
-def assign_credit(trainer: Trainer, held_out: Prompts) -> plots.Credit:
-    """The credit of each token in one response to a held-out prompt: of eight, the one of median length."""
-    collector, policy = trainer.collector, trainer.algorithm.networks.policy
-    assert isinstance(collector, TextCollector)
-    # Running statistics must not change.
-    task, penalty = collector.task.with_frozen_statistics(), collector.penalty()
-    generator = torch.Generator(task.device).manual_seed(evaluation_seed())
-    # Whole groups, for the learners that compare the responses to a prompt.
-    prompts = held_out.select(
-        [row // task.config.group_size % len(held_out) for row in range(8 * task.config.group_size)]
-    )
-    tokens, how = collector.config.micro_batch_tokens, (penalty, collector.decoding, trainer.ranks)
-    rollout = collect(task, language_model_of(policy), prompts, generator, tokens, *how)
-    trainer.algorithm.prepare(rollout.data)
-    lengths = rollout.data["mask"].sum(1)
-    row = int(lengths.argsort()[len(lengths) // 2])
-    data = rollout.data[row]
-    curves = {
-        "penalty β·KL": (penalty.coef * data["kl"], RED),
-        "value V(s)": (data.get("state_value", None), BLUE),
-        "TD error δ": (data.get("td_error", None), ORANGE),
-        "advantage A": (data.get("raw_advantage", None), GREEN),
-    }
-    return plots.Credit(
-        prompt=prompts.texts[row],
-        tokens=[repr(task.tokenizer.decode([token]))[1:-1] for token in data["action"][data["mask"]].tolist()],
-        panels=[
-            (name, values[data["mask"]].tolist(), color)
-            for name, (values, color) in curves.items()
-            if values is not None
-        ],
-        score=float(data["score"]),
-    )
-
-
 def make_task(config: TrainConfig) -> Task:
     """The task of the environment that the configuration names."""
-    env = make_env(config.env, config.env_arguments(texts=NAMES))
+    return task_of(config.env, config.env_arguments(texts=NAMES))
+
+
+def task_of(name: str, arguments: Mapping[str, Any]) -> Task:
+    """The task of the environment of an id and its arguments."""
+    env = make_env(name, arguments)
     core: Any = env.unwrapped
     assert isinstance(core, TextGenEnv)
     _refuse_wrappers(env)
@@ -276,6 +340,16 @@ def check_minibatch(config: TrainConfig, settings: TextConfig) -> None:
         raise ValueError(
             f"minibatch_size must divide rollout_size, so that every optimizer step sees as many responses; got "
             f"rollout_size={settings.rollout_size} and minibatch_size={config.minibatch_size}."
+        )
+
+
+def check_best(config: TrainConfig, task: Task) -> None:
+    """Raise ValueError if checkpoints could not be compared by score − β·KL."""
+    if config.keep_checkpoints == BEST and task.normalizer is not None:
+        raise ValueError(
+            f"keep_checkpoints={BEST!r} compares scores as they are less β·KL, and with score_normalization="
+            f"{task.config.score_normalization!r} β is the weight of the KL beside other scores; give a number of "
+            "checkpoints to keep."
         )
 
 

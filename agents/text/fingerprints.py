@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from agents.reporting.files import write_text
+from agents.text.sharding import whole
 from textenv.prompts.tokenized import Prompts
-from textenv.rewards.base import Reward, WeightedSum
-from textenv.rewards.reward_model import RewardModel
+from textenv.rewards.reward_model import reward_models
 from textenv.task import Task
 
 HELD_OUT = "held_out.jsonl"  # the evaluation prompts of a run, in its folder
@@ -44,7 +43,7 @@ def fingerprints(task: Task, training: Prompts, evaluation: Prompts) -> dict[str
 
 def of_weights(model: nn.Module) -> str:
     """SHA-256 of the names, types, shapes and bytes of a model's weights, the same on every device."""
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+    with whole(model), ThreadPoolExecutor() as pool:  # hashing lets other threads run
         digests = pool.map(_digest, sorted(model.state_dict().items()))
         return _sha256("".join(digests))
 
@@ -58,15 +57,6 @@ def of_prompts(prompts: Prompts) -> str:
     """SHA-256 of texts, tokens and further fields; of values that JSON lacks, only the types count."""
     rows = [ids[mask].tolist() for ids, mask in zip(prompts.input_ids, prompts.attention_mask, strict=True)]
     return _sha256(json.dumps([prompts.texts, rows, prompts.fields], default=lambda value: type(value).__name__))
-
-
-def reward_models(reward: Reward) -> Iterator[RewardModel]:
-    """The models among the members of a reward."""
-    if isinstance(reward, WeightedSum):
-        for _, member in reward.members:
-            yield from reward_models(member)
-    if isinstance(reward, RewardModel):
-        yield reward
 
 
 def save_prompts(path: Path, prompts: Prompts) -> None:

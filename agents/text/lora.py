@@ -1,8 +1,9 @@
 """Low-rank adapters (LoRA, Hu et al. 2022): a network trains a few weights of its own over a trunk that stays frozen.
 
 The trunk is the reference's, or the reward model's. The adapted model has modules of its own around the trunk's
-tensors, so there is one trunk in memory, and its owner never sees an adapter. Nothing is switched on or off: not in
-other threads, and not where a backward pass computes a layer again.
+tensors, so there is one trunk in memory, and its owner never sees an adapter. (With sharded weights, each network keeps
+a part of a trunk of its own.) Nothing is switched on or off: not in other threads, and not where a backward pass
+computes a layer again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from agents.ranks import Ranks
 from agents.seeds import initial_weights
+from agents.text.sharding import twin_of, whole_copy
 from textenv.models.probe import Refusal
 
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ def with_adapters(network: Network, attribute: str, rank: int, seed: int) -> Net
     Until the first step the adapters add zeros, so the model's outputs stay what they are. seed: of their random half.
     """
     trunk: Any = getattr(network, attribute)
-    adapted = _adapt(_twin(trunk), rank, seed)
+    adapted = _adapt(_with_own_modules(trunk), rank, seed)
     delattr(network, attribute)
     # Past `nn.Module.__setattr__`, which would register the trunk.
     vars(network).update({attribute: adapted.get_base_model(), "peft_model": adapted, "trunk": trunk})
@@ -46,9 +49,11 @@ def with_adapters(network: Network, attribute: str, rank: int, seed: int) -> Net
 def merged_model(policy: nn.Module) -> PreTrainedModel:
     """The language model of a policy without adapters: a float32 copy with the adapters added to its weights.
 
-    Of a policy that has none, its own model.
+    Of a policy that has none, its own model; of a sharded one a copy, by all ranks together.
     """
     model: Any = policy.model
+    if twin_of(policy) is not None:
+        return _merged(whole_copy(policy))
     if (adapted := _peft_model(policy)) is None:
         return model
     # From the trunk anew: a trained model may hold states with gradients, which cannot be copied.
@@ -56,13 +61,23 @@ def merged_model(policy: nn.Module) -> PreTrainedModel:
     config: Any = adapted.peft_config["default"]
     copied = _adapt(trunk, config.r, seed=0)
     copied.get_base_model().load_state_dict(_trained(model), strict=False)
-    return copied.merge_and_unload().eval()  # type: ignore[operator]
+    return _merged(copied)
 
 
-def save_adapter(policy: nn.Module, folder: Path) -> None:
-    """Write a policy's adapter as peft does, for `PeftModel.from_pretrained(base, folder)`; nothing if it has none."""
+def save_adapter(policy: nn.Module, folder: Path, ranks: Ranks) -> None:
+    """Write a policy's adapter as peft does, for `PeftModel.from_pretrained(base, folder)`; nothing if it has none.
+
+    Called by all ranks, of which the first writes.
+    """
     if (adapted := _peft_model(policy)) is not None:
-        adapted.save_pretrained(str(folder), save_embedding_layers=False)  # they are never trained
+        adapted = adapted if twin_of(policy) is None else whole_copy(policy)
+        if ranks.first:
+            adapted.save_pretrained(str(folder), save_embedding_layers=False)  # they are never trained
+
+
+def _merged(model: Any) -> PreTrainedModel:
+    """The model without adapters, which it adds to its weights; a model that has none as it is."""
+    return model if isinstance(model, PreTrainedModel) else model.merge_and_unload().eval()
 
 
 def _peft_model(network: nn.Module) -> PeftModel | None:
@@ -74,7 +89,7 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
+def _with_own_modules(model: PreTrainedModel) -> PreTrainedModel:
     """A frozen model with modules of its own, and the tensors of `model`."""
     shared: dict[int, Any] = {id(weight): nn.Parameter(weight.detach(), False) for weight in model.parameters()}
     shared |= {id(buffer): buffer for buffer in model.buffers()}

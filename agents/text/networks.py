@@ -27,16 +27,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from agents.objectives.actor_critic import Categorical
 from agents.ranks import ALONE, Ranks
 from agents.seeds import initial_weights, seed_of
-from agents.text.config import TextConfig
+from agents.text.config import FULL, TextConfig
 from agents.text.lora import with_adapters
 from agents.text.precision import Precision
+from agents.text.sharding import add_twin, frozen_models, in_step, shard_network, whole
 from textenv.masks.token_sets import TokenSets
 from textenv.models.decoding import decodes_from_cache
 from textenv.models.language_model import find_backbone, hidden_states, read, read_states
 from textenv.models.logits import Logits, map_states, read_logits, spread
 from textenv.models.probe import check_backbone
-from textenv.rewards.reward_model import RewardModel, reads_every_position
-from textenv.state import in_batches, own_settings
+from textenv.rewards.reward_model import RewardEnsemble, RewardModel, linear_head, reads_every_position
+from textenv.state import batches, own_settings
 from textenv.task import Task
 
 # Logit of a token without probability, below the largest of its row: exp(-1e4) is 0 in float32, and finite logits keep
@@ -165,6 +166,17 @@ def in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
         return head(hidden.float())
 
 
+def body_of(network: TextActor | TextCritic | TextQ) -> PreTrainedModel:
+    """The Hugging Face model of a network."""
+    body: Any = network.backbone if isinstance(network, TextCritic) else network.model
+    return body
+
+
+def distribution_of(policy: Any, batch: TensorDict) -> TokenDistribution:
+    """The distribution of a text policy, also of one that is a network of action values."""
+    return TokenDistribution(allowed_logits(policy.model, batch, policy.temperature))
+
+
 def language_model_of(policy: nn.Module) -> PreTrainedModel:
     """The Hugging Face model of a text policy."""
     model: Any = policy.model
@@ -188,17 +200,31 @@ class TextNetworkFactory:
     def actor(self) -> TextActor:
         """A policy that starts as the reference."""
         rank = self.config.lora_rank
-        return self._prepared(make_actor(self.task, rank, self._next_seed() if rank else 0))
+        with whole(*frozen_models(self.task)):
+            return self._prepared(make_actor(self.task, rank, self._next_seed() if rank else 0))
 
     @own_settings(gradients=True)
     def critic(self) -> TextCritic:
         """A critic with the chosen start."""
-        return self._prepared(make_critic(self.task, self.config.critic, self._next_seed(), self.config.lora_rank))
+        with whole(*frozen_models(self.task)):
+            return self._prepared(make_critic(self.task, self.config.critic, self._next_seed(), self.config.lora_rank))
 
     @own_settings(gradients=True)
     def q_network(self, alpha: float) -> TextQ:
         """Values of tokens; the policy starts as the reference, and every network has another random head."""
-        return self._prepared(make_q_network(self.task, alpha, self._next_seed()))
+        with whole(*frozen_models(self.task)):
+            return self._prepared(make_q_network(self.task, alpha, self._next_seed()))
+
+    def shard(self, networks: Any) -> None:
+        """With `shard="full"`: divide all networks among the ranks."""
+        if self.config.shard != FULL:
+            return
+        mesh = self.ranks.mesh(self.task.device)
+        add_twin(networks.policy, torch.bfloat16 if self.precision.half else torch.float32)
+        targets = [target.network for target in networks.targets.values()]
+        for network in (*networks.trained.values(), *targets):
+            if isinstance(network, TextActor | TextCritic | TextQ):
+                shard_network(network, body_of(network), mesh)
 
     def _next_seed(self) -> int:
         self.made += 1
@@ -206,21 +232,27 @@ class TextNetworkFactory:
 
     def _prepared(self, network: Any) -> Any:
         if self.config.gradient_checkpointing:
-            recompute_layers(network.backbone if isinstance(network, TextCritic) else network.model)
+            recompute_layers(body_of(network))
         return network
 
     @own_settings()
     def state_values(self, critic: TextCritic, data: TensorDict) -> Tensor:
         """V(s_0)..V(s_R) without gradient, [B, R + 1], `micro_batch_tokens` at a time; each rank reads its own rows."""
-        read: Any = data.select("input_ids", "attention_mask", "mask")[self.ranks.share(len(data))]
+        every: Any = data.select("input_ids", "attention_mask", "mask")
+        own, sharded = every[self.ranks.share(len(every))], self.config.shard == FULL
 
-        def values() -> Tensor | None:
-            lengths = read["attention_mask"].sum(1)
+        def values() -> Tensor:
+            found = torch.zeros(len(own), own["mask"].shape[1] + 1, device=own["mask"].device)
             tokens = self.config.micro_batch_tokens
-            return in_batches(lambda rows: self._values(critic, read[rows]), lengths, tokens) if len(read) else None
+            parts = batches(own["attention_mask"].sum(1), tokens) if len(own) else []
+            for rows in in_step(parts, self.ranks) if sharded else parts:
+                if rows is None:
+                    self._values(critic, every[:1])
+                else:
+                    found[rows] = self._values(critic, own[rows])
+            return found
 
-        parts = [part for part in self.ranks.each(values) if part is not None]
-        return torch.cat(parts).to(data["mask"].device)
+        return torch.cat(self.ranks.each(values, in_step=sharded)).to(data["mask"].device)
 
     def _values(self, critic: TextCritic, rows: TensorDict) -> Tensor:
         """V(s_0)..V(s_R) of rows of like length, [b, R + 1], zero after the end of a response."""
@@ -256,8 +288,8 @@ def make_q_network(task: Task, alpha: float, seed: int) -> TextQ:
     """Token values for a policy softmax(Q/α): a copy of the reference, and a small random head from the seed."""
     if not alpha > 0:
         raise ValueError(
-            f"values of tokens need alpha above 0, got {alpha:g}: the policy is softmax(Q / alpha). Give --env-arg "
-            "kl_coef=0.1 or so, whose β it takes, or --alpha."
+            f"values of tokens need alpha above 0, got {alpha:g}: the policy is softmax(Q / alpha). Give "
+            "--env.kl-coef 0.1 or so, whose β it takes, or --alpha."
         )
     model = _trainable_copy(task.load_reference().model)
     head = _zero_head(_head_input(model, task.width), model.device)
@@ -269,29 +301,31 @@ def make_q_network(task: Task, alpha: float, seed: int) -> TextQ:
 def make_critic(task: Task, start: str = "auto", seed: int = 0, lora_rank: int = 0) -> TextCritic:
     """A critic that starts from the reward model with its head, or from another network with a zero head.
 
-    start: `reward-model`, `reference`, `scratch` (the reference's architecture with random weights drawn from the
-    seed), or `auto`: the reward model if it reads the same tokens, otherwise the reference. If scores are normalized
-    the head is zero as well, since the reward model's has other units than the value targets.
+    start: `reward-model` (of an ensemble, the first), `reference`, `scratch` (the reference's architecture with random
+    weights drawn from the seed), or `auto`: the reward model if it reads the same tokens, otherwise the reference. If
+    scores are normalized the head is zero as well, since the reward model's has other units than the value targets.
 
     lora_rank: of adapters that are trained in place of the backbone, which then stays that of the reward model or the
     reference; 0: a copy is trained.
     """
     reward, reference = task.reward, task.load_reference().model
-    fits = isinstance(reward, RewardModel) and reward.tokenizer is None and reads_every_position(reward.model)
+    scorer = reward.models[0] if isinstance(reward, RewardEnsemble) else reward
+    fits = isinstance(scorer, RewardModel) and scorer.tokenizer is None and reads_every_position(scorer.model)
     if start == "reward-model" and not fits:
         raise ValueError(
             f"a critic cannot start from the reward {reward.name!r}: it is not a reward model for the reference's "
             "own tokens. Choose --critic reference, or leave it out."
         )
     if start in ("auto", "reward-model") and fits:
-        assert isinstance(reward, RewardModel)
-        backbone = find_backbone(reward.model)
+        assert isinstance(scorer, RewardModel)
+        backbone = find_backbone(scorer.model)
     else:
         backbone = _random(reference, seed) if start == "scratch" else find_backbone(reference)
     backbone = backbone if lora_rank else _trainable_copy(backbone)
     width = check_backbone(backbone, "critic", task.width, task.vocabulary)
-    if start in ("auto", "reward-model") and isinstance(reward, RewardModel) and fits and task.normalizer is None:
-        critic = TextCritic(backbone, _head(reward.model, reward.label))
+    if start in ("auto", "reward-model") and fits and task.normalizer is None:
+        assert isinstance(reward, RewardModel | RewardEnsemble)
+        critic = TextCritic(backbone, linear_head(reward))
     else:
         critic = TextCritic(backbone, _zero_head(width, backbone.device))
     return with_adapters(critic, "backbone", lora_rank, seed) if lora_rank else critic
@@ -315,26 +349,6 @@ def _zero_head(width: int, device: torch.device) -> nn.Linear:
     head = nn.Linear(width, 1, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    return head
-
-
-def _head(model: PreTrainedModel, label: int | None) -> nn.Linear:
-    """The reward model's head as a value head, with a bias.
-
-    With two labels the log-odds of one are a difference of outputs, which is linear. With more they are not; the
-    closest linear head is the label's output minus the mean of the others. A label that was trained by itself
-    (`problem_type`) is its own output.
-    """
-    score: Any = model.score
-    outputs = score.out_features
-    alone = label is None or model.config.problem_type in ("multi_label_classification", "regression")
-    mix = torch.zeros(1, outputs) if alone else torch.full((1, outputs), -1.0 / (outputs - 1))
-    mix[0, label or 0] = 1.0
-    mix = mix.to(score.weight)
-    head = nn.Linear(score.in_features, 1, device=score.weight.device)
-    with torch.no_grad():
-        head.weight.copy_(mix @ score.weight)
-        head.bias.zero_() if score.bias is None else head.bias.copy_(mix[0] @ score.bias)
     return head
 
 

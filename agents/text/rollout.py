@@ -11,6 +11,7 @@ Several ranks write a rollout together: each its own rows, which all of them the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from agents.objectives.advantages import masked_mean, response_ends
 from agents.ranks import ALONE, Ranks
 from agents.reporting.phases import phase
+from agents.text.sharding import whole
 from textenv.generation import (
     Generation,
     Readings,
@@ -38,8 +40,16 @@ from textenv.models.decoding import Decoding
 from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
 from textenv.rewards.base import ResponseBatch, Scores
+from textenv.rewards.reward_model import reward_models
 from textenv.state import STOP, TextState, own_settings
 from textenv.task import Task
+
+# What a row of `TextRollout.rows` holds for each token, and for the response.
+PER_TOKEN = (
+    *("mask", "action_log_prob", "reference_log_prob", "kl", "step_score", "reward"),
+    *("state_value", "td_error", "raw_advantage", "advantage", "value_target"),
+)
+PER_RESPONSE = ("score", "gold", "kl_coef")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +69,37 @@ class TextRollout:
     prompts: tuple[str, ...]
     scored: ScoredResponses
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Each response as texts, numbers and lists of numbers, of all its tokens.
+
+        `prompt` and `response` are texts, `prompt_ids` and `response_ids` their tokens; `mask` says which tokens of the
+        response the policy wrote, and the other lists are the keys of `data`, as far as they are there, one number for
+        each token. `fields` holds the prompt's own.
+        """
+        data, fields = self.data.cpu(), self.scored.batch.fields
+        responses, width = self.scored.responses, data["mask"].shape[1]
+        for index, prompt in enumerate(self.prompts):
+            row, attended = data[index], data["attention_mask"][index].bool()
+            inside = attended[-width:]  # [R], tokens of the response
+            before, written = row["input_ids"].split([len(attended) - width, width])
+            yield {
+                "prompt": prompt,
+                "response": responses[index],
+                "finish_reason": self.scored.finish_reason(index),
+                "prompt_ids": before[attended[:-width]].tolist(),
+                "response_ids": written[inside].tolist(),
+                **{name: row[name][inside].tolist() for name in PER_TOKEN if name in row},
+                **{name: row[name].item() for name in PER_RESPONSE if name in row},
+                "fields": {name: values[index] for name, values in fields.items()},
+            }
+
 
 @own_settings()
 def collect(
     task: Task,
     model: PreTrainedModel,
     prompts: Prompts,
-    generator: torch.Generator,
+    chance: torch.Generator | Tensor,
     tokens_per_pass: int | None,
     penalty: Penalty | None = None,
     decoding: Decoding | None = None,
@@ -73,26 +107,27 @@ def collect(
 ) -> TextRollout:
     """One response to each prompt; `penalty` defaults to the environment's β with k1.
 
-    tokens_per_pass: in one forward pass of a model that scores, prompts and padding included. ranks: each writes and
-    scores its own rows, and returns the whole rollout.
+    chance: a generator, or its numbers, as from `random_numbers`. tokens_per_pass: in one forward pass of a model that
+    scores, prompts and padding included. ranks: each writes and scores its own rows, and returns the whole rollout.
     """
     penalty = penalty or Penalty(coef=task.config.kl_coef)
-    numbers, own = random_numbers(task, len(prompts), generator), ranks.share(len(prompts))
+    numbers = chance if isinstance(chance, Tensor) else random_numbers(task, len(prompts), chance)
+    own = ranks.share(len(prompts))
     part = prompts.select(range(len(prompts))[own])
 
-    def write() -> TensorDict | None:
-        if not part.texts:
+    with phase("decode"), whole(model):
+        generation = ranks.together(lambda: write(task, model, part, numbers[own], decoding))
+
+    def read() -> TensorDict | None:
+        if generation is None:
             return None
-        with phase("decode"):
-            sampling = Sampling(temperature=task.config.temperature)
-            generation = generate(task, model, part, sampling, numbers[own], decoding)
-        with phase("score"):
-            readings = read_responses(task, generation.state, part.texts, tokens_per_pass, part.fields)
-            reference = readings.reference_log_prob
-            kl = estimate_kl(task, model, generation, reference, penalty.estimator, tokens_per_pass)
+        readings = read_responses(task, generation.state, part.texts, tokens_per_pass, part.fields)
+        reference = readings.reference_log_prob
+        kl = estimate_kl(task, model, generation, reference, penalty.estimator, tokens_per_pass)
         return _as_tensors(generation, readings, kl)
 
-    written = [rows for rows in ranks.each(write) if rows is not None]
+    with phase("score"), whole(*readers(task), *[model] * (penalty.estimator == EXACT)):
+        written = [rows for rows in ranks.each(read) if rows is not None]
     generation, readings, kl = _as_objects(task, prompts, _joined(written).to(task.device))
     scored = pay(task, readings)
     data = _rollout(task, generation, scored, kl, penalty)
@@ -100,6 +135,20 @@ def collect(
     if task.reference is not None:
         metrics |= kl_metrics(data) | {"kl_coef": penalty.coef}
     return TextRollout(data, metrics, prompts.texts, scored)
+
+
+def write(
+    task: Task, model: PreTrainedModel, prompts: Prompts, numbers: Tensor, decoding: Decoding | None
+) -> Generation | None:
+    """One response to each prompt at the task's temperature; None if there is no prompt."""
+    sampling = Sampling(temperature=task.config.temperature)
+    return generate(task, model, prompts, sampling, numbers, decoding) if prompts.texts else None
+
+
+def readers(task: Task) -> list[PreTrainedModel]:
+    """The models that read responses: for the reward, and for the penalty."""
+    reference = [] if task.reference is None else [task.reference.model]
+    return [*(reward.model for reward in reward_models(task.reward)), *reference]
 
 
 def _rollout(task: Task, generation: Generation, scored: ScoredResponses, kl: Tensor, penalty: Penalty) -> TensorDict:

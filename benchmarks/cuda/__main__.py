@@ -29,6 +29,7 @@ SECTIONS: dict[str, Callable[[Scale], Iterator[Row]]] = {
     "algorithms": right.algorithms,
     "main_job": right.main_job,
     "resume": right.resume,
+    "one_rank": right.one_rank,
     "host_syncs": right.host_syncs,
     "decode": speed.decode,
     "update": speed.update,

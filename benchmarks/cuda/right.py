@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -24,6 +23,7 @@ from agents.text.networks import language_model_of
 from agents.trainer import Trainer
 from benchmarks import rows as result_rows
 from benchmarks.cuda.scale import Row, Scale, finite, random_model, task_for
+from benchmarks.support.start import command
 from textenv import TextGenConfig, build_task
 from textenv.conformance import check_faces
 from textenv.generation import generate, response_log_probs
@@ -145,6 +145,27 @@ def _resumed(folder: Path, trainer: Trainer, parts: tuple[Any, Any, Any]) -> Ite
         yield {"case": "resumed", "error": f"{type(error).__name__}: {error}"[:400]}
 
 
+def one_rank(scale: Scale) -> Iterator[Row]:
+    """Metrics of the last iteration of the same small run: without torchrun, under it, and with sharded weights."""
+    cases: dict[str, tuple[int | None, tuple[str, ...]]] = {
+        "alone": (None, ()),
+        "torchrun": (1, ()),
+        "sharded": (1, ("--shard", "full")),
+    }
+    small = ("--iterations", "2", "--rollout-size", "16", "--minibatch-size", "8", "--evaluation-prompts", "4")
+    small += ("--precision", "float32", "--env-arg", "max_new_tokens=16")
+    with tempfile.TemporaryDirectory() as work:
+        for case, (ranks, flags) in cases.items():
+            folder = Path(work) / case
+            process = _start("train", "--run", str(folder), *small, *flags, ranks=ranks)
+            output = process.communicate()[0]
+            if process.returncode:
+                yield {"case": case, "error": output[-400:]}
+                continue
+            last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+            yield {"case": case} | {name: last[name] for name in ("score", "actor_grad_norm", "tokens_per_second")}
+
+
 def host_syncs(scale: Scale) -> Iterator[Row]:
     """Host synchronizations per decoded token, and where in the code they are."""
     model = random_model(scale.models[0], scale.vocabularies[0], scale.device, torch.bfloat16)
@@ -202,8 +223,6 @@ def _weights(trainer: Trainer) -> dict[str, Tensor]:
     }
 
 
-def _start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "agents", *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=os.environ | environment
-    )
+def _start(*arguments: str, ranks: int | None = None, **environment: str) -> subprocess.Popen[str]:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    return subprocess.Popen(command("agents", *arguments, ranks=ranks), env=os.environ | environment, **pipes)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
 from agents.checkpoint import FILE, load_checkpoint, load_networks, load_policy, save_checkpoint
+from agents.config import TrainConfig
 from agents.reporting.files import no_room, replacing
+from agents.run import load_policy as load_run_policy
+from agents.text.config import TextConfig
+from agents.text.experiment import TextExperiment
 from agents.trainer import Trainer
 from tests.support.learning import make_trainer, same, weights
-from tests.support.runs import saved
+from tests.support.runs import saved, train
+from textenv import TextGenConfig, build_task
 
 
 @pytest.fixture
@@ -30,6 +37,11 @@ def trained(settings) -> Trainer:
     trainer = make_trainer(settings | dict(score_normalization="running"), iterations=2)
     next(trainer.iterate())
     return trainer
+
+
+def names(folder) -> list[str]:
+    """What is in a folder."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def again(settings, **changes) -> Trainer:
@@ -79,8 +91,12 @@ def test_the_policy_is_restored_alone(settings, trained, tmp_path):
     save_checkpoint(tmp_path, trained)
     state = torch.load(tmp_path / FILE, weights_only=True)
     collector = {name: state["trainer"]["collector"][name] for name in ("kl_controller", "score_statistics")}
-    kept = {name: state[name] for name in ("policy", "collector_modules")} | {"trainer": {"collector": collector}}
-    torch.save(kept, tmp_path / FILE)
+    assert state["policy"] == "trained.actor"
+    actor = {name: tensor for name, tensor in state["tensors"].items() if name.startswith("trained.actor.")}
+    torch.save(
+        {"policy": state["policy"], "parts": None, "tensors": actor, "trainer": {"collector": collector}},
+        tmp_path / FILE,
+    )
     other = again(settings)
     algorithm = type(other.algorithm)(other.algorithm.config, other.algorithm.networks.factory)
     policy = load_policy(tmp_path, algorithm, other.collector)
@@ -88,12 +104,14 @@ def test_the_policy_is_restored_alone(settings, trained, tmp_path):
     assert "critic" not in vars(algorithm.networks)
 
 
-def test_a_run_that_dies_while_it_saves_keeps_a_checkpoint(settings, trained, tmp_path):
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_that_dies_while_it_saves_keeps_a_checkpoint(settings, trained, tmp_path, keep):
     """Whatever the last call to the system was before the process was killed, a whole checkpoint is there."""
+    trained.config = replace(trained.config, keep_checkpoints=keep)
     save_checkpoint(tmp_path, trained)
     before = saved(tmp_path)
     list(trained.iterate())
-    for function in ("replace", "fsync"):
+    for function in ("replace", "fsync", *(["unlink"] if keep > 1 else [])):
         for call in (1, 2):
             if child := os.fork():
                 os.waitpid(child, 0)
@@ -106,7 +124,8 @@ def test_a_run_that_dies_while_it_saves_keeps_a_checkpoint(settings, trained, tm
             done = len(written) == len(before) and same(written, before)
             assert done or int(torch.load(tmp_path / FILE)["iteration"]) == 2
     save_checkpoint(tmp_path, trained)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE]  # what the killed ones left is gone
+    kept = [] if keep == 1 else ["checkpoint-1.pt", "checkpoint-2.pt"]
+    assert names(tmp_path) == [*kept, FILE]  # what the killed ones left is gone
 
 
 def _die_at(function: str, call: int) -> None:
@@ -186,3 +205,99 @@ def test_a_replay_buffer_is_saved_without_its_empty_room(settings, tmp_path):
         save_checkpoint(tmp_path, trainer)
         sizes.append((tmp_path / FILE).stat().st_size)
     assert sizes[1] < 1.01 * sizes[0]
+
+
+# ---- several
+
+
+def test_the_last_checkpoints_are_kept(settings, tmp_path):
+    """Two of four, under their iterations; the last has its usual name too."""
+    trainer = make_trainer(settings, iterations=3, keep_checkpoints=2)
+    (tmp_path / "checkpoint-old.pt").write_text("a file of one's own", encoding="utf-8")
+    save_checkpoint(tmp_path, trainer)
+    states = {}
+    for iteration in trainer.iterate():
+        save_checkpoint(tmp_path, trainer)
+        states[iteration.number] = saved(tmp_path)
+    assert names(tmp_path) == ["checkpoint-2.pt", "checkpoint-3.pt", "checkpoint-old.pt", FILE]
+    assert (tmp_path / "checkpoint-3.pt").read_bytes() == (tmp_path / FILE).read_bytes()
+    shutil.copyfile(tmp_path / "checkpoint-2.pt", tmp_path / FILE)  # back to the second iteration
+    assert same(saved(tmp_path), states[2])
+    shutil.copyfile(tmp_path / "checkpoint-3.pt", tmp_path / FILE)  # and to the third, which is what it was
+    assert same(saved(tmp_path), states[3])
+    shutil.copyfile(tmp_path / "checkpoint-2.pt", tmp_path / FILE)
+    back = make_trainer(settings, iterations=3, keep_checkpoints=2)
+    load_checkpoint(tmp_path, back)
+    assert back.iteration == 2
+    list(back.iterate())
+    save_checkpoint(tmp_path, back)
+    assert same(saved(tmp_path), states[3])
+
+
+def test_the_best_checkpoint_is_kept(settings, tmp_path):
+    """Beside the last one, by what was measured on held-out prompts; of equal ones the first, and not one that lacks it."""
+    trainer = make_trainer(settings, iterations=2, keep_checkpoints="best")
+    kept = []
+    for number, held_out in enumerate((None, 1.0, 0.5, 2.0, -1.0, 2.0)):
+        trainer.iteration = number
+        save_checkpoint(tmp_path, trainer, held_out)
+        kept.append([int(name[11:-3]) for name in names(tmp_path) if name != FILE])
+        assert (tmp_path / f"checkpoint-{number}.pt").read_bytes() == (tmp_path / FILE).read_bytes()
+    assert kept == [[0], [1], [1, 2], [3], [3, 4], [3, 5]]
+
+
+def test_a_run_keeps_its_best(settings, tmp_path):
+    """What `evaluate` measures of each checkpoint decides; the score on held-out prompts less the penalty."""
+    train(tmp_path / "run", settings, iterations=3, checkpoint_every=1, keep_checkpoints="best", learning_rate=0.3)
+    measured = {}
+    for number in (1, 2, 3):
+        path = tmp_path / "run" / f"checkpoint-{number}.pt"
+        if path.exists():
+            measured[number] = torch.load(path, weights_only=True)["held_out"]
+            shutil.copy(path, tmp_path / "run" / FILE)
+            experiment, policy = load_run_policy(tmp_path / "run")
+            numbers = experiment.summarize(experiment.evaluate(policy))
+            beta = experiment.task.config.kl_coef
+            assert measured[number] == pytest.approx(numbers["score"] - beta * numbers["kl_per_response"], rel=1e-5)
+    assert 3 in measured and measured[3] <= max(measured.values()) and len(measured) <= 2
+
+
+def test_keeping_fewer_removes_the_others(settings, tmp_path):
+    """What is kept follows the present setting; checkpoints later than the present one are of another course."""
+    trainer = make_trainer(settings, iterations=2, keep_checkpoints=3)
+    for number in (0, 7, 1, 2):
+        trainer.iteration = number
+        save_checkpoint(tmp_path, trainer)
+    assert names(tmp_path) == ["checkpoint-0.pt", "checkpoint-1.pt", "checkpoint-2.pt", FILE]
+    trainer.config = replace(trainer.config, keep_checkpoints=1)
+    save_checkpoint(tmp_path, trainer)
+    assert names(tmp_path) == [FILE]
+
+
+def test_folders_of_sharded_weights_are_kept_with_their_file(settings, tmp_path):
+    """A file whose weights are in a folder beside it stays with that folder."""
+    trainer = make_trainer(settings, iterations=2, keep_checkpoints=2)
+    for number in range(3):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        trainer.iteration = number
+        save_checkpoint(tmp_path, trainer)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-1.pt", "checkpoint-2", "checkpoint-2.pt", FILE]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_a_full_disk_keeps_all_that_are_kept(settings, tmp_path, share):
+    """The checkpoint that does not fit leaves no part of itself, and no other is touched."""
+    trainer = make_trainer(settings, iterations=2, keep_checkpoints=2)
+    save_checkpoint(tmp_path, trainer)
+    before, files = saved(tmp_path), names(tmp_path)
+    next(trainer.iterate())
+    with full_disk(int(share * (tmp_path / FILE).stat().st_size)), pytest.raises(OSError, match="File too large"):
+        save_checkpoint(tmp_path, trainer)
+    assert names(tmp_path) == files and same(before, saved(tmp_path))
+
+
+def test_the_best_needs_scores_that_compare(settings):
+    """Normalized scores mean something else at every checkpoint, wherever the normalization was set."""
+    task = build_task(TextGenConfig(**settings | dict(score_normalization="running")))
+    with pytest.raises(ValueError, match="less β·KL, and with score_normalization='running'"):
+        TextExperiment(TrainConfig(keep_checkpoints="best"), TextConfig(), task)

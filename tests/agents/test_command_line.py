@@ -81,8 +81,9 @@ def test_the_main_job_writes_its_results(trained):
     assert [row["iteration"] for row in rows] == [1, 2, 3]
     assert {"score", "gold", "kl_per_response", "entropy", "policy_loss", "value_loss"} <= set(rows[0])
     assert list((run / "tensorboard").iterdir())
-    samples = (run / "samples.md").read_text()
-    assert samples.count("**before**") == samples.count("**after**") == 12
+    samples = (run / "samples.md").read_text(encoding="utf-8")
+    assert samples.count("\nBefore:") == samples.count("\nAfter:") == samples.count("### Prompt") >= 18
+    assert f"| after | {summary['score_after']:+.2f} | {summary['gold_after']:+.2f} |" in samples
 
 
 def test_the_actor_loads_with_transformers(trained):
@@ -133,9 +134,8 @@ def test_generate_colors_tokens(trained, monkeypatch, capsys):
         # The largest value has full color, but may be that of the end token, which has no text.
         assert any(f"38;5;{code}m" in rest for code in (*NEGATIVE_COLORS, *POSITIVE_COLORS))
     assert printed["penalty"] != printed["advantage"]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="leave out --temperature"):
         main(["generate", "--run", "runs/whole", "--prompt", "a", "--color", "penalty", "--top-k", "5"])
-    assert "leave out --temperature" in capsys.readouterr().err
 
 
 def test_color_by_penalty_needs_a_penalty(settings):
@@ -230,20 +230,34 @@ def test_mistakes_get_a_message(trained, monkeypatch, arguments, message):
     assert sorted(trained.glob("runs/*")) == before
 
 
+def _in_place_of(stop: KeyboardInterrupt) -> RuntimeError:
+    """What torch.save raises where a stop meets it: closing its file, it finds that bytes are missing."""
+    error = RuntimeError("unexpected pos 258624 vs 258512")
+    error.__context__ = stop
+    return error
+
+
 @pytest.mark.parametrize(
     ("stop", "code", "message"),
-    [(ValueError("too far"), "error: too far", ""), (KeyboardInterrupt(), 130, "stopped.")],
-    ids=["error", "interrupt"],
+    [
+        (ValueError("too far"), "error: too far", ""),
+        (KeyboardInterrupt(), 130, "stopped."),
+        (_in_place_of(KeyboardInterrupt(15)), 143, "stopped."),
+    ],
+    ids=["error", "interrupt", "interrupted library"],
 )
 def test_a_stopped_run_says_how_to_resume(tmp_path, monkeypatch, capsys, stop, code, message):
-    """An error or interrupt after the first iteration prints how to resume, without a traceback."""
+    """An error or interrupt after the first iteration prints how to resume, without a traceback.
+
+    So does an interrupt in the place of which a library raises an error of its own.
+    """
     resume = "The last checkpoint is good: continue from it with --run run --resume."
     iterate = Trainer._iterate
 
-    def stopped(trainer):
+    def stopped(trainer, watch):
         if trainer.iteration == 1:
             raise stop
-        return iterate(trainer)
+        return iterate(trainer, watch)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Trainer, "_iterate", stopped)
@@ -252,6 +266,8 @@ def test_a_stopped_run_says_how_to_resume(tmp_path, monkeypatch, capsys, stop, c
         main(["train", "--env", "CartPole-v1", "--run", "run", "--iterations", "2", "--evaluation-episodes", "1"])
     output = f"{end.value.code} {capsys.readouterr().err}"
     assert str(end.value.code).startswith(str(code)) and message in output and resume in output
+    # What a stop has passed is let go, or threads that it has left waiting would keep the process from ending.
+    assert not message or end.value.__context__ is None
     assert (tmp_path / "run/checkpoint.pt").exists()
 
 
@@ -260,7 +276,7 @@ def test_only_new_runs_are_removed_when_they_fail(tmp_path, monkeypatch):
     """A new run that fails in its first iteration leaves no folder; a resumed run keeps its folder."""
     arguments = ["train", "--env", "CartPole-v1", "--iterations", "1", "--evaluation-episodes", "1"]
 
-    def stopped(trainer):
+    def stopped(trainer, watch):
         raise failure
 
     monkeypatch.chdir(tmp_path)
@@ -313,7 +329,7 @@ def test_a_mistake_leaves_no_traceback(trained):
     assert result.stderr.startswith("error: no run in") and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help")])
+@pytest.mark.parametrize("arguments", [("--help",), pytest.param(("train", "--help"), marks=pytest.mark.slow)])
 def test_a_reader_that_goes_away(arguments, tmp_path):
     """`... --help | head` ends as other commands do: exit code 141, and no word on standard error."""
     reader, writer = os.pipe()

@@ -178,6 +178,29 @@ def test_a_real_process_is_terminated(tmp_path):
     assert "stopped. The last checkpoint is good: continue from it with --run 'a run' --resume." in message
 
 
+STOPPED_BY_A_THREAD = """
+import os, signal, sys, threading
+import agents.__main__ as program
+real = threading.Thread.start
+def start(thread):
+    real(thread)
+    if "ThreadPool" in thread.name:
+        os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread.start = start
+signal.signal(signal.SIGTERM, program.terminate)
+program.main(["supervised", "--base", sys.argv[1], "--data", "data.jsonl", "--output", "out"])
+"""
+
+
+def test_a_stop_among_threads_ends_the_process(folders, tmp_path):
+    """SIGTERM while a library starts threads, to load weights, leaves none that waits forever."""
+    (tmp_path / "data.jsonl").write_text('{"text": "a b"}\n{"text": "c d"}\n{"text": "e"}\n')
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", STOPPED_BY_A_THREAD, folders["gpt2"]]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=100)
+    assert ended.returncode == 143 and "stopped." in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
+
+
 ASCII = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="")
 
 

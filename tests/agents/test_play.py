@@ -255,11 +255,11 @@ def test_only_our_own_sentences_are_sentences(monkeypatch, package):
     pythons = ["int('x')", "list(zip([1], [], strict=True))", "[].index(3)", "None + 1", "a, b = [1]"]
     within = "try:\n        {}\n    finally:\n        pass"
     for line in [*ours, *(within.format(line) for line in ours)]:
-        monkeypatch.setattr("agents.__main__.show", raised_in(package, f"def fail(*_):\n    {line}"))
+        monkeypatch.setattr("agents.commands.policies.show", raised_in(package, f"def fail(*_):\n    {line}"))
         with pytest.raises(SystemExit, match="error: ours"):
             main(["play", "--run", "x"])
     for line in [*pythons, *(within.format(line) for line in pythons)]:
-        monkeypatch.setattr("agents.__main__.show", raised_in(package, f"def fail(*_):\n    {line}"))
+        monkeypatch.setattr("agents.commands.policies.show", raised_in(package, f"def fail(*_):\n    {line}"))
         with pytest.raises((ValueError, TypeError)):
             main(["play", "--run", "x"])
 

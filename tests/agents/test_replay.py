@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from agents.replay import FILLING, Replay, available_bytes
+from agents.replay import FILLING, Replay, free_memory
 
 CPU = torch.device("cpu")
 
@@ -66,8 +66,8 @@ def test_a_restored_buffer_continues_alike():
 
 def test_a_buffer_beyond_memory_is_refused():
     """The error names the size, the available memory and the number of rows that would fit."""
-    available = available_bytes(CPU)
-    assert 2**20 < available < 2**50
+    available = free_memory(CPU)
+    assert available is not None and 2**20 < available < 2**50
     row = 8 + 4 * 6  # an int64 and six int32
     size = 2 * available // row
     with pytest.raises(

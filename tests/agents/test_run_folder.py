@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import locale
@@ -10,16 +11,21 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from transformers import AutoModelForCausalLM
 
 from agents import run_folder
 from agents.__main__ import main
 from agents.reporting import report
+from agents.reporting.files import tell_a_full_disk_once
+from agents.reporting.viewer import read_report
 from agents.text.evaluation import Evaluation
 from agents.text.experiment import describe_gain
 from agents.text.fingerprints import of_weights
@@ -27,7 +33,7 @@ from agents.text.samples import make_summary
 from agents.trainer import Trainer
 from tests.support import tiny
 from tests.support.learning import make_trainer, same
-from tests.support.runs import resume, rows, saved, train
+from tests.support.runs import flags, resume, rows, saved, stop_after, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,7 +81,7 @@ def test_a_run_with_constant_rates_may_be_lengthened(settings, folder, tmp_path)
     """One iteration lengthened to three ends as three iterations do, to the bit; a stop on the way changes nothing."""
     train(tmp_path / "whole", settings, iterations=3, schedule="constant")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_iterate", stop_after(Trainer._iterate, 2))
+        patch.setattr(Trainer, "_iterate", stop_after(Trainer._iterate, 2, KeyboardInterrupt))
         with pytest.raises(SystemExit):
             resume(folder, "--iterations", "3")
     resume(folder)  # the new length is the run's now
@@ -84,15 +90,37 @@ def test_a_run_with_constant_rates_may_be_lengthened(settings, folder, tmp_path)
     assert json.loads((folder / "summary.json").read_bytes())["iterations"] == 3
 
 
-def stop_after(iterate, number):
-    """An iteration that is interrupted when `number` are done."""
+def test_an_earlier_checkpoint_is_no_finished_run(settings, tmp_path):
+    """Taken back to an earlier checkpoint and stopped, a run that was finished says no longer that it is."""
+    run = tmp_path / "run"
+    train(run, settings, iterations=2, keep_checkpoints=2, checkpoint_every=1)
+    assert read_report(run, running=True).summary is not None
+    shutil.copy(run / "checkpoint-1.pt", run / "checkpoint.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_iterate", stop_after(Trainer._iterate, 1, KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            resume(run)
+    report = read_report(run, running=True)
+    assert report.summary is None and report.running
+    resume(run)
+    assert read_report(run, running=True).summary is not None
 
-    def stopped(trainer):
-        if trainer.iteration == number:
-            raise KeyboardInterrupt
-        return iterate(trainer)
 
-    return stopped
+@pytest.mark.parametrize(("name", "job"), [("this", None), ("this", "another"), ("none", "none another-machine 17")])
+def test_a_start_again_removes_nothing_of_others(settings, tmp_path, monkeypatch, capsys, name, job):
+    """Where torchrun starts the processes again, a folder that they have not written is refused, and stays.
+
+    A torchrun with a fixed address gives no id: "none".
+    """
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+    model = tmp_path / "model"
+    tiny.save(tiny.language_model(), model)
+    if job is not None:
+        (model / "config.json").write_text(json.dumps({"job": job}))
+    before = contents(model)
+    assert "already exists" in refused(capsys, "train", "--run", str(model), *flags(settings))
+    assert contents(model) == before
 
 
 def test_what_may_not_change(settings, folder, tmp_path, capsys):
@@ -127,14 +155,14 @@ def contents(folder: Path) -> dict:
 
 
 def test_a_run_killed_before_its_summary_gets_one(folder):
-    """All iterations are done and the summary is missing or half there: resuming writes it, without an event file."""
+    """All iterations are done and the summary is missing or half there: resuming writes it, and no metric again."""
     summary = json.loads((folder / "summary.json").read_bytes())
-    events = sorted((folder / "tensorboard").iterdir())
     for damaged in (b"", b"[]"):
         (folder / "summary.json").write_bytes(damaged)
         resume(folder)
         assert json.loads((folder / "summary.json").read_bytes()) == summary
-    assert sorted((folder / "tensorboard").iterdir()) == events
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert len(events.Scalars("score")) == 1 and "samples/text_summary" in events.Tags()["tensors"]
 
 
 def test_an_optimizer_of_ones_own(settings):
@@ -254,9 +282,9 @@ def test_a_run_holds_its_folder_from_the_first_to_the_last(settings, tmp_path, c
     seen = []
     original = Trainer._iterate
 
-    def watched(trainer):
+    def watched(trainer, watch):
         seen.append(refused(capsys, "train", "--resume", "--run", str(tmp_path / "run")))
-        return original(trainer)
+        return original(trainer, watch)
 
     monkeypatch.setattr(Trainer, "_iterate", watched)
     train(tmp_path / "run", settings, iterations=1, schedule="constant")
@@ -304,9 +332,9 @@ def test_a_full_disk_is_named_and_the_run_goes_on_later(settings, folder, tmp_pa
     before, limits = saved(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
     original = Trainer._iterate
 
-    def filling(trainer):
+    def filling(trainer, watch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-        return original(trainer)
+        return original(trainer, watch)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(Trainer, "_iterate", filling)
@@ -316,6 +344,39 @@ def test_a_full_disk_is_named_and_the_run_goes_on_later(settings, folder, tmp_pa
     assert same(before, saved(folder))
     resume(folder)
     assert same(saved(tmp_path / "whole"), saved(folder))
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # what would be a traceback
+def test_a_full_disk_in_a_thread_is_told_once(folder, monkeypatch):
+    """TensorBoard writes in a thread of its own. Where that meets the full disk first, the sentence is all there is."""
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(RecordWriter, "write", full)
+        resume(folder, "--iterations", "2")
+    assert "cannot be written: No space left on device. Make room on that disk. The last" in str(end.value)
+    resume(folder)
+
+
+def test_a_thread_tells_what_is_no_full_disk(capsys, monkeypatch):
+    """Other errors of threads are printed as ever."""
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    tell_a_full_disk_once()
+    tell_a_full_disk_once()
+    for error in (OSError(errno.ENOSPC, "full"), ZeroDivisionError("by zero")):
+        thread = threading.Thread(target=_raise, args=(error,))
+        thread.start()
+        thread.join()
+    written = capsys.readouterr().err
+    assert "ZeroDivisionError: by zero" in written
+    assert "full" not in written
+    assert written.count("Traceback") == 1
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 # ---- from elsewhere

@@ -41,10 +41,12 @@ def gold(prompts, responses):
 # Flags that choose the context or the folder: `env_arg` has a walk of its own in tests/textenv/test_unread.py, and
 # test_command_line.py tests what the others write. Gradient checkpointing changes memory alone, and no weight to the
 # bit: tests/agents/text/test_memory.py.
-NOT_WALKED = {"env", "env_arg", "algorithm", "run", "resume", "checkpoint_every"} | {
+NOT_WALKED = {"env", "env_arg", "algorithm", "run", "resume", "checkpoint_every", "keep_checkpoints"} | {
+    *("tracker", "dump_rollouts", "dump_format"),  # tests/agents/reporting, tests/test_trackers.py
     "gradient_checkpointing",
     "decode_slots",
     "compile",
+    "shard",  # refused without torchrun: tests/agents/text/test_sharding.py
     "rank_timeout",  # read under torchrun alone, and stored, so that any number of processes may go on
 }
 
@@ -221,7 +223,7 @@ REFUSED = [
     ("sac-text", dict(kl_controller="adaptive", kl_target=1.0), "kl_controller='adaptive' would do nothing"),
     ("dqn-text", dict(epsilon_end=0.5), "epsilon_end=0.5 would do nothing.*alpha"),
     ("sac-text", dict(target_entropy=0.9), "target_entropy=0.9 would do nothing: alpha is fixed"),
-    ("ppo-text", dict(mask_refresh=3), "mask_refresh=3 would do nothing.*action_mask=top_k"),
+    ("ppo-text", dict(mask_refresh=3), "mask_refresh=3 would do nothing.*action-mask top_k"),
     ("ppo-text", dict(kl_target=6.0), "kl_target=6.0 would do nothing.*kl_controller=adaptive"),
     ("ppo-text", dict(kl_horizon=6, kl_unit="token"), "kl_horizon=6 and kl_unit='token' would do nothing"),
     ("ppo-free", dict(kl_estimator="k3"), "kl_estimator='k3' would do nothing: the environment's kl_coef is 0"),

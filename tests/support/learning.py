@@ -9,11 +9,12 @@ import torch
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.interfaces import Loss
-from agents.ranks import ALONE, Ranks
+from agents.ranks import ALONE, Ranks, full
 from agents.text.collector import TextCollector
-from agents.text.config import TextConfig
+from agents.text.config import FULL, TextConfig
 from agents.text.networks import TextNetworkFactory
 from agents.text.rollout import TextRollout, collect
+from agents.text.sharding import shard_task
 from agents.trainer import Trainer, weighted_sum
 from tests.support import tiny
 from textenv import TextGenConfig, build_task
@@ -35,9 +36,13 @@ def make_trainer(
     config = TrainConfig(algorithm=learner, **{name: value for name, value in given.items() if name in SHARED})
     text = TextConfig(**{name: value for name, value in given.items() if name not in SHARED})
     settings_class, algorithm_class = find_algorithm(learner)
+    if text.shard == FULL:
+        task = shard_task(task, ranks.mesh(task.device))
     networks = TextNetworkFactory(task, text, config.seed, ranks)
     collector = TextCollector(task, task.prompts, text, config.seed, ranks=ranks)
-    return Trainer(config, algorithm_class(settings_class(**(algorithm or {})), networks), collector, ranks)
+    made = algorithm_class(settings_class(**(algorithm or {})), networks)
+    networks.shard(made.networks)
+    return Trainer(config, made, collector, ranks)
 
 
 def make_rollout(trainer: Trainer, rows: int = 8) -> TextRollout:
@@ -71,7 +76,7 @@ def loss(algorithm, batch) -> Loss:
 
 def weights(module: torch.nn.Module) -> list[torch.Tensor]:
     """Copies of all parameters."""
-    return [parameter.detach().clone() for parameter in module.parameters()]
+    return [full(parameter.detach()).clone() for parameter in module.parameters()]
 
 
 def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:

@@ -23,9 +23,9 @@ def wave(shape: Sequence[int], phase: float) -> Tensor:
     return torch.sin(0.7 * place.square() + phase).reshape(shape)
 
 
-def language_model(sizes: Mapping[str, Any]) -> PreTrainedModel:
-    """The policy and its reference."""
-    return _by_formula(GPT2LMHeadModel(GPT2Config(**sizes)), 0.0)
+def language_model(sizes: Mapping[str, Any], phase: float = 0.0) -> PreTrainedModel:
+    """The policy and its reference, which may have a phase of its own."""
+    return _by_formula(GPT2LMHeadModel(GPT2Config(**sizes)), phase)
 
 
 def classifier(sizes: Mapping[str, Any]) -> PreTrainedModel:

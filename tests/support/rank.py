@@ -6,6 +6,7 @@ writes what came of every case to `output/INDEX.pt`.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Mapping
@@ -34,8 +35,8 @@ def trainer_of(settings: Mapping[str, Any], case: Mapping[str, Any], ranks: Rank
     else:
         task = {**settings, **case.get("task", {})}
         trainer = make_trainer(task, case["algorithm"], case["learner"], ranks, **case["changes"])
-    parameters = [parameter for group in trainer.parameters.values() for parameter in group]
-    trainer.optimizer = torch.optim.SGD([{"params": parameters, "initial_lr": 0.1}], lr=0.1)
+    groups = [{"params": group["params"], "initial_lr": 0.1} for group in trainer.optimizer.param_groups]
+    trainer.optimizer = torch.optim.SGD(groups, lr=0.1)
     return trainer
 
 
@@ -56,6 +57,12 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def environment(index: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    names = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "MASTER_PORT": port}
+    return os.environ | {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
 def main(job: dict[str, Any]) -> None:

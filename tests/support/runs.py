@@ -1,11 +1,14 @@
-"""Small runs of `python -m agents` inside the test's process, and what they leave on disk."""
+"""Small runs of `python -m agents` inside the test's process, what they leave on disk, and runs made up for a page."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -13,10 +16,19 @@ from torch import Tensor
 from agents.__main__ import main, terminate
 from agents.checkpoint import FILE
 from agents.reporting import plots
+from agents.reporting.viewer import RunReport
 
 SIZES = dict(
     rollout_size=8, minibatch_size=4, micro_batch_tokens=80, epochs=1, evaluation_prompts=2, checkpoint_every=1
 )
+
+ELEMENT = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+NUMBERS = ("score", "penalty", "reward", "log_prob", "reference_log_prob", "entropy", "value", "td_error", "advantage")
+PANEL = {
+    "title": "Length",
+    "unit": "tokens",
+    "lines": [dict(metric="length", label="length", color="gray", evaluated="length")],
+}
 
 
 def flags(settings: dict, **changes) -> list[str]:
@@ -36,6 +48,17 @@ def train(folder: Path, settings: dict, **changes) -> None:
 def resume(folder: Path, *more: str) -> None:
     """Go on with a run."""
     main(["train", "--run", str(folder), "--resume", *more])
+
+
+def stop_after(iterate, number: int, end: type[BaseException]):
+    """An iteration of a trainer in whose place `end` is raised when `number` are done."""
+
+    def stopped(trainer, watch):
+        if trainer.iteration == number:
+            raise end
+        return iterate(trainer, watch)
+
+    return stopped
 
 
 def tensors(state: object) -> list[Tensor]:
@@ -65,3 +88,29 @@ def start(log: Path, arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, terminate)
     main(arguments)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def inside(page: bytes) -> dict[str, Any]:
+    """The data that a page's script reads."""
+    (data,) = ELEMENT.findall(page.decode("utf-8"))
+    return json.loads(data)
+
+
+def record(iteration: int, source: str, row: int, words: list[str], **changes: Any) -> dict[str, Any]:
+    """A record with a prompt of one token, whose numbers count: the advantage of token t is t + row / 10 − 2."""
+    ids, count = [crc32(word.encode("utf-8", "surrogatepass")) for word in ["prompt", *words]], len(words)
+    numbers = {name: [round(at * 0.1 + row, 4) for at in range(count)] for name in NUMBERS}
+    numbers["advantage"] = [round(at + row / 10 - 2, 4) for at in range(count)]
+    fields = dict(prompt="prompt", tokens=["prompt", *words], ids=ids, generated=[0] + [1] * count)
+    fields |= dict(special=[0] * (count + 1), numbers=numbers, finish="stop", raw_score=None)
+    return dict(iteration=iteration, source=source, row=row, score=1.0, gold=1.0, kl=0.5) | fields | changes
+
+
+def report(records: list[dict[str, Any]], **changes: Any) -> RunReport:
+    """The report of a run of ten iterations."""
+    metrics = [dict(iteration=at, score=at / 10, gold=1.0, kl_per_response=at / 5, length=20.0) for at in range(1, 11)]
+    fields = dict(
+        title="ppo on Made-Up", seed=3, folder="runs/made-up", iterations=10, panels=[PANEL], before={"length": 19.0}
+    )
+    fields |= dict(metrics=metrics, records=records, summary=dict(score_before=0.1, score_after=1.0), running=False)
+    return RunReport(**(fields | changes))

@@ -188,9 +188,11 @@ def test_causal_model_is_no_reward_model(settings, folders, kind, tmp_path):
     refuse(settings, "is not a sequence-classification model", reward=str(tokens))
 
 
-def test_reward_model_is_no_language_model(settings, folders):
-    """A reference whose output layer was never saved would be random: refused."""
-    refuse(settings, "no weights for lm_head.weight.*random", reference=folders["llama_reward"])
+def test_reward_model_is_no_language_model(settings, folders, tmp_path):
+    """A reward model writes no text, and a reference whose output layer was never saved would be random: refused."""
+    refuse(settings, "such as a reward model, and writes no text", reference=folders["llama_reward"])
+    body = copied(folders["llama_reward"], tmp_path / "body", architectures=["LlamaModel"])
+    refuse(settings, "no weights for lm_head.weight.*random", reference=str(body))
 
 
 def test_short_reward_model(settings, kind, tmp_path):
@@ -211,7 +213,9 @@ def test_live_models_in_train_mode(settings, kind):
     for given in (reward.train(), RewardModel(reward.train())):
         refuse(settings, r"the reward model is in train mode.*model.eval\(\)", reward=shared(given))
     assert model.training and reward.training
-    refuse(settings, "reference must be .*LanguageModel.*got", reference=shared(model))
+    refuse(
+        settings, r"without its tokenizer; pass reference=textenv.shared\(model, tokenizer\)", reference=shared(model)
+    )
 
 
 def test_live_reward_models_that_cannot_read(settings):

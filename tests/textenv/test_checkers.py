@@ -83,6 +83,7 @@ def test_vector_environments(configuration, mode):
     check_vector_environment(configuration, mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [300], indirect=True)
 @pytest.mark.parametrize("configuration", [["special", "top_k:5"]], ids=["masked"], indirect=True)
 def test_async_vector_environment(configuration):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,9 @@ def every_argument(tmp_path, folders):
     """Settings that between them give every argument, in all the forms that JSON can carry."""
     lines = tmp_path / "prompts.jsonl"
     lines.write_text('{"prompt": "a", "answer": 1}\n{"prompt": "b c", "answer": 2}\n')
+    ensemble = tmp_path / "ensemble"
+    for member in range(2):
+        shutil.copytree(folders["gpt2_reward"], ensemble / f"member-{member}", dirs_exist_ok=True)
     common = dict(reference=folders["gpt2"], max_prompt_tokens=8, max_new_tokens=4, device="cpu")
     reward = "tests.textenv.test_registration:length_reward"
     return [
@@ -159,6 +163,7 @@ def every_argument(tmp_path, folders):
             score_clip=3.0,
         ),
         dict(common, reward=folders["gpt2_reward"], prompts=str(lines), prompt_sampling="prioritized", kl_coef=0),
+        dict(common, reward=str(ensemble), prompts=str(lines), reward_ensemble="min"),
         dict(common, reward=reward, prompts=some_prompts(), prompt_sampling="shuffle", max_episode_steps=3),
         dict(
             common,

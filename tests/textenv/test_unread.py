@@ -43,6 +43,9 @@ def tasks(folders, tmp_path_factory):
     """Complete arguments of tasks that read different settings."""
     root, tokenizer = tmp_path_factory.mktemp("unread"), tiny.tokenizer()
     labels = tiny.save(tiny.reward_model("gpt2", labels=3), root / "labels")
+    members = root / "members"
+    for index in range(2):
+        tiny.save(tiny.reward_model("gpt2", seed=index), members / f"member-{index}")
     small = dict(prompts=tiny.PROMPTS, max_prompt_tokens=16, max_new_tokens=5, kl_coef=0.3, device="cpu")
     chat = tiny.tokenizer()
     chat.chat_template = "{{ messages[0].content }}!{% if enable_thinking is defined %}?{% endif %}"
@@ -50,6 +53,7 @@ def tasks(folders, tmp_path_factory):
     return {
         "models": small | dict(reference=folders["gpt2"], reward=folders["gpt2_reward"]),
         "labels": small | dict(reference=folders["gpt2"], reward=labels, reward_label="LABEL_1"),
+        "ensemble": small | dict(reference=folders["gpt2"], reward=str(members)),
         "function": small | dict(reference=folders["gpt2"], reward=f"{HERE}:lengths", kl_coef=0),
         "tokens": small | dict(reference=folders["gpt2"], reward=f"{HERE}:vowels"),
         "sum": small | dict(reference=folders["gpt2"], reward={f"{HERE}:vowels": 1, f"{HERE}:lengths": 1}),
@@ -69,6 +73,7 @@ OTHER = {
     "reference": lambda folders: folders["llama"],
     "reward": lambda folders: folders["llama_reward"],
     "reward_label": lambda folders: "LABEL_2",
+    "reward_ensemble": lambda folders: "min",
     "reward_timeout": lambda folders: 0.001,
     "score_normalization": lambda folders: "running",
     "score_mean": lambda folders: 3.0,
@@ -149,6 +154,8 @@ REFUSED = [
     ("models", dict(reward_label="LABEL_0"), "reward_label='LABEL_0' would do nothing.*several labels"),
     ("function", dict(reward_label="x"), "reward_label='x' would do nothing"),
     ("live", dict(reward_label="x"), "reward_label='x' would do nothing"),
+    ("models", dict(reward_ensemble=1.0), "reward_ensemble=1.0 would do nothing.*no ensemble that is loaded here"),
+    ("ensemble", dict(reward_label="LABEL_0"), "reward_label='LABEL_0' would do nothing"),
     ("models", dict(reward_timeout=1.0), "reward_timeout=1.0 would do nothing.*functions"),
     ("tokens", dict(score_clip=1.0), "score_clip=1.0 would do nothing.*at its tokens alone"),
     ("tokens", dict(score_normalization="running"), "score_normalization='running' would do nothing"),

@@ -1,6 +1,6 @@
 """Builds the masks that `action_mask` names. A mask says which tokens may come next.
 
-`gym.make("TextGen-v0", action_mask=...)` takes, and on the command line `--env-arg action_mask=...` for the strings:
+`gym.make("TextGen-v0", action_mask=...)` takes, and on the command line `--env.action-mask ...` for the strings:
 
 | `action_mask` | allows |
 |---|---|

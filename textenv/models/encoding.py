@@ -32,12 +32,13 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of each text, after the tokenizer's start tokens and without its end tokens.
 
-    A text that already begins with the start tokens, such as a rendered chat, does not get them twice.
+    A text that already begins with the start tokens, such as a rendered chat, does not get them twice. Whoever calls
+    knows the model's width, so Transformers is not asked to warn of it.
     """
     if not texts:
         return []
     start, _ = added_tokens(tokenizer)
-    rows = [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids]
+    rows = [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids]
     return [ids if ids[: len(start)] == start else [*start, *ids] for ids in rows]
 
 

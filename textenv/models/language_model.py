@@ -10,22 +10,51 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textenv.models.loading import (
+    Shared,
+    first_ids,
+    load_causal_lm,
+    load_config,
+    load_stop_token_ids,
+    load_tokenizer,
+    refuse_adapters,
+)
 from textenv.state import left_aligned
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model, its tokenizer, and the tokens that end a response."""
+    """A causal language model, its tokenizer, and the tokens that end a response.
+
+    As the reference of an environment it is frozen, and in eval mode. The policy to start from is a copy of it:
+    `copy.deepcopy(reference.model).requires_grad_(True)`, left in eval mode, where there is no dropout. That is what
+    `python -m agents train` starts from. What comes out is in the folder `actor` of a run, and opens here like what
+    `python -m agents supervised` writes.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> LanguageModel:
+        """Load a frozen model with its tokenizer from a folder or hub name, as the setting `reference` does.
+
+        Loaded once per process: copy `model` before you train it. Raises ValueError for a name that holds none.
+        """
+        load_config(str(name))  # raises for what is no model, which a tokenizer would report in other words
+        tokenizer = load_tokenizer(str(name))
+        model = load_causal_lm(str(name), torch.device(device), dtype)
+        return cls(model, tokenizer, load_stop_token_ids(str(name), tokenizer))
 
     @property
     def vocabulary(self) -> int:
@@ -36,6 +65,26 @@ class LanguageModel:
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.model.device
+
+
+def shared(value: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Shared:
+    """Pass a live object to `gym.make` without the copies that Gymnasium makes: a reward, a mask, a list, a model.
+
+    tokenizer: of a Transformers model that is to be the reference, which ends its responses with the tokens of its
+    generation config, else of its config or of the tokenizer. A `LanguageModel` has its tokenizer already.
+
+        gym.make("TextGen-v0", reference=textenv.shared(model.eval(), tokenizer), reward=..., prompts=[...])
+    """
+    if tokenizer is None:
+        return Shared(value)
+    refuse_adapters("the model beside a tokenizer", value)
+    if not value.can_generate():
+        raise ValueError(
+            f"a {type(value).__name__} beside a tokenizer is no language model; give a causal one, or share a reward "
+            "model without a tokenizer."
+        )
+    ends = getattr(value.generation_config, "eos_token_id", None), value.config.get_text_config().eos_token_id
+    return Shared(LanguageModel(value, tokenizer, first_ids(*ends, tokenizer.eos_token_id)))
 
 
 def output_width(model: PreTrainedModel) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -41,11 +42,6 @@ class Shared:
 
     def __repr__(self) -> str:
         return f"shared({type(self.value).__name__})"
-
-
-def shared(value: Any) -> Shared:
-    """Pass a live model, reward, mask or list to `gym.make` without the copies that Gymnasium makes."""
-    return Shared(value)
 
 
 def unwrap(value: Any) -> Any:
@@ -142,13 +138,33 @@ def refuse_random(name: str, model: PreTrainedModel, missing: Collection[str]) -
 
 def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Load a frozen causal language model. Raises ValueError for a model that was trained as another kind."""
+    _refuse_other_kinds(name, load_config(name))
+    return load_frozen(AutoModelForCausalLM, name, device, dtype)
+
+
+def load_trainable_lm(name: str) -> PreTrainedModel:
+    """Load a causal language model to be trained: float32, in eval mode, with every dropout 0."""
     config = load_config(name)
+    _refuse_other_kinds(name, config)
+    switch_off_dropout(config)
+    model, report = load_weights(AutoModelForCausalLM, name, config, torch.float32)
+    refuse_random(name, model, report["missing_keys"])
+    return model.eval()
+
+
+def _refuse_other_kinds(name: str, config: transformers.PretrainedConfig) -> None:
+    """Raise ValueError for what is no causal language model. A classifier of tied embeddings would load as one."""
+    kinds = config.architectures or []
+    if kinds and all("Classification" in kind or "QuestionAnswering" in kind for kind in kinds):
+        raise ValueError(
+            f"{name!r} is a {' and '.join(kinds)}, such as a reward model, and writes no text; give a causal language "
+            "model, such as the one that it was trained from."
+        )
     if config.is_encoder_decoder:
         raise ValueError(
             f"{name!r} is an encoder-decoder model ({config.model_type}): its decoder alone is no language model. "
             "Give a decoder-only model, such as GPT-2 or Llama."
         )
-    return load_frozen(AutoModelForCausalLM, name, device, dtype)
 
 
 def load_classifier(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -191,6 +207,28 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"no tokenizer in {name!r}: {_reason(name, error)} Save one beside the model with "
             "tokenizer.save_pretrained."
+        ) from error
+
+
+def load_stop_token_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a model's responses: those of the generation config, the model config or the tokenizer."""
+    return first_ids(_generation_eos(name), load_config(name).get_text_config().eos_token_id, tokenizer.eos_token_id)
+
+
+def first_ids(*sources: Any) -> tuple[int, ...]:
+    """The token ids of the first source that is not None: an id or several."""
+    ids = next((source for source in sources if source is not None), ())
+    return tuple(ids) if isinstance(ids, Sequence) else (ids,)
+
+
+def _generation_eos(name: str) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(name).eos_token_id
+    except Exception as error:  # from a damaged file anything may come
+        if isinstance(error, OSError) and not os.path.isfile(os.path.join(name, "generation_config.json")):
+            return None  # the model has none
+        raise ValueError(
+            f"the generation_config.json of {name!r} cannot be read ({error}); repair it, or save it again."
         ) from error
 
 

@@ -114,12 +114,18 @@ def _head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     The head and what the model does to its output, where that is known; otherwise the model's own forward, of one
     token, in which these hidden states take the place of that token's.
     """
+    head = model.get_output_embeddings()
+    if not knows_head(model):
+        return lambda hidden: at_head(model, _one_token(model), lambda _: hidden[None])[0][0]
+    after: Any = _after[model]
+    return lambda hidden: after(head(hidden))  # type: ignore[misc]
+
+
+def knows_head(model: PreTrainedModel) -> bool:
+    """Whether a model's logits can be formed from hidden states without its forward. Found out once per model."""
     if model not in _after:
         _after[model] = _after_head(model)
-    head, after = model.get_output_embeddings(), _after[model]
-    if after is None:
-        return lambda hidden: at_head(model, _one_token(model), lambda _: hidden[None])[0][0]
-    return lambda hidden: after(head(hidden))  # type: ignore[misc]
+    return _after[model] is not None
 
 
 @torch.no_grad()

@@ -1,21 +1,23 @@
 """Sources of prompts: the forms of the argument `prompts`.
 
-`gym.make("TextGen-v0", prompts=...)` takes, and on the command line `--env-arg prompts=...` for the strings:
+`gym.make("TextGen-v0", prompts=...)` takes, and on the command line `--env.prompts ...` for the strings:
 
 | `prompts` | source |
 |---|---|
 | `"reviews"` | the prompts of the embedded task; so is `None`, where `reference` and `reward` are None too |
 | a list or tuple | its entries; `textenv.shared(entries)` passes it through `gym.make` without a copy |
-| `"path.jsonl"`, a `Path` | a UTF-8 file, a JSON object per line, the prompt in its field `prompt` |
+| `"path.jsonl"`, a `Path` | a UTF-8 file, a row, as a JSON object, per line |
 | `"module:function"`, a function | the list that it returns, called without arguments |
-| `datasets.Dataset` | its rows, the prompt in the column `prompt`; or one column of it |
+| `datasets.Dataset` | its rows, with columns as fields; or one column of it |
 
 An entry is one of:
 
 - a text: `"Review of the phone:"`;
 - a chat: `[{"role": "user", "content": "Hi"}, ...]`, for models with a chat template, with `chat=True`. Then a text
   becomes one message of the user, and the tokens end where the assistant is to speak;
-- a row: `{"prompt": a text or a chat, "answer": "4", ...}`. All rows must have the same fields.
+- a row: `{"prompt": a text or a chat, "answer": "4", ...}`. All rows must have the same fields. In a row without a
+  prompt, the field `messages` or `text` is the prompt: of `messages`, a whole chat, what follows the last message of
+  the user is dropped, since the policy is to write it.
 
 Further fields go to reward functions that have a parameter of that name, such as `answer`, or take `**fields`. The
 field `weight` is used by `prompt_sampling="weighted"`.
@@ -39,6 +41,7 @@ from textenv.prompts.tokenized import Prompt
 
 FORMS = 'texts, chats (lists of {"role", "content"}) or rows {"prompt": ..., further fields}'
 KINDS = "a list, a path that ends in .jsonl, 'module:function', or a datasets.Dataset with a column 'prompt'"
+NAMES = ("prompt", "messages", "text")  # of a row's prompt; the first that it has
 REMEDIES = {  # for other types of the library `datasets`, by type name
     "DatasetDict": "pick a split, such as prompts=table['train']",
     "IterableDataset": "make it a list, such as prompts=list(table.take(1000))",
@@ -66,6 +69,7 @@ def read_prompts(source: Any) -> PromptRows:
         raise ValueError("prompts are empty; give at least one.")
     rows = [_as_row(place, entry) for place, entry in zip(places, rows, strict=True)]
     _check_same_fields(places, rows)
+    rows = [_with_prompt(place, row) for place, row in zip(places, rows, strict=True)]
     fields = {name: tuple(row[name] for row in rows) for name in rows[0] if name != "prompt"}
     return PromptRows(tuple(row["prompt"] for row in rows), fields, tuple(places) if _is_jsonl(source) else ())
 
@@ -108,9 +112,10 @@ def _number(source: Iterable[Any]) -> tuple[list[str], list[Any]]:
 
 
 def _as_row(place: str, entry: Any) -> dict[str, Any]:
+    """The fields of an entry, with its prompt under the name that it has."""
     row = dict(entry) if isinstance(entry, Mapping) else {"prompt": entry}
-    prompt = row.get("prompt")
-    if not isinstance(prompt, str) and not _is_chat(prompt):
+    prompt = row.get(_name_of_prompt(row))
+    if not isinstance(prompt, str) and not is_chat(prompt):
         raise ValueError(f"prompts must be {FORMS}; {place} has type {type(entry).__name__}: {str(entry)[:80]!r}.")
     for name in row:
         if not isinstance(name, str):
@@ -118,7 +123,29 @@ def _as_row(place: str, entry: Any) -> dict[str, Any]:
     return row
 
 
-def _is_chat(prompt: Any) -> bool:
+def _name_of_prompt(row: Mapping[Any, Any]) -> str:
+    return next((name for name in NAMES if name in row), NAMES[0])
+
+
+def _with_prompt(place: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its prompt in the field `prompt`."""
+    name = _name_of_prompt(row)
+    prompt = _asked(place, row[name]) if name == "messages" else row[name]
+    return {"prompt": prompt} | {field: value for field, value in row.items() if field != name}
+
+
+def _asked(place: str, messages: str | Sequence[Mapping[str, str]]) -> Prompt:
+    """A chat up to its last message of the user."""
+    if isinstance(messages, str):
+        raise ValueError(f"messages must be a list of messages, got a text at {place}; name the field prompt.")
+    last = max((at for at, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        raise ValueError(f"messages must have one of the user, for the policy to answer; {place} has none.")
+    return list(messages)[: last + 1]
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether it is a list of messages with the texts `role` and `content`, at least one."""
     return isinstance(prompt, list | tuple) and bool(prompt) and all(_is_message(message) for message in prompt)
 
 
@@ -154,7 +181,7 @@ def _read_jsonl(path: Path) -> tuple[list[str], list[Any]]:
         raise ValueError(f'no prompts file at {str(path)!r}; give a .jsonl file with {{"prompt": ...}} on each line.')
     lines = read_json_lines(path, '{"prompt": "2+2=", "answer": "4"}')
     for place, row in lines:
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(prompt, str) and not _is_chat(prompt):
-            raise ValueError(f'{place}: no text in the field "prompt", got {str(row)[:80]!r}.')
+        prompt = row.get(_name_of_prompt(row)) if isinstance(row, dict) else None
+        if not isinstance(prompt, str) and not is_chat(prompt):
+            raise ValueError(f'{place}: no text in the field "prompt", "messages" or "text", got {str(row)[:80]!r}.')
     return [place for place, _ in lines], [row for _, row in lines]

@@ -19,13 +19,16 @@ from textenv.models.encoding import encode, encode_pairs
 from textenv.reviews.card import RECORD, measure
 from textenv.reviews.grammar.writer import sample_review
 from textenv.reviews.measure import as_pairs, compare
-from textenv.reviews.muon import muon_for
 from textenv.reviews.prompts import held_out_prompts, train_prompts
 from textenv.reviews.sampling import MAX_NEW_TOKENS, sample_responses
 from textenv.reviews.tokenizer import END, MAX_LENGTH, PAD, train_tokenizer
 from textenv.settings import check_types
 from textenv.training.reward_model import RewardConfig, fit, load_base
 from textenv.training.supervised import SupervisedConfig, fine_tune
+
+DEFAULT_SUPERVISED = SupervisedConfig(
+    learning_rate=1e-2, batch_size=32, optimizer="muon", loss_on="all", max_length=MAX_LENGTH
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +41,7 @@ class BuildConfig:
     reviews_per_prompt: int = 96  # corpus reviews per training prompt
     pairs_per_prompt: int = 8  # preference pairs per training prompt, sampled at temperature 1 for variety
     noise: float = 0.5  # the odds of a choice against the gold scores are exp(-difference / noise)
-    muon_learning_rate: float = (
-        0.02  # of the supervised model's matrices; its other weights use supervised.learning_rate
-    )
-    supervised: SupervisedConfig = field(
-        default_factory=lambda: SupervisedConfig(learning_rate=1e-2, batch_size=32, max_length=MAX_LENGTH)
-    )  # stage 1
+    supervised: SupervisedConfig = field(default_factory=lambda: DEFAULT_SUPERVISED)  # stage 1
     reward: RewardConfig = field(
         default_factory=lambda: RewardConfig(learning_rate=1e-3, epochs=2, batch_size=32, max_length=MAX_LENGTH)
     )  # stage 2
@@ -53,6 +51,8 @@ class BuildConfig:
         for name in ("threads", "reviews_per_prompt", "pairs_per_prompt", "noise"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.reward.heads > 1 or self.reward.models > 1:
+            raise ValueError("the embedded task has one reward model with one head; leave reward.heads and .models 1.")
 
 
 Corpus = list[tuple[str, str]]  # prompt, review
@@ -76,8 +76,7 @@ def train_supervised(config: BuildConfig) -> tuple[GPT2LMHeadModel, PreTrainedTo
     tokenizer = train_tokenizer(f"{prompt} {review}" for prompt, review in corpus)
     check_budgets(tokenizer, corpus)
     model = new_model(tokenizer)
-    optimizer = muon_for(model, config.muon_learning_rate, config.supervised.learning_rate)
-    loss = fine_tune(model, tokenizer, corpus, config.supervised, optimizer)
+    loss = fine_tune(model, tokenizer, corpus, config.supervised)
     _save(model, tokenizer, config.output / "supervised")
     minutes = (time.perf_counter() - started) / 60
     return model, tokenizer, {"supervised_loss": loss, "reviews": len(corpus), "supervised_minutes": minutes}

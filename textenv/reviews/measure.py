@@ -14,7 +14,7 @@ from textenv.models.encoding import encode
 from textenv.reviews.gold import gold
 from textenv.reviews.grammar.parser import parses
 from textenv.reviews.sampling import Sample
-from textenv.training.reward_model import Pairs
+from textenv.training.preferences import Pair, Pairs
 
 SURE = 0.9  # a choice that the noisy rater makes with at least this probability is called sure
 
@@ -48,7 +48,10 @@ def as_pairs(tokenizer: PreTrainedTokenizerBase, comparisons: Sequence[Compariso
     """Comparisons as token pairs. The tokens are those sampled, so a response cut by the budget has no end token."""
     prompts = encode(tokenizer, [c.chosen.prompt for c in comparisons])
     return Pairs(
-        [([*ids, *c.chosen.tokens], [*ids, *c.rejected.tokens]) for ids, c in zip(prompts, comparisons, strict=True)]
+        [
+            Pair([*ids, *c.chosen.tokens], [*ids, *c.rejected.tokens])
+            for ids, c in zip(prompts, comparisons, strict=True)
+        ]
     )
 
 

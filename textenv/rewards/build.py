@@ -1,10 +1,12 @@
 """Build the reward from the `reward` setting: names, functions, models, objects, and weighted sums.
 
-`gym.make("TextGen-v0", reward=...)` and `python -m agents train --env-arg reward=...` accept:
+`gym.make("TextGen-v0", reward=...)` and `python -m agents train --env.reward ...` accept:
 
 - "reviews": the reward model of the embedded task; None, where reference and prompts are None too.
 - A folder or hub name: a sequence-classification model, with the policy's tokenizer or another one. With several
   labels, `reward_label` names the label whose log-odds are the score.
+- An ensemble: a folder of such folders, member-0, member-1, ... (links will do), or a model with K heads, both as
+  `python -m agents reward-model` writes them. `reward_ensemble` says how the members become one score.
 - `"module:function"`: a Python function of prompts and responses, for instance `my_rewards:helpful`. functions.py lists
   the forms, library.py has ready-made functions.
 - `"evaluate:METRIC:KEY"`: a metric of Hugging Face's `evaluate` (metrics.py).
@@ -21,8 +23,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +46,7 @@ from textenv.rewards.base import Reward, WeightedSum
 from textenv.rewards.functions import FunctionReward
 from textenv.rewards.metrics import METRIC_PREFIX, metric_function
 from textenv.rewards.per_token import PerToken, TokenFunctionReward
-from textenv.rewards.reward_model import RewardModel
+from textenv.rewards.reward_model import RewardEnsemble, RewardModel, has_heads, member_name, reward_models
 
 
 @dataclass(frozen=True)
@@ -62,19 +66,19 @@ def build_reward(reward: Any, context: RewardContext) -> Reward:
     if isinstance(reward, Mapping):
         return _build_sum(reward, context)
     if isinstance(reward, str) and reward in context.embedded:
-        return _load_reward_model(context.embedded[reward], context, reward)
+        return _load_reward(context.embedded[reward], context, reward)
     if isinstance(reward, str) and os.path.isdir(reward):  # a folder's name may have a colon
-        return _load_reward_model(reward, context, reward)
+        return _load_reward(reward, context, reward)
     if isinstance(reward, str) and reward.startswith(METRIC_PREFIX):
         return function_reward(metric_function(reward), reward, context)
     if isinstance(reward, str) and ":" in reward:
         return function_reward(load_function(reward), reward, context)
     if isinstance(reward, str):
-        return _load_reward_model(reward, context, reward)
+        return _load_reward(reward, context, reward)
     if isinstance(reward, PreTrainedModel):
-        reward = RewardModel(reward, label=context.config.reward_label)
-    if isinstance(reward, RewardModel):
-        _check_model(reward, context)
+        reward = _with_heads(reward, None, context, "reward_model")
+    for model in reward_models(reward) if isinstance(reward, RewardModel | RewardEnsemble) else ():
+        _check_model(model, context)
     if isinstance(reward, Reward):
         return reward
     if callable(reward):
@@ -111,6 +115,7 @@ class BuiltParts:
     """What building a reward has read of the settings, and how it pays."""
 
     with_label: bool  # `reward_label` has chosen the score of a classifier
+    with_ensemble: bool  # `reward_ensemble` has combined the scores of members
     with_timeout: bool  # `reward_timeout` limits a function
     with_dtype: bool  # a model was loaded in `dtype`
     pays_only_tokens: bool  # nothing is paid for the whole response
@@ -124,9 +129,10 @@ def built_parts(setting: Any, reward: Reward) -> BuiltParts:
     built = [member for name, member in zip(names, members, strict=True) if not isinstance(name, Reward)]
     loaded = [member for name, member in zip(names, members, strict=True) if isinstance(name, str)]
     return BuiltParts(
-        with_label=any(isinstance(member, RewardModel) and member.label is not None for member in built),
+        with_label=any(map(_reads_label, built)),
+        with_ensemble=any(isinstance(member, RewardEnsemble) for member in built),
         with_timeout=any(isinstance(member, FunctionReward | TokenFunctionReward) for member in built),
-        with_dtype=any(isinstance(member, RewardModel) for member in loaded),
+        with_dtype=any(isinstance(member, RewardModel | RewardEnsemble) for member in loaded),
         pays_only_tokens=all(isinstance(member, TokenFunctionReward) for member in members),
     )
 
@@ -137,7 +143,13 @@ def _build_sum(weights: Mapping[Any, Any], context: RewardContext) -> WeightedSu
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"the weight of reward {name!r} must be a finite number, got {weight!r}.")
-    return WeightedSum([(weight, build_reward(name, context)) for name, weight in weights.items()])
+    members = [(weight, build_reward(name, context)) for name, weight in weights.items()]
+    if len(ensembles := [member.name for _, member in members if isinstance(member, RewardEnsemble)]) > 1:
+        raise ValueError(
+            f"a sum takes one ensemble, since parts of the score have one disagreement, got {' and '.join(ensembles)}; "
+            "give one of them as a function."
+        )
+    return WeightedSum(members)
 
 
 def _check_model(reward: RewardModel, context: RewardContext) -> None:
@@ -160,16 +172,62 @@ def _check_model(reward: RewardModel, context: RewardContext) -> None:
     reward.check(context.config.width)
 
 
-def _load_reward_model(folder: str, context: RewardContext, name: str) -> RewardModel:
+def _reads_label(reward: Reward) -> bool:
+    """Whether `reward_label` chose a score; that of an ensemble's heads is all of them."""
+    if isinstance(reward, RewardEnsemble):
+        return any(model.label is not None and not has_heads(model.model) for model in reward.models)
+    return isinstance(reward, RewardModel) and reward.label is not None
+
+
+def _load_reward(folder: str, context: RewardContext, name: str) -> RewardModel | RewardEnsemble:
+    """The reward model of a folder or hub name, or the ensemble of the models in its folders member-0, member-1, ..."""
+    names = [] if os.path.isfile(Path(folder, "config.json")) else member_folders(folder)
+    if not names:
+        return _load_reward_model(folder, context, name)
+    members = [_load_reward_model(member, context, f"{name}/{Path(member).name}") for member in names]
+    if nested := [member.name for member in members if isinstance(member, RewardEnsemble)]:
+        raise ValueError(f"reward {name!r}: its member {nested[0]!r} has heads, an ensemble in itself; give one label.")
+    return RewardEnsemble(members, combine=context.config.reward_ensemble, name=name)  # type: ignore[arg-type]
+
+
+def member_folders(folder: str) -> list[str]:
+    """The folders member-0, member-1, ... in a folder, in order; none if it is no ensemble.
+
+    Raises ValueError if a number is missing, and while the ensemble is being trained.
+    """
+    if os.path.isfile(Path(folder, "training", "started_with.json")):  # see `textenv.training.loop`
+        raise ValueError(f"the training of the reward models in {folder!r} has not ended; go on with it by --resume.")
+    inside = os.listdir(folder) if os.path.isdir(folder) else []
+    numbers = sorted(int(name[7:]) for name in inside if re.fullmatch(r"member-(0|[1-9]\d*)", name))
+    if numbers and (numbers != list(range(len(numbers))) or len(numbers) < 2):
+        raise ValueError(
+            f"{folder!r} holds the members {numbers} of an ensemble; give two or more, numbered from 0 without gaps."
+        )
+    return [os.path.join(folder, member_name(number)) for number in numbers]
+
+
+def _load_reward_model(folder: str, context: RewardContext, name: str) -> RewardModel | RewardEnsemble:
     config = context.config
     model = load_classifier(folder, context.device, DTYPES[config.dtype])
     tokenizer = load_tokenizer(folder)
     # Models of one family may pad the same vocabulary to different widths. Every id of the policy must be an id here.
     fits = model.config.get_text_config().vocab_size >= context.vocabulary
     same = fits and tokenizer.get_vocab() == context.tokenizer.get_vocab()
-    reward = RewardModel(model, tokenizer=None if same else tokenizer, label=config.reward_label, name=name)
-    _check_model(reward, context)
+    reward = _with_heads(model, None if same else tokenizer, context, name)
+    for each in reward_models(reward):
+        _check_model(each, context)
     return reward
+
+
+def _with_heads(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, context: RewardContext, name: str
+) -> RewardModel | RewardEnsemble:
+    """A model as a reward: with K heads as an ensemble, unless `reward_label` names one of them."""
+    label = context.config.reward_label
+    if label is not None or not has_heads(model):
+        return RewardModel(model, tokenizer=tokenizer, label=label, name=name)
+    heads = RewardModel(model, tokenizer=tokenizer, label=member_name(0), name=name)  # all of them are read
+    return RewardEnsemble([heads], combine=context.config.reward_ensemble, name=name)
 
 
 def _name_of(function: Any) -> str:

@@ -12,9 +12,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
+
+import torch
 
 # Folders of code that is on the stack between the caller and the user's function.
 INTERNAL = (Path(__file__).parents[1], Path(asyncio.__file__).parent)
@@ -51,8 +54,11 @@ def call_each(
     waiting, events, abandoned = SimpleQueue[int](), SimpleQueue[Event](), threading.Event()
     for index in range(count):
         waiting.put(index)
+    # CUDA's present device belongs to a thread: new ones would use the first, whichever is this process's own.
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     for _ in range(min(workers, count)):
-        threading.Thread(target=_work, args=(function, waiting, events, abandoned), daemon=True).start()
+        work = partial(_work, function, waiting, events, abandoned)
+        threading.Thread(target=_on_device, args=(device, work), daemon=True).start()
     try:
         return _gather(events, count, timeout)
     finally:
@@ -71,6 +77,12 @@ def _call_here(function: Callable[[int], Any], index: int) -> Any:
         return call_each(lambda _: value, 1, timeout=threading.TIMEOUT_MAX)[0]
     except CallFailed as failed:
         raise CallFailed(index, failed.error) from failed.error
+
+
+def _on_device(device: int | None, work: Callable[[], None]) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)
+    work()
 
 
 def _work(

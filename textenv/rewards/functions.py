@@ -10,6 +10,8 @@ Name a function as `reward="module:function"`, or pass it to `gym.make` directly
 - `@textenv.per_token`: `f(prompts: list[str], tokens: list[list[str]]) -> list[list[float]]`, one reward per token
   (per_token.py).
 
+`@textenv.ray_actors(count=4)` runs a plain function, or a class of them, in processes of its own (ray_pool.py).
+
 All forms may be `async`. All but `per_batch` (which has `batch.fields`) may take further parameters, which receive the
 prompts' fields of the same name, such as `answer`: B values, or one value in the per-response form.
 
@@ -166,6 +168,7 @@ def find_fields(function: Callable[..., Any], name: str) -> PromptFields:
         parameters = list(inspect.signature(undecorated).parameters.values())
     except (TypeError, ValueError):  # some built-ins have no signature
         return PromptFields((), (), False)
+    _refuse_completions(function, name, [parameter.name for parameter in parameters])
     kinds = [parameter.kind for parameter in parameters]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < 2 and inspect.Parameter.VAR_POSITIONAL not in kinds:
@@ -180,6 +183,20 @@ def find_fields(function: Callable[..., Any], name: str) -> PromptFields:
         optional=tuple(p.name for p in fields if p.default is not p.empty),
         all_fields=inspect.Parameter.VAR_KEYWORD in kinds,
         arguments=tuple(p.name for p in positional[:2] if p.kind is p.POSITIONAL_OR_KEYWORD),
+    )
+
+
+def _refuse_completions(function: Callable[..., Any], name: str, parameters: list[str]) -> None:
+    """Raise ValueError for a function with TRL's signature, whose arguments are passed by name."""
+    if "completions" not in parameters:
+        return
+    rest = [one for one in parameters if one not in ("prompts", "completions", "completion_ids", "trainer_state")]
+    variables = [f"**{one}" if one == parameters[-1] and one == "kwargs" else one for one in rest]
+    raise ValueError(
+        f"reward {name!r} has TRL's signature, ({', '.join(parameters)}); here a reward is called with texts, by "
+        f"position. Rename completions to responses and begin with prompts: def "
+        f"{getattr(function, '__name__', 'reward')}({', '.join(['prompts', 'responses', *variables])}), where each of "
+        "responses is a text, also of a chat."
     )
 
 

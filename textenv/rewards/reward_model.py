@@ -1,19 +1,24 @@
-"""Sequence-classification models as reward models: one score for the prompt and the whole response."""
+"""Sequence-classification models as reward models, alone or as an ensemble: one score for a prompt and its response."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textenv.config import MEAN, MIN, check_combine
 from textenv.models.comparison import bound, largest_difference, sample_texts
 from textenv.models.encoding import added_tokens, check_ids, encode, end_with
 from textenv.models.language_model import find_backbone, hidden_states, position_limit
 from textenv.models.probe import Refusal
-from textenv.rewards.base import ResponseBatch, Scores
+from textenv.rewards.base import ResponseBatch, Reward, Scores, WeightedSum
 from textenv.state import in_batches, left_aligned
 
 REMEDY = "Use a reward model of another architecture, or a function as the reward."
+DISAGREEMENT = "disagreement"  # the part of an ensemble's scores that holds the std over its members
 
 
 class RewardModel:
@@ -36,16 +41,20 @@ class RewardModel:
         self.part_names = (name,)
         self.label = _label_index(model, label)
 
-    @torch.no_grad()
     def __call__(self, batch: ResponseBatch) -> Scores:
         """Scores of B finished responses."""
+        scores = log_odds(self.outputs(batch), self.label, self.model.config.problem_type)
+        return Scores(scores, {self.name: scores})
+
+    @torch.no_grad()
+    def outputs(self, batch: ResponseBatch) -> Tensor:
+        """All outputs of the model for B finished responses, float32 [B, labels]."""
         if self.tokenizer is None and reads_every_position(self.model):
             ids, mask = batch.state.input_ids, batch.state.attention_mask
         else:
             ids, mask = self._encode(batch)
         outputs = in_batches(lambda rows: self._outputs(ids[rows], mask[rows]), mask.sum(1), batch.tokens_per_pass)
-        scores = log_odds(outputs.float(), self.label, self.model.config.problem_type)
-        return Scores(scores, {self.name: scores})
+        return outputs.float()
 
     def _outputs(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if reads_every_position(self.model):
@@ -110,6 +119,77 @@ class RewardModel:
         return input_ids.to(self.model.device), mask.to(self.model.device)
 
 
+class RewardEnsemble:
+    """K frozen reward models as one reward, or one model with K heads (`has_heads`).
+
+    The score is the members' mean, their least score, or mean − κ · std; std is over the K members, without a
+    correction. A policy that exploits an error of one member gains less from the last two (Coste et al. 2024, "Reward
+    Model Ensembles Help Mitigate Overoptimization"). Errors that all members share stay, and members that share a body
+    share many (Eisenstein et al. 2023, "Helping or Herding?"). The std is reported as the part "disagreement".
+    """
+
+    def __init__(
+        self, models: Sequence[RewardModel], *, combine: float | str = MEAN, name: str = "reward_ensemble"
+    ) -> None:
+        """combine: "mean", "min", or κ. Raises ValueError for fewer than two members."""
+        check_combine(combine, "combine")
+        self.models, self.combine, self.name = tuple(models), combine, name
+        members = sum(
+            len(reward.model.config.id2label or {}) if has_heads(reward.model) else 1 for reward in self.models
+        )
+        if members < 2:
+            raise ValueError(f"an ensemble needs two members or more, got {members}; give the reward model itself.")
+        if name == DISAGREEMENT:
+            raise ValueError(f"a reward is named {name!r}, which is the key of its std; give it another name.")
+        self.part_names = (name, DISAGREEMENT)
+
+    def __call__(self, batch: ResponseBatch) -> Scores:
+        """Scores of B finished responses."""
+        members = self.member_scores(batch)
+        scores = combined(members, self.combine)
+        return Scores(scores, {self.name: scores, DISAGREEMENT: members.std(1, correction=0)})
+
+    def member_scores(self, batch: ResponseBatch) -> Tensor:
+        """The score of each member for B finished responses, float32 [B, K]."""
+        return torch.cat([_member_scores(reward, batch) for reward in self.models], 1)
+
+
+def _member_scores(reward: RewardModel, batch: ResponseBatch) -> Tensor:
+    """The scores of all heads of a model with heads, otherwise its score. [B, heads]."""
+    outputs, config = reward.outputs(batch), reward.model.config
+    return outputs if has_heads(reward.model) else log_odds(outputs, reward.label, config.problem_type)[:, None]
+
+
+def combined(members: Tensor, combine: float | str) -> Tensor:
+    """One score from those of K members: their mean, their least, or mean − κ · std. members: [B, K]; returns [B]."""
+    if combine == MIN:
+        return members.amin(1)
+    mean = members.mean(1)
+    return mean if isinstance(combine, str) else mean - combine * members.std(1, correction=0)
+
+
+def member_name(index: int) -> str:
+    """The name of a member: of a head's label, or of a model's folder."""
+    return f"member-{index}"
+
+
+def has_heads(model: PreTrainedModel) -> bool:
+    """Whether a classifier's outputs are K scores of an ensemble, by its labels: member-0, ..., member-(K - 1)."""
+    labels: dict[Any, str] = dict(model.config.id2label or {})
+    return len(labels) > 1 and labels == {index: member_name(index) for index in range(len(labels))}
+
+
+def reward_models(reward: Reward) -> Iterator[RewardModel]:
+    """The models among the members of a reward."""
+    if isinstance(reward, WeightedSum):
+        for _, member in reward.members:
+            yield from reward_models(member)
+    if isinstance(reward, RewardEnsemble):
+        yield from reward.models
+    if isinstance(reward, RewardModel):
+        yield reward
+
+
 def reads_every_position(model: PreTrainedModel) -> bool:
     """Whether the model is a decoder with a linear head `score` on its hidden states, as GPT-2 and Llama have."""
     return isinstance(getattr(model, "score", None), nn.Linear)
@@ -141,6 +221,30 @@ def log_odds(outputs: Tensor, label: int | None, problem_type: str | None = None
         return outputs[:, label]
     others = torch.cat([outputs[:, :label], outputs[:, label + 1 :]], 1)
     return outputs[:, label] - others.logsumexp(1)
+
+
+def linear_head(reward: RewardModel | RewardEnsemble) -> nn.Linear:
+    """The score of a decoder as a linear head on its last hidden state, with a bias; of an ensemble, the first model's.
+
+    With two labels the log-odds of one are a difference of outputs, which is linear. With more they are not; the
+    closest linear head is the label's output minus the mean of the others. A label that was trained by itself
+    (`problem_type`) is its own output. An ensemble's K heads give their mean, whatever `combine` is.
+    """
+    model = reward.models[0] if isinstance(reward, RewardEnsemble) else reward
+    score: Any = model.model.score
+    outputs, label = score.out_features, model.label
+    if isinstance(reward, RewardEnsemble) and has_heads(model.model):
+        mix = torch.full((1, outputs), 1.0 / outputs)
+    else:
+        alone = label is None or model.model.config.problem_type in ("multi_label_classification", "regression")
+        mix = torch.zeros(1, outputs) if alone else torch.full((1, outputs), -1.0 / (outputs - 1))
+        mix[0, label or 0] = 1.0
+    mix = mix.to(score.weight)
+    head = nn.Linear(score.in_features, 1, device=score.weight.device)
+    with torch.no_grad():
+        head.weight.copy_(mix @ score.weight)
+        head.bias.zero_() if score.bias is None else head.bias.copy_(mix[0] @ score.bias)
+    return head
 
 
 def _label_index(model: PreTrainedModel, label: str | None) -> int | None:

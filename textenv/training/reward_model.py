@@ -1,20 +1,24 @@
-"""Stage 2 of RLHF: a reward model from preference pairs or from labeled texts.
+"""Stage 2 of RLHF: a reward model from preference pairs or from labeled texts, or an ensemble of them.
 
-Owns the JSONL format, the two losses and the command. The loop is Transformers' Trainer, and the result is a standard
-sequence-classification folder. Scores are taken at the last real token according to the mask, so the pad token may
-equal the end token.
+Owns the losses and the command. The loop is Transformers' Trainer (loop.py), and the result a standard
+sequence-classification folder; of an ensemble of K models, K such folders in one. Scores are taken at the last real
+token according to the mask, so the pad token may equal the end token.
+
+Members of an ensemble agree by how much they share. Models have the same base and data, and differ in the seed of the
+head and the order of the rows (Coste et al. 2024, "Reward Model Ensembles Help Mitigate Overoptimization"). Heads share
+the body too, and a linear head has one best value on it; so each is trained on a bootstrap sample of its own, and even
+then they disagree little and share most errors. Members with bases of their own differ most (Eisenstein et al. 2023,
+"Helping or Herding? Reward Model Ensembles Mitigate but do not Eliminate Reward Hacking").
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import tempfile
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,25 +29,44 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
 )
 
-from textenv.json_lines import read_json_lines
-from textenv.models.encoding import check_ids, encode, encode_pairs, end_with
+from textenv.models.language_model import position_limit
 from textenv.models.loading import (
     load_config,
+    load_model,
+    load_stop_token_ids,
     load_tokenizer,
     load_weights,
+    quietly,
     refuse_random,
     switch_off_dropout,
     without_report,
 )
-from textenv.rewards.reward_model import last_token_scores
-from textenv.settings import check_new_folder, check_types
-from textenv.training.supervised import STOCK_ARGUMENTS, check_training, pad_right
+from textenv.rewards.reward_model import last_token_scores, member_name
+from textenv.settings import check_types
+from textenv.training.calibration import calibrate
+from textenv.training.card import RECORD
+from textenv.training.data import Row, read_rows
+from textenv.training.loop import (
+    LOOP,
+    Job,
+    LoopConfig,
+    Measure,
+    Trained,
+    check_training,
+    pad_right,
+    prompt_key,
+    split_rows,
+    started_with,
+    tell_how_to_go_on,
+    train,
+    training_arguments,
+)
+from textenv.training.preferences import Examples, Pairs, Tokens, encode_rows
+from textenv.training.reward_card import RewardReport, report_of, write_results
 
-Tokens = Sequence[int]
-Row = dict[str, Any]  # a line of the JSONL
+MEASURED = 512  # held-out rows at most that are read for the curve; the numbers at the end are of all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +76,14 @@ class RewardConfig:
     learning_rate: float = 1e-4  # peak, after a short warm-up; then cosine decay to zero
     epochs: float = 2.0  # passes over the training rows
     batch_size: int = 32  # rows (pairs or labeled texts) per optimizer step
+    gradient_accumulation: int = 1  # forwards per optimizer step, to save memory; divides batch_size
     weight_decay: float = 0.01  # decoupled, as in AdamW
     seed: int = 0  # of the new head, the order of rows and the choice of held-out rows
     max_length: int = 512  # tokens per sequence, at most the model's positions; longer sequences lose their start
     held_out: float = 0.1  # share of the rows held out for the reported accuracy, by whole prompts
     centering: float = 0.01  # weight of the mean squared score of pairs, which fixes their otherwise arbitrary offset
+    heads: int = 1  # K > 1: an ensemble of heads on one body, each trained on a bootstrap sample of its own
+    models: int = 1  # K > 1: an ensemble of models, trained one after another with seeds seed, seed + 1, ...
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -66,55 +92,20 @@ class RewardConfig:
             raise ValueError(f"held_out must lie in (0, 1), a share of the rows, got {self.held_out}.")
         if self.centering < 0:
             raise ValueError(f"centering must not be negative, got {self.centering}.")
+        if self.heads < 1 or self.models < 1 or (self.heads > 1 and self.models > 1):
+            raise ValueError(
+                f"heads and models must be 1 or more, and one of them 1, got {self.heads} and {self.models}: an "
+                "ensemble is of models, or of the heads of one."
+            )
+        if self.seed + self.models > 2**32:
+            raise ValueError(f"seed + models must be at most 2^32, got {self.seed} + {self.models}; lower seed.")
 
 
 DEFAULT = RewardConfig()
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Tokenized preferences: in each row, the first sequence is preferred to the second."""
-
-    rows: list[tuple[Tokens, Tokens]]
-
-    def sequences(self) -> list[Tokens]:
-        """The B chosen sequences, then the B rejected ones."""
-        return [chosen for chosen, _ in self.rows] + [rejected for _, rejected in self.rows]
-
-    def targets(self) -> Tensor:
-        """Targets of the logits, all 1. Returns [B]."""
-        return torch.ones(len(self.rows))
-
-    def logits(self, scores: Tensor) -> Tensor:
-        """Log-odds of the preferences under Bradley-Terry. scores: [2B], chosen first. Returns [B]."""
-        chosen, rejected = scores.chunk(2)
-        return chosen - rejected
-
-
-@dataclass(frozen=True)
-class Labeled:
-    """Tokenized texts with label 0 (bad) or 1 (good)."""
-
-    rows: list[tuple[Tokens, int]]
-
-    def sequences(self) -> list[Tokens]:
-        """The B tokenized texts."""
-        return [tokens for tokens, _ in self.rows]
-
-    def targets(self) -> Tensor:
-        """Targets of the logits, 0 or 1. Returns [B]."""
-        return torch.tensor([float(label) for _, label in self.rows])
-
-    def logits(self, scores: Tensor) -> Tensor:
-        """Log-odds of label 1. scores: [B]. Returns [B]."""
-        return scores
-
-
-Examples = Pairs | Labeled
-
-
-def load_base(base: str | Path, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal or classification model from a folder or hub name, with a scalar head, and its tokenizer."""
+def load_base(base: str | Path, seed: int, heads: int = 1) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal or classification model from a folder or hub name, with new scalar heads, and its tokenizer."""
     base = str(base)
     config = load_config(base)
     tokenizer = load_tokenizer(base)
@@ -122,10 +113,12 @@ def load_base(base: str | Path, seed: int) -> tuple[PreTrainedModel, PreTrainedT
         raise ValueError(f"the tokenizer of {base} has no end token; set eos_token and save it again.")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= config.get_text_config().vocab_size:
         tokenizer.pad_token = tokenizer.eos_token  # masks tell padding, so any token that the model has will do
-    config.id2label, config.label2id = {0: "score"}, {"score": 0}  # one label
+    labels = ["score"] if heads == 1 else [member_name(index) for index in range(heads)]
+    config.id2label, config.label2id = dict(enumerate(labels)), {label: index for index, label in enumerate(labels)}
+    config.problem_type = "regression" if heads > 1 else config.problem_type  # each output is a score as it is
     config.pad_token_id = tokenizer.pad_token_id
     switch_off_dropout(config)
-    torch.manual_seed(seed)  # loading initializes the new head
+    torch.manual_seed(seed)  # loading initializes the new heads
     with without_report():
         model, report = load_weights(
             AutoModelForSequenceClassification, base, config, torch.float32, ignore_mismatched_sizes=True
@@ -140,78 +133,6 @@ def load_base(base: str | Path, seed: int) -> tuple[PreTrainedModel, PreTrainedT
     return model, tokenizer
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Read a JSONL of {prompt?, chosen, rejected} or of {prompt?, text, label}; all rows must be of one kind."""
-    path, rows = Path(path), []
-    if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
-        raise ValueError(f"no training data at {str(path)!r}; give a .jsonl file of lines such as {_EXAMPLE}.")
-    for place, row in read_json_lines(path, _EXAMPLE):
-        rows.append(_checked_row(row, place))
-        if _kind(rows[-1]) != _kind(rows[0]):
-            raise ValueError(f"{place}: the file mixes rows of pairs and rows with labels. Split the file.")
-    if not rows:
-        raise ValueError(f"{path} has no rows. Write one JSON object per line, such as {_EXAMPLE}.")
-    return rows
-
-
-_FIELDS = {"pairs": ("chosen", "rejected"), "labeled": ("text", "label")}
-_EXAMPLE = '{"prompt": "...", "chosen": "...", "rejected": "..."} or {"text": "...", "label": 1}'
-
-
-def _kind(row: Mapping[str, Any]) -> str | None:
-    return next((kind for kind, fields in _FIELDS.items() if all(name in row for name in fields)), None)
-
-
-def _checked_row(row: Any, where: str) -> Row:
-    kind = _kind(row) if isinstance(row, dict) else None
-    if kind is None:
-        got = f"fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where}: needs chosen and rejected, or text and label; got {got}. Write {_EXAMPLE}.")
-    for name in {"prompt", "chosen", "rejected", "text"} & row.keys():
-        if not isinstance(row[name], str):
-            raise ValueError(f"{where}: {name} must be a string, got {row[name]!r}. Put it in quotes.")
-    if kind == "labeled" and (isinstance(row["label"], bool) or row["label"] not in (0, 1)):
-        raise ValueError(f"{where}: label must be 0 or 1, got {row['label']!r}. Map your labels to 0 (bad), 1 (good).")
-    return row
-
-
-def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, vocabulary: int) -> Examples:
-    """Tokenize rows: prompt, space and text, end token; at most the last `max_length` tokens.
-
-    Raises ValueError for a token that a model of `vocabulary` ids has no row for.
-    """
-    names = [name for name in _FIELDS[_kind(rows[0]) or ""] if name != "label"]
-    columns = [
-        [end_with(tokenizer, ids)[-max_length:] for ids in _encode_column(tokenizer, rows, name)] for name in names
-    ]
-    for name, column in zip(names, columns, strict=True):
-        check_ids(tokenizer, column, vocabulary, lambda i, name=name: f"the {name} text {rows[i][name][:60]!r}")
-    if len(columns) == 2:
-        return Pairs(list(zip(*columns, strict=True)))
-    return Labeled([(ids, int(row["label"])) for ids, row in zip(columns[0], rows, strict=True)])
-
-
-def _encode_column(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], name: str) -> list[list[int]]:
-    """The tokens of one text of each row, after its prompt if it has one."""
-    column = encode(tokenizer, [row[name] for row in rows])
-    with_prompt = [index for index, row in enumerate(rows) if "prompt" in row]
-    pairs = encode_pairs(tokenizer, [(rows[index]["prompt"], rows[index][name]) for index in with_prompt])
-    for index, (prompt_ids, response_ids) in zip(with_prompt, pairs, strict=True):
-        column[index] = [*prompt_ids, *response_ids]
-    return column
-
-
-def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split into training rows and held-out rows. Rows with the same prompt stay together, so no prompt leaks."""
-    keys = [row.get("prompt") or json.dumps(row, sort_keys=True) for row in rows]
-    distinct = sorted(set(keys))
-    held_out = set(random.Random(seed).sample(distinct, max(1, round(share * len(distinct)))))
-    if len(held_out) == len(distinct):
-        raise ValueError(f"{len(rows)} rows of {len(distinct)} prompts leave no training rows. Give more rows.")
-    paired = list(zip(keys, rows, strict=True))
-    return [row for key, row in paired if key not in held_out], [row for key, row in paired if key in held_out]
-
-
 class _Scorer(nn.Module):
     """The model's scores as a module's forward, so that the Trainer can wrap it."""
 
@@ -220,7 +141,24 @@ class _Scorer(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return last_token_scores(self.model, input_ids, attention_mask).squeeze(-1)  # [B]
+        return last_token_scores(self.model, input_ids, attention_mask)  # [B, K]
+
+
+def preference_loss(logits: Tensor, targets: Tensor, margins: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Logistic loss of log-odds less a margin: for pairs −log σ(r_chosen − r_rejected − m).
+
+    Bradley and Terry 1952; with margins Touvron et al. 2023, "Llama 2", equation 2. The mean over rows and heads.
+    logits: [B, K]; targets: [B], 1 or 0; margins: [B]; weights: [B, K], of each row for each head.
+    """
+    goals = targets[:, None].expand_as(logits)  # [B, K]
+    return F.binary_cross_entropy_with_logits(logits - margins[:, None], goals, weights)
+
+
+def bootstrap_counts(rows: int, heads: int, seed: int) -> Tensor:
+    """How often each row is in each head's bootstrap sample of as many rows, float32 [rows, heads]."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = [torch.randint(rows, (rows,), generator=generator) for _ in range(heads)]
+    return torch.stack([sample.bincount(minlength=rows) for sample in samples], 1).float()
 
 
 class _RewardTrainer(Trainer):
@@ -230,110 +168,169 @@ class _RewardTrainer(Trainer):
     centering: float
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        scores = model(inputs["input_ids"], inputs["attention_mask"])
-        loss = F.binary_cross_entropy_with_logits(self.examples.logits(scores), inputs["targets"])
+        scores = model(inputs["input_ids"], inputs["attention_mask"])  # [B or 2B, K]
+        logits = self.examples.logits(scores)
+        loss = preference_loss(logits, inputs["targets"], inputs["margins"], inputs.get("weights"))
         if isinstance(self.examples, Pairs):
             loss = loss + self.centering * scores.square().mean()
         return (loss, {"scores": scores}) if return_outputs else loss
 
 
-def fit(model: PreTrainedModel, examples: Examples, config: RewardConfig, optimizer: Optimizer | None = None) -> None:
+def fit(
+    model: PreTrainedModel,
+    examples: Examples,
+    config: RewardConfig,
+    optimizer: Optimizer | None = None,
+    job: Job | None = None,
+    measure: Measure | None = None,
+) -> Trained:
     """Train the model in place, with the Bradley-Terry loss on pairs or the logistic loss on labels.
 
-    optimizer: replaces AdamW, over the model's parameters; the schedule scales its learning rates.
+    optimizer: replaces AdamW, over the model's parameters; the schedule scales its learning rates. job and measure: see
+    `train`. A model with K heads trains each on a bootstrap sample of its own.
     """
+    heads = model.config.num_labels or 1
+    weights = bootstrap_counts(len(examples.rows), heads, config.seed) if heads > 1 else None
 
-    def collate(rows: list) -> dict[str, Tensor]:
-        batch = replace(examples, rows=rows)
+    def collate(indices: list[int]) -> dict[str, Tensor]:
+        batch: Examples = replace(examples, rows=[examples.rows[index] for index in indices])  # type: ignore[arg-type]
         input_ids, mask = pad_right(batch.sequences())  # [B or 2B, T]
-        return {"input_ids": input_ids, "attention_mask": mask, "targets": batch.targets()}
+        tensors = {"input_ids": input_ids, "attention_mask": mask}
+        tensors |= {"targets": batch.targets(), "margins": batch.margins()}
+        return tensors if weights is None else tensors | {"weights": weights[indices]}
 
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            learning_rate=config.learning_rate,
-            num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.batch_size,
-            weight_decay=config.weight_decay,
-            seed=config.seed,
-            **STOCK_ARGUMENTS,
-        )
+    with training_arguments(config, len(examples.rows), job) as arguments:
         trainer = _RewardTrainer(
             _Scorer(model),
             arguments,
             collate,
-            examples.rows,  # type: ignore[arg-type]
+            list(range(len(examples.rows))),  # type: ignore[arg-type]
             optimizers=(optimizer, None),
         )
         trainer.examples, trainer.centering = examples, config.centering
-        trainer.train()
+        return train(trainer, job, measure)
 
 
 @torch.inference_mode()
-def score_tokens(model: PreTrainedModel, sequences: Sequence[Tokens], batch_size: int = 128) -> Tensor:
-    """The score of each of N tokenized sequences, float32 [N]. Puts the model in eval mode."""
+def head_scores(model: PreTrainedModel, sequences: Sequence[Tokens], batch_size: int = 128) -> Tensor:
+    """The score of each of N tokenized sequences by each head, float32 [N, K]. Puts the model in eval mode."""
     model.eval()
     batches = [pad_right(sequences[start : start + batch_size]) for start in range(0, len(sequences), batch_size)]
     scores = [last_token_scores(model, ids.to(model.device), mask.to(model.device)) for ids, mask in batches]
-    return torch.cat(scores).squeeze(-1).float().cpu()
+    return torch.cat(scores).float().cpu()
 
 
-def accuracy(model: PreTrainedModel, examples: Examples) -> float:
-    """The share of rows that the model classifies correctly. A logit of exactly 0 counts half."""
-    logits = examples.logits(score_tokens(model, examples.sequences()))
-    correct = torch.where(logits == 0, 0.5, ((logits > 0) == (examples.targets() > 0.5)).float())
-    return correct.mean().item()
-
-
-@dataclass(frozen=True)
-class RewardReport:
-    """The results of training a reward model."""
-
-    kind: str  # "pairs" or "labeled"
-    train_rows: int
-    held_out_rows: int
-    held_out_accuracy: float  # share of held-out rows classified correctly
-    score_mean: float  # over the training texts
-    score_deviation: float  # over the training texts
+def score_tokens(model: PreTrainedModel, sequences: Sequence[Tokens], batch_size: int = 128) -> Tensor:
+    """The score of each of N tokenized sequences, of several heads their mean, float32 [N]. Puts it in eval mode."""
+    return head_scores(model, sequences, batch_size).mean(1)
 
 
 def train_reward_model(
-    base: str | Path, data: str | Path, output: str | Path, config: RewardConfig = DEFAULT
+    base: str | Path,
+    data: str | Path,
+    output: str | Path,
+    config: RewardConfig = DEFAULT,
+    loop: LoopConfig = LOOP,
 ) -> RewardReport:
-    """Train a reward model, save it as a standard folder and report its accuracy on held-out rows.
+    """Train a reward model or an ensemble, save it with a card, and report its numbers on held-out rows.
 
     Args:
         base: Folder or hub name of a decoder-only causal or sequence-classification model.
-        data: JSONL of {prompt?, chosen, rejected} or of {prompt?, text, label} with label 0 or 1.
-        output: New or empty folder for the reward model and its tokenizer.
+        data: JSONL of {prompt?, chosen, rejected, margin?} or of {prompt?, text, label} with label 0 or 1.
+        output: New or empty folder for the reward model and its tokenizer; for K models, for member-0, member-1, ...
         config: Settings of the training.
+        loop: How it is run; a stopped training may go on.
 
     Raises ValueError, before training, for data or a base that cannot be read or an output that cannot be written.
     """
-    rows = read_rows(data)
+    output, data, rows = Path(output), Path(data), read_rows(data)
     parts = split_rows(rows, config.held_out, config.seed)
-    check_new_folder(Path(output), "output folder")
-    model, tokenizer = load_base(base, config.seed)
-    limit = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
+    job = Job(output, started_with(data, base, config), loop)
+    job.check()
+    model, tokenizer = load_base(base, config.seed, config.heads)
+    limit = min(config.max_length, position_limit(model) or config.max_length)
     vocabulary = model.config.get_text_config().vocab_size
-    train, held_out = (encode_rows(tokenizer, part, limit, vocabulary) for part in parts)
-    fit(model, train, config)
-    scores = score_tokens(model, train.sequences())
-    report = RewardReport(
-        kind=_kind(rows[0]) or "",
-        train_rows=len(train.rows),
-        held_out_rows=len(held_out.rows),
-        held_out_accuracy=accuracy(model, held_out),
-        score_mean=scores.mean().item(),
-        score_deviation=scores.std().item(),
-    )
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    print(f"held-out accuracy {report.held_out_accuracy:.3f} on {report.held_out_rows} rows; saved to {output}")
+    stops = load_stop_token_ids(str(base), tokenizer)
+    training, held_out = (encode_rows(tokenizer, part, limit, vocabulary, stops) for part in parts)
+    work = _Work(config, training, held_out, job)
+    if config.models == 1:
+        histories, folders = [work.train(model, config, job).history], [output]
+        save(model, tokenizer, output)
+    else:
+        del model  # each member is loaded by itself
+        job.start()
+        try:
+            histories = [work.train_member(index, base, tokenizer) for index in range(config.models)]
+        except (KeyboardInterrupt, OSError, RuntimeError) as error:
+            tell_how_to_go_on(error)
+            raise
+        folders = [output / member_name(index) for index in range(config.models)]
+    scores = [_member_scores(folders, config, part.sequences()) for part in (training, held_out)]
+    report = report_of(training, held_out, scores, [prompt_key(row) for row in parts[1]])
+    report = replace(report, chats=isinstance(rows[0].get("prompt"), list))
+    write_results(report, str(base), data, job, histories)
+    job.finish()
+    print(f"{report.line()}; saved to {output}, whose README.md has the numbers")
     return report
 
 
-if __name__ == "__main__":
-    import tyro
+@dataclass(frozen=True)
+class _Work:
+    """What the trainings of an ensemble share."""
 
-    tyro.cli(train_reward_model)
+    config: RewardConfig
+    training: Examples
+    held_out: Examples
+    job: Job
+
+    def train(self, model: PreTrainedModel, config: RewardConfig, job: Job) -> Trained:
+        """Train a model in place, with numbers on some of the held-out rows."""
+        every = -(-len(self.held_out.rows) // MEASURED)
+        some: Examples = replace(self.held_out, rows=self.held_out.rows[::every])  # type: ignore[arg-type]
+
+        def measure() -> dict[str, float]:
+            numbers = calibrate(some.logits(score_tokens(model, some.sequences(), _forward(config))), some.targets())
+            return {"held_out_accuracy": numbers.accuracy, "held_out_loss": numbers.log_loss}
+
+        return fit(model, self.training, config, job=job, measure=measure)
+
+    def train_member(self, index: int, base: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+        """Train one model of several and save it, unless that is done. Returns the history of its training."""
+        name = member_name(index)
+        folder, unfinished = self.job.output / name, self.job.work / "unfinished"
+        if os.path.isdir(folder):  # of a training that was stopped later
+            return json.loads((folder / RECORD).read_text(encoding="utf-8"))["history"]
+        print(f"{name}, of {self.config.models}:", flush=True)
+        config = replace(self.config, seed=self.config.seed + index, models=1)
+        model, _ = load_base(base, config.seed)
+        trained = self.train(model, config, replace(self.job, output=self.job.work / name))
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save(model, tokenizer, unfinished)
+        record = {"seed": config.seed, "history": trained.history}
+        (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        unfinished.rename(folder)  # a member is there as a whole, or not at all
+        shutil.rmtree(self.job.work / name)  # its checkpoints
+        return trained.history
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer."""
+    with quietly():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _forward(config: RewardConfig) -> int:
+    """Rows in a forward of the training, for which there is memory."""
+    return config.batch_size // config.gradient_accumulation
+
+
+def _member_scores(folders: Sequence[Path], config: RewardConfig, sequences: Sequence[Tokens]) -> Tensor:
+    """The scores of all members, one model in memory at a time. Float32 [N, K]."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def scores(folder: Path) -> Tensor:
+        model = load_model(AutoModelForSequenceClassification, str(folder), device, torch.float32)
+        return head_scores(model, sequences, _forward(config))
+
+    return torch.cat([scores(folder) for folder in folders], 1)

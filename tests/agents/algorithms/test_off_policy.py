@@ -285,7 +285,7 @@ def test_continuous_actions_are_refused(learner):
 def test_text_needs_an_alpha(settings, name):
     """Without a penalty there is no β to take as α, and on text none is learned; a setting is enough."""
     settings = {**settings, "kl_coef": 0.0}
-    with pytest.raises(ValueError, match=r"alpha above 0, got 0.*kl_coef=0\.1 or so.*or --alpha"):
+    with pytest.raises(ValueError, match=r"alpha above 0, got 0.*kl-coef 0\.1 or so.*or --alpha"):
         make(settings, name)
     assert make(settings, name, dict(alpha=0.2)).algorithm.alpha == 0.2
 

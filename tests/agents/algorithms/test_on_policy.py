@@ -195,7 +195,7 @@ def test_every_token_of_a_response_gets_its_advantage(task, name):
 def test_no_groups_are_refused(task, name):
     """One response to a prompt has no siblings: the remedy is said before any work."""
     with pytest.raises(
-        ValueError, match=r"several responses to one prompt.*gives each prompt 1; give --env-arg group_size=4"
+        ValueError, match=r"several responses to one prompt.*gives each prompt 1; give --env.group-size 4"
     ):
         make_trainer(task | dict(group_size=1), learner=name)
 

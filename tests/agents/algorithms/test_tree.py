@@ -88,7 +88,7 @@ def reference():
     return LanguageModel(model, tiny.tokenizer(), (END,))
 
 
-@pytest.mark.parametrize("name", ["dqn", "sac"])
+@pytest.mark.parametrize("name", ["dqn", pytest.param("sac", marks=pytest.mark.slow)])
 def test_the_best_policy_is_learned(reference, name):
     """The environment's half of the penalty with temperature β is the KL-regularized objective: the policy over all
     40 responses becomes the one that recursion finds from the reference and the scores alone.

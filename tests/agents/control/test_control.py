@@ -19,10 +19,9 @@ from agents.config import TrainConfig
 from agents.control.collector import clip_action
 from agents.control.config import ControlConfig
 from agents.control.environments import Returns
-from agents.control.experiment import PANELS, ControlExperiment, run_episodes
+from agents.control.experiment import ControlExperiment, run_episodes
 from agents.objectives.advantages import Ends, estimate_advantages
 from agents.presets import PRESETS, defaults
-from agents.reporting import plots
 from agents.text.config import TextConfig
 from agents.trainer import Trainer
 from tests.support.learning import same, weights
@@ -336,17 +335,7 @@ def test_environments_of_a_module(tmp_path, monkeypatch):
         assert isinstance(settings, TextConfig)
 
 
-def test_curves_skip_missing_metrics(tmp_path, monkeypatch):
-    """A line connects the iterations that have the metric and skips the others."""
-    figures = []
-    monkeypatch.setattr(plots.pyplot, "close", figures.append)
-    returns = {1: 5.0, 3: 7.0, 6: 6.0}
-    rows = [{"iteration": i} | ({"return": returns[i]} if i in returns else {}) for i in range(1, 7)]
-    plots.draw_curves(tmp_path / "curves.png", rows, "title", PANELS)
-    line = figures[0].axes[0].lines[0]
-    assert list(line.get_xdata()) == [1, 3, 6] and list(line.get_ydata()) == [5.0, 7.0, 6.0]
-
-
+@pytest.mark.slow
 def test_short_cartpole_run_learns(tmp_path):
     """With the preset and fewer frames, PPO's return on CartPole-v1 rises to several times a random policy's."""
     config, settings, algorithm = defaults("CartPole-v1", "ppo")
@@ -360,7 +349,17 @@ def test_short_cartpole_run_learns(tmp_path):
     assert (tmp_path / "run/curves.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(ALGORITHMS) if name not in ("rloo", "grpo")])
+SECONDS = {"a2c", "dqn", "sac"}  # they take many
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SECONDS))
+        for name in sorted(ALGORITHMS)
+        if name not in ("rloo", "grpo")
+    ],
+)
 def test_every_algorithm_learns_cartpole(name):
     """Each algorithm without groups trains on CartPole-v1, and its return rises."""
     config, settings, algorithm = defaults("CartPole-v1", name)

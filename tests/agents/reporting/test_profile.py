@@ -81,6 +81,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     numbers = json.loads((tmp_path / "one/profile.json").read_text(encoding="utf-8"))
     assert [part["name"] for part in numbers["phases"]] == ["play", "prepare", "update", "optimizer", "rest"]
     assert (tmp_path / "one/trace.json.gz").stat().st_size > 1000
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["profile.json", "trace.json.gz"]  # no tracker
     with pytest.raises(SystemExit, match="already exists"):
         main(["profile", "--run", "one", "--env", "CartPole-v1", *small])
 

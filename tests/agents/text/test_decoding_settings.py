@@ -43,7 +43,6 @@ def test_compile(settings, monkeypatch):
         return generate(*arguments[:5])
 
     monkeypatch.setattr(rollout, "generate", noting)
-    monkeypatch.setattr(evaluation, "generate", noting)
     trainer: Any = make_trainer(settings, compile=True)
     collector, policy = trainer.collector, trainer.algorithm.networks.policy
     collector.collect(policy)

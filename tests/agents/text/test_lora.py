@@ -20,6 +20,7 @@ from agents.__main__ import main
 from agents.checkpoint import FILE, load_checkpoint, save_checkpoint
 from agents.play import load_player
 from agents.presets import defaults
+from agents.ranks import ALONE
 from agents.text.config import TextConfig
 from agents.text.fingerprints import of_weights
 from agents.text.lora import merged_model, save_adapter, with_adapters
@@ -120,7 +121,7 @@ def test_an_adapted_model(family, dtype, tmp_path):
     assert {weight.dtype for weight in merged.parameters()} == {torch.float32}
     assert relative_difference(logits(merged), after) < bound(dtype)
     assert not storages(merged) & storages(actor.model)
-    save_adapter(actor, tmp_path)
+    save_adapter(actor, tmp_path, ALONE)
     restored = PeftModel.from_pretrained(families.build(family).to(dtype), tmp_path)
     assert torch.equal(logits(restored), after)
 
@@ -248,7 +249,7 @@ def test_checkpoints_hold_adapters_alone(settings, tmp_path):
     assert learning.same(runs.tensors(whole.optimizer.state_dict()), runs.tensors(second.optimizer.state_dict()))
 
     state, counts = torch.load(tmp_path / FILE, weights_only=True), [weight.numel() for weight in tensors_of(first)]
-    saved = sum(map(torch.numel, runs.tensors([state["trained"], state["optimizer"]])))
+    saved = sum(map(torch.numel, state["tensors"].values()))
     assert saved == 3 * sum(counts) + len(counts)  # two moments of each weight, and a step of each tensor
     size, names = (tmp_path / FILE).stat().st_size, 3 * 500 * len(counts)
     assert 12 * sum(counts) < size < 12 * sum(counts) + names + 20_000  # generators

@@ -10,7 +10,7 @@ import torch
 from agents.objectives.actor_critic import add_penalized_reward
 from agents.text.collector import make_controller
 from agents.text.config import TextConfig
-from agents.text.experiment import assign_credit
+from agents.text.records import held_out_records
 from agents.text.rollout import TextRollout, collect
 from agents.trainer import Trainer
 from tests.support.by_hand import perturb
@@ -127,14 +127,16 @@ def test_credit_shows_what_was_paid(settings, estimator):
     trainer = make_trainer(settings, kl_estimator=estimator)
     perturb(trainer.algorithm.networks.actor, 0.03)
     trainer.collector.controller.coef = 2.0
-    credit = assign_credit(trainer, trainer.collector.prompts)
-    penalties, values, errors, _ = (numbers for _, numbers, _ in credit.panels)
-    value = [*values[1:], 0.0]
-    reward = [0.0] * (len(value) - 1) + [credit.score]
-    for t, penalty in enumerate(penalties):
-        # γ = 1: δ = reward − penalty + V' − V
-        assert errors[t] == pytest.approx(reward[t] - penalty + value[t] - values[t], abs=1e-4)
-    assert sum(penalties) > 0.1
+    for record in held_out_records(trainer, trainer.collector.prompts, None):
+        numbers = record.numbers
+        penalties, values, errors = numbers["penalty"], numbers["value"], numbers["td_error"]
+        scores = [0.0] * (len(values) - 1) + [record.score]
+        assert numbers["score"] == pytest.approx(scores, abs=1e-6)
+        for t, penalty in enumerate(penalties):
+            assert numbers["reward"][t] == pytest.approx(scores[t] - penalty, abs=1e-5)
+            # γ = 1: δ = reward − penalty + V' − V
+            assert errors[t] == pytest.approx(scores[t] - penalty + [*values, 0.0][t + 1] - values[t], abs=1e-4)
+        assert sum(penalties) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)

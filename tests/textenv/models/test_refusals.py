@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PhimoeForCausalLM,
     T5Config,
@@ -22,6 +24,7 @@ from textenv.config import TextGenConfig
 from textenv.generation import generate
 from textenv.models.comparison import largest_difference, relative_difference
 from textenv.models.decoding import decodes_from_cache
+from textenv.models.loading import load_trainable_lm
 from textenv.models.probe import WHOLE, check_backbone, check_causal
 from textenv.models.sampling import Sampling
 from textenv.task import build_task
@@ -68,6 +71,14 @@ def test_encoder_decoders(tmp_path):
     config = T5Config(vocab_size=tiny.VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
     saved = tiny.save(T5ForConditionalGeneration(config), tmp_path / "t5")
     refuse("is an encoder-decoder model .t5.*decoder-only", saved)
+
+
+def test_reward_models(tmp_path):
+    """A classifier whose embeddings are tied lacks no weight of a language model, and would write nonsense."""
+    saved = tiny.save(GPT2ForSequenceClassification(GPT2Config(**tiny.GPT2, num_labels=1)), tmp_path / "reward")
+    refuse("is a GPT2ForSequenceClassification, such as a reward model, and writes no text", saved)
+    with pytest.raises(ValueError, match="such as a reward model"):
+        load_trainable_lm(saved)
 
 
 def test_frequencies_that_depend_on_the_length():

@@ -6,7 +6,7 @@ import pytest
 
 from textenv.json_lines import read_json_lines
 from textenv.prompts.sources import read_prompts
-from textenv.training.reward_model import read_rows
+from textenv.training.data import read_rows
 
 
 def test_values_and_places(tmp_path):

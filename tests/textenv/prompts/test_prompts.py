@@ -11,7 +11,7 @@ import pytest
 
 from tests.support import tiny, tiny_tokenizers
 from textenv import LanguageModel, TextGenConfig, build_task
-from textenv.models.loading import shared
+from textenv.models.language_model import shared
 from textenv.prompts.sources import read_prompts
 from textenv.prompts.tokenized import PromptTokenizer, pad_token_id
 
@@ -73,7 +73,7 @@ def test_datasets_column():
     ("lines", "message"),
     [
         ('{"prompt": "a"}\nnot json\n', "line 2: not JSON .*one object per line"),
-        ('{"prompt": "a"}\n\n{"text": "b"}\n', "line 3: no text in the field .prompt., got .*'text'"),
+        ('{"prompt": "a"}\n\n{"body": "b"}\n', "line 3: no text in the field .prompt., .*got .*'body'"),
         ('{"prompt": 5}\n', 'line 1: no text in the field "prompt"'),
         ('["a"]\n', 'line 1: no text in the field "prompt"'),
         ("\n", "prompts are empty; give at least one"),
@@ -314,7 +314,10 @@ def test_fields(tmp_path, module):
             r"number 0 has \['answer', 'prompt', 'weight'\], number 2 has \['prompt'\]; give",
         ),
         ([ROWS[0], "x"], "all prompts must have the same fields.*number 1 has .'prompt'"),
-        ([{"text": "x"}], 'prompts must be texts, chats .* or rows .*"prompt".*number 0 has type dict'),
+        ([{"body": "x"}], 'prompts must be texts, chats .* or rows .*"prompt".*number 0 has type dict'),
+        ([{"prompt": "a"}, {"text": "b"}], "all prompts must have the same fields"),
+        ([{"messages": "hi"}], "messages must be a list of messages, got a text at number 0"),
+        ([{"messages": [{"role": "system", "content": "be kind"}]}], "must have one of the user.*number 0 has none"),
         ([[]], "number 0 has type list"),
         ([[{"role": "user"}]], "number 0 has type list"),
         ([[{"role": "user", "content": 3}]], "number 0 has type list"),
@@ -329,6 +332,19 @@ def test_bad_rows(source, message):
     """Rows with different fields or without a prompt are refused by number; so are unordered sources and iterators."""
     with pytest.raises(ValueError, match=message):
         read_prompts(source)
+
+
+def test_prompts_by_other_names(tmp_path):
+    """A column of texts, and a chat of a training set: the policy gets what is before the answer, and no answer."""
+    chat = [{"role": role, "content": text} for role, text in zip("suaua", "12345", strict=True)]
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    chat = [{**message, "role": names[message["role"]]} for message in chat]
+    read = read_prompts([{"messages": chat, "id": 7}])
+    assert [message["content"] for message in read.prompts[0]] == ["1", "2", "3", "4"] and read.fields == {"id": (7,)}
+    assert read_prompts([{"messages": chat[:2]}]).prompts == (chat[:2],)
+    assert read_prompts(write(tmp_path, '{"text": "a", "label": 1}\n')).prompts == ("a",)
+    both = read_prompts([{"prompt": "a", "messages": chat, "text": "b"}])
+    assert both.prompts == ("a",) and both.fields == {"messages": (chat,), "text": ("b",)}
 
 
 def test_uneven_lines_and_tables(tmp_path):

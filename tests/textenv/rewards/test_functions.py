@@ -24,7 +24,7 @@ from textenv.rewards import library
 from textenv.rewards.base import WeightedSum, read_scores
 from textenv.rewards.build import check_fields
 from textenv.rewards.calling import CallFailed, CallOverdue, call_each
-from textenv.rewards.functions import FunctionReward
+from textenv.rewards.functions import FunctionReward, find_fields
 from textenv.vector_env import TextGenVectorEnv
 
 pytestmark = pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
@@ -55,6 +55,16 @@ def test_calls_run_concurrently():
         return index**2
 
     assert call_each(function, 8, workers=4) == [index**2 for index in range(8)]
+
+
+def test_threads_have_the_callers_device(monkeypatch):
+    """A process whose CUDA device is not the first one finds the same device in its rewards."""
+    present = threading.local()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(present, "device", device))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(present, "device", 0))  # as CUDA: by thread
+    torch.cuda.set_device(3)
+    assert call_each(lambda index: torch.cuda.current_device(), 4, workers=2) == [3] * 4
 
 
 def test_at_most_workers_calls_at_once():
@@ -253,6 +263,21 @@ def test_prompt_fields_in_the_environment(settings):
     check_faces(task, rows=2)
     with pytest.raises(ValueError, match=r"'textenv.rewards.library:exact_match' needs the prompts' field 'answer'"):
         gym.make("TextGen-v0", **{**settings, "prompts": ["a", "b"]})
+
+
+def test_a_function_with_trls_signature():
+    """It is told the signature that is right here, with the fields it asks for."""
+
+    def by_length(completions, answer, **kwargs):
+        return [float(len(one[0]["content"])) for one in completions]
+
+    def of_both(prompts, completions, completion_ids=None):
+        return [0.0] * len(prompts)
+
+    with pytest.raises(ValueError, match=r"TRL's signature, .*def by_length\(prompts, responses, answer, \*\*kwargs\)"):
+        find_fields(by_length, "by_length")
+    with pytest.raises(ValueError, match=r"Rename completions to responses .*def of_both\(prompts, responses\)"):
+        find_fields(of_both, "of_both")
 
 
 @pytest.mark.parametrize("function", [lambda: [], lambda responses: [], per_response()(lambda *, prompt: 0)])

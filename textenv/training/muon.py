@@ -1,12 +1,13 @@
-"""The build's optimizer: Muon for matrices (Jordan et al. 2024) and AdamW for all other parameters, in one object.
+"""Muon for the matrices of a GPT-2 (Jordan et al. 2024) and AdamW for its other parameters, in one optimizer.
 
-The supervised model has to learn a grammar within minutes on two CPU cores. Muon needs about half the steps of AdamW
-here. Its iteration runs in float32, because bfloat16 is slow on CPUs.
+The embedded task's supervised model has to learn a grammar within minutes on two CPU cores. Muon needs about half the
+steps of AdamW there. Its iteration runs in float32, because bfloat16 is slow on CPUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,15 +31,31 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Momentum, then an orthogonalized step for every block of a matrix stored [in, out]."""
+    """Momentum, then an orthogonalized step for every block of a matrix stored [in, out].
 
-    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], lr: float, adam_lr: float) -> None:
+    AdamW steps the other parameters at a constant learning rate: a schedule reaches Muon's alone.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Tensor],
+        others: Sequence[Tensor],
+        lr: float,
+        adam_lr: float,
+        weight_decay: float = WEIGHT_DECAY,
+    ) -> None:
         if not matrices or not others:
             raise ValueError("Muon needs matrices and other parameters; use AdamW for a model without one of them.")
-        self._adam = AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
-        super().__init__([{"params": matrices, "lr": lr}], {})
-        # The dicts are shared, so that the Trainer's learning-rate schedule reaches both optimizers.
-        self.param_groups += self._adam.param_groups
+        self._adam = AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+        super().__init__([{"params": matrices, "lr": lr, "weight_decay": weight_decay}], {})
+        # A schedule scales the learning rates of these groups, and so Muon's alone: AdamW keeps groups of its own.
+        self.param_groups += [dict(group) for group in self._adam.param_groups]
+        self._adam.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take groups and state from a checkpoint: `load_state_dict` ends here. AdamW's state is a part of it."""
+        super().__setstate__(state)
+        self._adam.state = self.state
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -52,7 +69,7 @@ class Muon(Optimizer):
             momentum = state.setdefault("momentum", torch.zeros_like(parameter))
             momentum.lerp_(parameter.grad, 1 - MOMENTUM)
             step = parameter.grad.lerp(momentum, MOMENTUM)
-            parameter.mul_(1 - group["lr"] * WEIGHT_DECAY)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(torch.cat([*_blocks(step)], 1), alpha=-group["lr"])
 
 
@@ -64,9 +81,14 @@ def _blocks(step: Tensor) -> Iterator[Tensor]:
         yield orthogonalized(part) * max(1.0, part.shape[1] / part.shape[0]) ** 0.5
 
 
-def muon_for(model: PreTrainedModel, lr: float, adam_lr: float) -> Muon:
-    """An optimizer for a GPT-2: Muon for the matrices of its blocks, AdamW for embeddings, norms and biases."""
+def muon_for(model: PreTrainedModel, lr: float, adam_lr: float, weight_decay: float = WEIGHT_DECAY) -> Muon:
+    """An optimizer for a GPT-2: Muon for the matrices of its blocks, AdamW for embeddings, norms and biases.
+
+    Raises ValueError for another architecture, whose matrices may be stored [out, in].
+    """
+    if model.config.model_type != "gpt2":
+        raise ValueError(f"muon is for GPT-2 models, and this is a {type(model).__name__}; use adamw.")
     named = list(model.named_parameters())
     matrices = [p for name, p in named if ".h." in name and p.ndim == 2]
     others = [p for name, p in named if not (".h." in name and p.ndim == 2)]
-    return Muon(matrices, others, lr, adam_lr)
+    return Muon(matrices, others, lr, adam_lr, weight_decay)

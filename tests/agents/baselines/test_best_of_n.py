@@ -1,0 +1,123 @@
+"""`python -m agents best-of-n` on tiny models: its numbers, its files, going on after a stop, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from agents.__main__ import main
+from agents.baselines.best_of_n import BestOfNConfig, best_of, sizes
+from agents.baselines.order import kl_bound
+from tests.support import tiny
+from tests.support.by_hand import perturb
+
+NAME = "tests.agents.baselines.test_best_of_n"
+
+
+def letters(prompts, responses):
+    """A score that needs no model."""
+    return [float(sum(response.encode())) for response in responses]
+
+
+def fewer(prompts, responses):
+    """A gold score that falls where `letters` rises."""
+    return [-each for each in letters(prompts, responses)]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """Best of 4 on three prompts of the tiny model."""
+    base = tiny.save(tiny.language_model(), tmp_path / "base")
+    items = (f"reference={base}", f"reward={NAME}:letters", f"prompts={json.dumps([*'abcdefghijklmno'])}")
+    where = [word for item in (*items, "max_new_tokens=4") for word in ("--env-arg", item)]
+    small = ["--samples", "4", "--evaluation-prompts", "3", "--batch-size", "4"]
+    return ["best-of-n", *where, *small, "--gold", f"{NAME}:fewer", "--output"]
+
+
+def read(folder: Path) -> tuple[dict, list[dict]]:
+    """The results and the responses."""
+    lines = (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads((folder / "best_of_n.json").read_text(encoding="utf-8")), [json.loads(line) for line in lines]
+
+
+def test_numbers_by_hand() -> None:
+    """Of two prompts and three samples: means over all draws, the gold of the best by score, errors over prompts."""
+    samples = [
+        {"score": [1.0, 2.0, 4.0], "gold": [5.0, 0.0, 1.0], "log_ratio": [0.0, 0.3, 0.6]},
+        {"score": [0.0, 0.0, 3.0], "gold": [1.0, 3.0, 2.0], "log_ratio": [0.0, 0.0, 0.0]},
+    ]
+    one, two, three = best_of(samples, 3)
+    assert [row["n"] for row in (one, two, three)] == sizes(3) == [1, 2, 3]
+    assert one["score"] == pytest.approx((7 / 3 + 1) / 2) and one["gold"] == pytest.approx(2.0)
+    assert two["score"] == pytest.approx(((2 + 4 + 4) / 3 + (0 + 3 + 3) / 3) / 2)
+    assert two["gold"] == pytest.approx(((0 + 1 + 1) / 3 + (2 + 2 + 2) / 3) / 2)  # a tie of 1 and 3 is their mean
+    assert two["kl"] == pytest.approx(kl_bound(2) + (0.3 + 0.6 + 0.6) / 3 / 2)
+    assert three["score"] == 3.5 and three["score_error"] == pytest.approx(0.5) and three["gold"] == 1.5
+    assert sizes(64) == [1, 2, 4, 8, 16, 32, 64] and sizes(1) == [1]
+
+
+def test_of_the_reference(tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The score rises with n and the gold score falls; the KL is the bound; table, picture and responses are there."""
+    main([*command, str(tmp_path / "out")])
+    results, responses = read(tmp_path / "out")
+    rows = results["rows"]
+    assert [row["n"] for row in rows] == [1, 2, 4] and [row["kl"] for row in rows] == [kl_bound(n) for n in (1, 2, 4)]
+    assert rows[0]["score"] < rows[1]["score"] < rows[2]["score"]
+    for row in rows:
+        assert row["gold"] == pytest.approx(-row["score"])
+    assert len(responses) == 3 and all(len(row["responses"]) == 4 for row in responses)
+    mean = sum(max(row["score"]) for row in responses) / 3
+    assert rows[2]["score"] == pytest.approx(mean)
+    for row in responses:
+        assert row["score"] == letters(None, row["responses"])
+    assert "KL at most" in capsys.readouterr().out
+    assert (tmp_path / "out" / "best_of_n.png").stat().st_size > 10_000
+
+
+def test_a_stopped_job_goes_on(tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after a prompt, in the middle of a line, and resumed: the same responses; other settings are refused."""
+    main([*command, str(tmp_path / "whole")])
+    cut = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr("agents.baselines.best_of_n.best_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            main([*command, str(cut)])
+    lines = (cut / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+    (cut / "responses.jsonl").write_text(lines[0] + "\n" + lines[1][:20], encoding="utf-8")
+    with pytest.raises(SystemExit, match="exists already and is not empty"):
+        main([*command, str(cut)])
+    with pytest.raises(SystemExit, match="another content of: hashes, seed; resume with"):
+        main([*command, str(cut), "--resume", "--seed", "1"])
+    main([*command, str(cut), "--resume"])
+    assert read(cut)[1] == read(tmp_path / "whole")[1] and read(cut)[0]["rows"] == read(tmp_path / "whole")[0]["rows"]
+
+
+def test_of_another_model(tmp_path: Path, command: list[str]) -> None:
+    """Of a model that is not the reference, the KL to the reference is measured and the bound added to it."""
+    model = tiny.language_model()
+    perturb(model)
+    other = tiny.save(model, tmp_path / "other")
+    main([*command, str(tmp_path / "out"), "--model", other])
+    results, responses = read(tmp_path / "out")
+    mean = sum(sum(row["log_ratio"]) / 4 for row in responses) / 3
+    assert results["rows"][0]["kl"] == pytest.approx(mean) and mean > 0
+
+
+def test_refusals(tmp_path: Path, command: list[str]) -> None:
+    """What cannot be measured or drawn ends in a sentence before any work."""
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        BestOfNConfig(output=tmp_path, samples=0)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control" / "summary.json").write_text('{"return_after": 1.0}', encoding="utf-8")
+    for flags, says in [
+        (["--run", str(tmp_path / "empty")], "has no summary.json; give the folder of a finished run"),
+        (["--run", str(tmp_path / "control")], "summary has no score and no KL"),
+        (["--resume"], "holds no job to resume; leave --resume out"),
+        (["--model", str(tmp_path / "nothing")], "no model configuration in"),
+    ]:
+        with pytest.raises(SystemExit, match=says):
+            main([*command, str(tmp_path / "out"), *flags])
+        assert not (tmp_path / "out").exists()

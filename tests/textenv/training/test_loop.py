@@ -1,0 +1,206 @@
+"""The shared loop: stopped and resumed trainings, held-out rows, progress."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from tests.support import tiny
+from textenv.training.loop import (
+    WORK,
+    Job,
+    LoopConfig,
+    check_training,
+    pad_right,
+    split_rows,
+    started_with,
+    train,
+    training_arguments,
+)
+from textenv.training.muon import muon_for
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings that a training needs."""
+
+    learning_rate: float = 1e-2
+    epochs: float = 2.5
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    weight_decay: float = 0.01
+    max_length: int = 8
+    seed: int = 3
+
+
+class _Halt(TrainerCallback):
+    """Ctrl-C after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def _run(job: Job | None, optimizer: str = "adamw", halt: int = -1, config: Config = Config(), dropout: bool = True):
+    """Weights, and what `train` returns, of a tiny GPT-2 on 18 random rows: 5 steps an epoch, 13 in all."""
+    rng, model = random.Random(0), tiny.language_model()  # with dropout, so random numbers have to go on too
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and not dropout:
+            module.p = 0.0
+    rows = [[rng.randrange(256) for _ in range(rng.randint(2, 8))] for _ in range(18)]
+
+    def collate(batch):
+        ids, mask = pad_right(batch)
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    with training_arguments(config, len(rows), job) as arguments:
+        optimizers = (muon_for(model, 1e-2, 1e-2) if optimizer == "muon" else None, None)
+        trainer = Trainer(model, arguments, collate, rows, optimizers=optimizers, callbacks=[_Halt(halt)])  # type: ignore[arg-type]
+        trained = train(trainer, job, lambda: {"held_out": float(model.lm_head.weight.detach().sum())})
+    return nn.utils.parameters_to_vector(model.parameters()).detach(), trained
+
+
+def _job(folder: Path, resume: bool = False, **started) -> Job:
+    return Job(folder, started or {"seed": 3}, LoopConfig(resume=resume, save_every=3))
+
+
+@pytest.mark.parametrize(("optimizer", "halt"), [("adamw", 2), ("adamw", 11), ("muon", 4)])
+def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, optimizer: str, halt: int) -> None:
+    """Stopped before its first checkpoint, within an epoch or in a later one: weights and history are the same."""
+    whole, trained = _run(_job(tmp_path / "whole"), optimizer)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        _run(_job(tmp_path / "cut"), optimizer, halt)
+    assert "--resume" in str(stop.value.__notes__)
+    saved = halt // 3 * 3
+    assert [path.name for path in (tmp_path / "cut" / WORK).glob("checkpoint-*")] == [f"checkpoint-{saved}"][:saved]
+    again, resumed = _run(_job(tmp_path / "cut", resume=True), optimizer)
+    assert torch.equal(whole, again)
+    for row in [*trained.history, *resumed.history]:
+        assert row.pop("seconds") >= 0
+    assert trained.history == resumed.history
+    assert [row["step"] for row in trained.history if "held_out" in row] == list(range(14))
+    assert [row["step"] for row in trained.history if "loss" in row] == list(range(1, 14))
+
+
+def test_any_error_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that fails for any reason, such as a full disk, names --resume beside the reason."""
+
+    def fail(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(_Halt, "on_step_begin", fail)
+    with pytest.raises(OSError, match="no space left") as failed:
+        _run(_job(tmp_path))
+    assert "Give --resume to go on with this training" in str(failed.value.__notes__)
+
+
+def test_a_training_of_one_step_learns() -> None:
+    """A warm-up that rounds up to one step would have a learning rate of 0 and be all there is."""
+    before = nn.utils.parameters_to_vector(tiny.language_model().parameters()).detach()
+    after, trained = _run(None, config=Config(epochs=0.2))
+    assert [row["step"] for row in trained.history][-1] == 1
+    assert 5e-3 < (after - before).abs().max() < 2e-2  # Adam's first step is the learning rate
+
+
+def test_a_job_changes_no_weight(tmp_path: Path) -> None:
+    """Checkpoints and measurements leave the weights as they are without."""
+    assert torch.equal(_run(_job(tmp_path / "a"))[0], _run(None)[0])
+
+
+def test_halves_of_a_batch_add_up() -> None:
+    """Two forwards of half a batch take the optimizer step of the whole batch, up to rounding."""
+    whole, halves = (_run(None, config=Config(epochs=0.2, gradient_accumulation=n), dropout=False)[0] for n in (1, 2))
+    assert (whole - halves).abs().quantile(0.99) < 1e-4  # Adam's first step is ±1e-2; tiny gradients change their sign
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
+    """A process killed while it writes a checkpoint goes on from the one before."""
+    whole, _ = _run(_job(tmp_path / "a"))
+    with pytest.raises(KeyboardInterrupt):
+        _run(_job(tmp_path / "b"), halt=7)
+    part = tmp_path / "b" / WORK / "checkpoint-9"
+    part.mkdir()
+    assert _job(tmp_path / "b", resume=True).checkpoint() == part.with_name("checkpoint-6")
+    (part / "trainer_state.json").write_text('{"global_step": 9, "log_hi')
+    assert torch.equal(whole, _run(_job(tmp_path / "b", resume=True))[0])
+
+
+def test_a_finished_loop_resumes_to_its_end(tmp_path: Path) -> None:
+    """Killed after the last step and before the results were written, a training ends with the same weights."""
+    whole, trained = _run(_job(tmp_path / "a"))
+    again, resumed = _run(_job(tmp_path / "a", resume=True))
+    assert torch.equal(whole, again) and len(resumed.history) == len(trained.history)
+    _job(tmp_path / "a").finish()
+    assert not any((tmp_path / "a").iterdir())
+
+
+def test_what_may_be_written_and_resumed(tmp_path: Path) -> None:
+    """Nothing is overwritten, and a training goes on only with what it was started with."""
+    new, old = _job(tmp_path / "new"), _job(tmp_path / "old", data="abc", settings={"seed": 1, "rate": 0.5})
+    new.check()
+    assert not new.output.exists()
+    old.start()
+    with pytest.raises(ValueError, match="holds a training that was stopped; give --resume"):
+        _job(tmp_path / "old").check()
+    _job(tmp_path / "old", True, settings={"rate": 0.5, "seed": 1}, data="abc").check()
+    with pytest.raises(ValueError, match=r"started with settings.seed = 1, and now it is 2"):
+        _job(tmp_path / "old", True, data="abc", settings={"seed": 2, "rate": 0.5}).check()
+    with pytest.raises(ValueError, match=r"started with data = 'abc', and now it is None"):
+        _job(tmp_path / "old", True, settings={"seed": 1, "rate": 0.5}).check()
+    with pytest.raises(ValueError, match="holds no training that was stopped"):
+        _job(tmp_path / "new", True).check()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "model.safetensors").write_text("precious")
+    with pytest.raises(ValueError, match="exists already and is not empty"):
+        _job(tmp_path / "full").check()
+
+
+def test_what_a_training_is_started_with(tmp_path: Path) -> None:
+    """The contents of the data and of a base count, not their names."""
+    folder, data = Path(tiny.save(tiny.language_model(), tmp_path / "base")), tmp_path / "d.jsonl"
+    data.write_text("{}\n")
+    before = started_with(data, folder, Config())
+    assert before == started_with(data, folder, Config()) and json.dumps(before)
+    data.write_text("{} \n")
+    assert started_with(data, folder, Config())["data"] != before["data"]
+    tiny.save(tiny.language_model(seed=1), folder)
+    after = started_with(data, folder, Config())["base"]
+    assert after.pop("model.safetensors") != before["base"].pop("model.safetensors") and after == before["base"]
+    assert started_with(data, "some/model", Config())["base"] == "some/model"
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
+    """A diverged training ends in a sentence, not in a folder of useless weights."""
+    with pytest.raises(ValueError, match=r"training loss is nan at step .*lower learning_rate"):
+        _run(_job(tmp_path / "a"), config=Config(learning_rate=1e30))
+
+
+def test_progress_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines of held-out numbers, which a log file can hold."""
+    _run(_job(tmp_path / "a"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 14 and lines[0].startswith("step 0 of 13: held out ")
+
+
+def test_gradient_accumulation_divides_the_batch() -> None:
+    """A batch is split into equal parts."""
+    with pytest.raises(ValueError, match="batch_size must be a multiple of gradient_accumulation, got 4 and 3"):
+        check_training(Config(gradient_accumulation=3))
+
+
+def test_chats_with_one_prompt_stay_together() -> None:
+    """A chat is a prompt like a text: whole on one side of the split."""
+    rows = [{"prompt": [{"role": "user", "content": str(i % 10)}], "chosen": str(i)} for i in range(40)]
+    training, held_out = split_rows(rows, 0.3, seed=0)
+    contents = [{row["prompt"][0]["content"] for row in part} for part in (training, held_out)]
+    assert len(contents[1]) == 3 and not contents[0] & contents[1]
