@@ -83,8 +83,6 @@ def _remove_old(folder: Path, last: int, keep: int | str) -> None:
 
     Later ones are removed: a run that goes on from an earlier checkpoint writes them again.
     """
-    for path in folder.glob(f"{PARTS}*.pt.new"):  # of a process that was killed while it wrote
-        path.unlink()
     numbered = {path: int(match[1]) for path in folder.iterdir() if (match := NUMBERED.fullmatch(path.name))}
     earlier = sorted({number for path, number in numbered.items() if path.suffix and number < last})
     if keep == BEST:

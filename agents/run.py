@@ -26,7 +26,7 @@ from agents.reporting import dumps, plots, report, trackers, viewer
 from agents.reporting import estimate as sizes
 from agents.reporting.alarms import find_alarms
 from agents.reporting.errors import stop_behind
-from agents.reporting.files import never_fail_to_print, no_room, tell_a_full_disk_once, write_json
+from agents.reporting.files import never_fail_to_print, no_room, remove_unfinished, tell_a_full_disk_once, write_json
 from agents.reporting.record_file import HELD_OUT, ROLLOUT, RecordFile
 from agents.text.config import TextConfig
 from agents.trainer import Trainer
@@ -165,6 +165,7 @@ def _open(
     """Create the folder of a new run, with what it can be resumed from. From here on, errors say how to go on."""
     resume = parts[0].resume
     if resume:
+        remove_unfinished(folder)
         run_folder.lengthen(folder, parts[0])
         (folder / report.SUMMARY).unlink(missing_ok=True)  # of what was reached before; the checkpoint may be earlier
     else:
@@ -284,7 +285,7 @@ def _write_results(
     tracked: trackers.Trackers,
     before: Any,
 ) -> dict[str, Any]:
-    """Evaluate, and write pictures, what the experiment writes, the summary, and last of all the page."""
+    """Evaluate, and write pictures, what the experiment writes, the page, and last of all the summary."""
     config, unit = trainer.config, experiment.collector.unit
     after = experiment.evaluate(trainer.algorithm.networks.policy)
     records = experiment.held_out_records(trainer, after)
@@ -300,8 +301,8 @@ def _write_results(
     summary |= {f"{unit}_per_second": trainer.steps / max(trainer.seconds, 1e-9)}
     summary |= report.machine(trainer.device)
     tracked.results(trainer.iteration, sorted(folder.glob("*.png")), experiment.sample_rows(before, after))
-    write_json(folder / report.SUMMARY, summary)
-    viewer.write_page(folder, viewer.read_report(folder, running=False))
+    viewer.write_page(folder, replace(viewer.read_report(folder, running=False), summary=summary))
+    write_json(folder / report.SUMMARY, summary)  # a run that has one is finished, and nothing is written again
     return summary
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,8 @@ def write_results(folder: Path, model: PreTrainedModel, results: Results) -> dic
     summary |= {"iterations": metrics[-1]["iteration"], "seconds": results.trained.seconds}
     summary |= {"settings": dict(results.settings), "data": dict(results.data)} | machine(results.task.device)
     write_card(folder / "actor", _card(folder, results, numbers))
+    _write_page(folder, results, metrics, summary)
     write_json(folder / "summary.json", summary)
-    _write_page(folder, results, metrics)
     return summary
 
 
@@ -118,7 +118,9 @@ def _by_step(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _write_page(folder: Path, results: Results, metrics: Sequence[Mapping[str, Any]]) -> None:
+def _write_page(
+    folder: Path, results: Results, metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> None:
     """The page that a run has, with the held-out responses before and after."""
     steps = metrics[-1]["iteration"]
     outline = Outline(
@@ -133,7 +135,7 @@ def _write_page(folder: Path, results: Results, metrics: Sequence[Mapping[str, A
     records = RecordFile(folder, 0)
     records.begin(results.before.records)
     records.write(steps, HELD_OUT, results.after.records)
-    write_page(folder, read_report(folder, running=False))
+    write_page(folder, replace(read_report(folder, running=False), summary=summary))
 
 
 def _settings_line(results: Results) -> str:

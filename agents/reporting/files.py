@@ -17,6 +17,8 @@ from typing import IO, Any
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file larger than the process may write
 
+UNFINISHED = ".new"  # ends the name of a file that is being written
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
@@ -25,7 +27,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Whenever the process is killed, `path` is the old file or the new one, never a part. Raises OSError where the disk
     is full, also for writers that report something else.
     """
-    new = path.with_name(f"{path.name}.new")
+    new = path.with_name(f"{path.name}{UNFINISHED}")
     try:
         with new.open("wb") as file:
             yield file
@@ -37,6 +39,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         if (reason := no_room(error)) is not None and reason is not error:
             raise reason from error
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the parts of files that a killed process has left in a folder that nobody else writes to."""
+    for path in folder.rglob(f"*{UNFINISHED}"):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

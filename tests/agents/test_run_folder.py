@@ -165,6 +165,27 @@ def test_a_run_killed_before_its_summary_gets_one(folder):
     assert len(events.Scalars("score")) == 1 and "samples/text_summary" in events.Tags()["tensors"]
 
 
+def test_a_run_killed_while_it_writes_its_page(folder):
+    """It has no summary yet, so it is not finished: resuming writes both, and no part of a file stays."""
+    (folder / "summary.json").unlink()
+    for place in (folder, folder / "rollouts"):
+        place.mkdir(exist_ok=True)
+        (place / "part.json.new").write_text("[")
+
+    def stop(*_: object) -> Path:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agents.reporting.viewer.write_page", stop)
+        with pytest.raises(SystemExit):
+            resume(folder)
+    assert not (folder / "summary.json").exists()
+    resume(folder)
+    assert (folder / "summary.json").exists()
+    assert "finished, 1 iterations" in (folder / "report.html").read_text(encoding="utf-8")
+    assert not list(folder.rglob("*.new"))
+
+
 def test_an_optimizer_of_ones_own(settings):
     """An optimizer set from Python follows the linear schedule from its own rate."""
     trainer = make_trainer(settings, iterations=2)

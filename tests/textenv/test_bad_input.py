@@ -188,6 +188,14 @@ def test_causal_model_is_no_reward_model(settings, folders, kind, tmp_path):
     refuse(settings, "is not a sequence-classification model", reward=str(tokens))
 
 
+@pytest.mark.parametrize("wrong", [True, "GPT2LMHeadModel", [5], {}])
+def test_damaged_architectures(settings, folders, tmp_path, wrong):
+    """What a folder holds is read from its architectures: anything but a list of names is refused, in both roles."""
+    for role, kind in (("reference", "gpt2"), ("reward", "gpt2_reward")):
+        damaged = copied(folders[kind], tmp_path / role, architectures=wrong)
+        refuse(settings, "architectures must be a list of names", **{role: str(damaged)})
+
+
 def test_reward_model_is_no_language_model(settings, folders, tmp_path):
     """A reward model writes no text, and a reference whose output layer was never saved would be random: refused."""
     refuse(settings, "such as a reward model, and writes no text", reference=folders["llama_reward"])

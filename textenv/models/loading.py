@@ -190,6 +190,12 @@ def load_config(name: str) -> transformers.PretrainedConfig:
             f"no model configuration in {name!r}: {_reason(name, error)} Give a folder with a config.json, or a "
             "hub name that can be reached."
         ) from error
+    kinds = config.architectures
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise ValueError(
+            f"the config.json of {name!r} is damaged: its architectures must be a list of names, got {kinds!r}. Save "
+            "it again with save_pretrained."
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"{name!r} holds quantized weights, whose log-probabilities differ from those of the trained copy; give "
