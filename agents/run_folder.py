@@ -253,7 +253,10 @@ def _check_iterations(folder: Path, old: TrainConfig, new: TrainConfig) -> None:
 def _read(folder: Path) -> dict[str, Any]:
     path = _path(folder)
     if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
-        raise ValueError(f"no run in {str(folder)!r} (no config.json); pass a run folder written by train.")
+        actor = str(folder / "actor")
+        other = f" {actor!r} is a model that another command wrote: best-of-n --model samples from it, and measures it."
+        hint = other if os.path.isfile(os.path.join(actor, "config.json")) else ""
+        raise ValueError(f"no run in {str(folder)!r} (no config.json); pass a run folder written by train.{hint}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

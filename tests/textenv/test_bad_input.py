@@ -196,6 +196,12 @@ def test_damaged_architectures(settings, folders, tmp_path, wrong):
         refuse(settings, "architectures must be a list of names", **{role: str(damaged)})
 
 
+def test_damaged_tokenizer_settings(settings, folders, kind, tmp_path):
+    """A tokenizer that loads and then cannot read is refused when it is loaded."""
+    damaged = copied(folders[kind], tmp_path / "damaged", model_max_length=[])
+    refuse(settings, "no tokenizer in .*Save one beside the model", reference=str(damaged))
+
+
 def test_reward_model_is_no_language_model(settings, folders, tmp_path):
     """A reward model writes no text, and a reference whose output layer was never saved would be random: refused."""
     refuse(settings, "such as a reward model, and writes no text", reference=folders["llama_reward"])

@@ -208,7 +208,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer from a folder or hub name."""
     _refuse_run(name)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer("")  # a setting of the wrong type, such as model_max_length, shows only in use
+        return tokenizer
     except Exception as error:  # from a damaged file anything may come
         raise ValueError(
             f"no tokenizer in {name!r}: {_reason(name, error)} Save one beside the model with "

@@ -72,6 +72,8 @@ def test_own_pairs_alone(tmp_path: Path, base: str) -> None:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["held_out_loss"] == pytest.approx(0.6931, abs=1e-4)  # log 2: the policy is the reference
     assert [row["iteration"] for row in rows] == [*range(summary["iterations"] + 1)]
+    with pytest.raises(SystemExit, match=r"pass a run folder written by train.* a model .*best-of-n --model"):
+        main(["generate", "--run", str(out), "--prompt", "item"])
 
 
 def test_all_held_out_pairs_stay_out(tmp_path: Path, base: str) -> None:
