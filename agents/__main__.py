@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from textenv.command import check_whole
+from textenv.command import check_first, check_whole
 
 try:  # before any module of ours is read: another distribution's may lie in its place
+    check_first(Path(__file__).resolve().parent)
     check_whole(Path(__file__).resolve().parent)
 except ValueError as replaced:
     raise SystemExit(f"error: {replaced}") from replaced

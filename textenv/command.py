@@ -62,6 +62,30 @@ def check_whole(folder: Path) -> None:
             )
 
 
+def check_first(folder: Path) -> None:
+    """Raise ValueError if Python has found another package `agents` before ours in `folder`.
+
+    `python -m agents` may still run our program: an editable install adds what the other package lacks.
+    """
+    place = Path(next(iter(sys.modules[NAME].__path__))).resolve()
+    if place != folder:
+        raise ValueError(
+            f"{_described(place)} comes before the package {NAME!r} of textenv in {str(folder)!r}. Run `textenv` "
+            "instead of `python -m agents`, or take the other one off Python's path."
+        )
+
+
+def _described(place: Path) -> str:
+    """A folder, and the distribution that has written it, if one has."""
+    for other in importlib.metadata.distributions():
+        if any(
+            file.parts[0] == NAME and Path(str(other.locate_file(file))).resolve().is_relative_to(place)
+            for file in other.files or ()
+        ):
+            return f"{str(place)!r}, of the distribution {other.name!r},"
+    return repr(str(place))
+
+
 def _differs(file: importlib.metadata.PackagePath) -> bool:
     """Whether a file is there and is not what was installed, by the hash that was noted then."""
     path = Path(str(file.locate()))
@@ -82,11 +106,14 @@ def _load(folder: Path) -> None:
 
 
 def _tell_hidden(folder: Path) -> None:
-    """Say so where a package of the present directory cannot be imported by its name."""
-    here = Path.cwd() / NAME
-    if here.resolve() != folder and any(here.glob("*.py")) and os.environ.get("RANK", "0") == "0":
-        print(
-            f"note: {str(here)!r} has the name of a package of textenv, which comes first here. If functions of yours "
-            f"import from it, rename it.",
-            file=sys.stderr,
-        )
+    """Say so where another package cannot be imported by its name, such as a folder of the present directory."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    places = dict.fromkeys((Path(name) / NAME).resolve() for name in (os.getcwd(), *sys.path))
+    for place in places:
+        if place != folder and any(place.glob("*.py")):
+            print(
+                f"note: {_described(place)} has the name of a package of textenv, which comes first here. If functions "
+                "of yours import from it, rename it, or work in an environment of its own.",
+                file=sys.stderr,
+            )

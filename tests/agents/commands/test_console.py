@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,6 +19,12 @@ from textenv import command
 
 ROOT = Path(__file__).parents[3]
 REWARD = "def helpful(prompts, responses):\n    return [float(len(text)) for text in responses]\n"
+# What `python -m agents` does where an editable install's finder knows our modules and the path has another package.
+STARTED = f"""
+import agents, runpy
+agents.__path__.append({str(ROOT / "agents")!r})
+runpy.run_module("agents", run_name="__main__", alter_sys=True)
+"""
 SIZES = ["--rollout-size", "4", "--minibatch-size", "4", "--iterations", "1", "--evaluation-prompts", "2"]
 
 
@@ -138,3 +147,35 @@ def test_a_file_of_ones_own_is_nobody_elses(tmp_path, monkeypatch):
     install(tmp_path, "textenv", OURS)
     (tmp_path / "agents" / "run.py").write_text("edited = 1\n", encoding="utf-8")
     command.check_whole(tmp_path / "agents")
+
+
+@pytest.mark.parametrize("name", ["openai-agents", None], ids=["distribution", "own"])
+def test_a_package_that_comes_first_is_named(tmp_path, monkeypatch, capsys, name):
+    """An editable install lends `python -m agents` to another package: refused, with the command that works."""
+    files = {"agents/__init__.py": "", "agents/run.py": "theirs = 1\n"}
+    site, ours = tmp_path / "site", tmp_path / "ours" / "agents"
+    site.mkdir()
+    install(site, name or "mine", files)
+    if name is None:
+        shutil.rmtree(site / "mine-1.0.dist-info")
+    monkeypatch.setattr(sys, "path", [str(site), *sys.path])
+    spec = importlib.machinery.PathFinder.find_spec("agents", [str(site)])
+    monkeypatch.setitem(sys.modules, "agents", importlib.util.module_from_spec(spec))
+    with pytest.raises(
+        ValueError, match=r"comes before the package 'agents' of textenv.* Run `textenv` instead"
+    ) as told:
+        command.check_first(ours)
+    command._tell_hidden(ours)
+    for text in (str(told.value), capsys.readouterr().err):
+        assert str(site / "agents") in text and ("'openai-agents'" in text) == (name is not None)
+    command.check_first(site / "agents")
+
+
+@pytest.mark.slow
+def test_python_m_in_a_folder_with_such_a_package(project):
+    """`python -m agents` beside a folder `agents/` without a program is told to use `textenv`."""
+    folder, task = project
+    (folder / "agents" / "__init__.py").write_text("", encoding="utf-8")
+    ended = run([sys.executable, "-c", STARTED, "train", "--estimate", *task], folder)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert ended.stderr.startswith(f"error: {str(folder / 'agents')!r} comes before the package")
