@@ -36,7 +36,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradient clipping: maximum norm of each network's gradient
     checkpoint_every: int = 10  # iterations between checkpoints; the last iteration always saves one
     # where metrics, samples, pictures and settings go beside the run folder: tensorboard, trackio, wandb or mlflow; may
-    # be repeated; none: nowhere
+    # be repeated, and replaces the default; none: nowhere
     tracker: tuple[str, ...] = ("tensorboard",)
     # iterations between rollouts that are written whole, token by token, to RUN/rollouts, which
     # agents.reporting.dumps.read_rollouts reads; 0: never

@@ -215,6 +215,15 @@ def is_embedded_task(env: str, env_arguments: Mapping[str, Any]) -> bool:
     return _found[key]
 
 
+def describe_rates(config: TrainConfig, adapters: bool = False) -> str:
+    """The preset of a run in a line, and the run's own learning rates where they are others."""
+    _, preset = find_preset(config.env, config.algorithm, arguments_of(config), adapters)
+    rates = {name: value for name, value in preset.train.items() if name.endswith("learning_rate")}
+    others = [f"{name} {getattr(config, name):g}" for name in rates if getattr(config, name) != rates[name]]
+    source = describe_defaults(config, adapters)
+    return f"{source} This run has {', '.join(others)}." if others else source
+
+
 def describe_defaults(config: TrainConfig, adapters: bool = False) -> str:
     """Which preset the defaults come from, in a line."""
     task, preset = find_preset(config.env, config.algorithm, arguments_of(config), adapters)

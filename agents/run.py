@@ -20,7 +20,7 @@ from agents.algorithms.registry import find_algorithm
 from agents.config import BEST, TrainConfig
 from agents.domains import domain_of
 from agents.interfaces import Algorithm, Experiment
-from agents.presets import describe_defaults, has_adapters
+from agents.presets import describe_rates, has_adapters
 from agents.ranks import ALONE, Ranks, connected, restarted
 from agents.reporting import dumps, plots, report, trackers, viewer
 from agents.reporting import estimate as sizes
@@ -95,7 +95,7 @@ def train(config: TrainConfig, settings: Any, algorithm_config: Any) -> dict[str
             ranks.lead(lambda: checkpoint.iterations_done(folder))  # raises if something in it cannot be read again
         tracked = trackers.Trackers(console.print)
         ranks.lead(lambda: _track(tracked, stack, folder, trainer, parts))
-        source = describe_defaults(config, has_adapters(settings))
+        source = describe_rates(config, has_adapters(settings))
         console.print(f"{_title(config)} {experiment.describe()}\n{source}\nresults in {folder}/")
         rows = _iterate(folder, console, experiment, trainer, tracked, records)
         summary = _write_results(folder, rows, experiment, trainer, tracked, before)

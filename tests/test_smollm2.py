@@ -1,5 +1,6 @@
 """A real chat model of 135M weights, end to end: SmolLM2-135M-Instruct, or another, in the folder named by SMOLLM2."""
 
+import json
 import os
 
 import gymnasium as gym
@@ -52,3 +53,43 @@ def test_two_iterations_and_generate(tmp_path, capsys):
     assert "KL" in capsys.readouterr().out
     main(["generate", "--run", str(run), "--prompt", "2 plus 2 is"])
     assert "[score" in capsys.readouterr().out
+
+
+def test_supervised_and_dpo(tmp_path, capsys):
+    """A few steps of both commands on chats: the held-out loss falls, and the policy prefers what was chosen."""
+    chats = [
+        [*chat, {"role": "assistant", "content": f"The answer is {number}."}] for number, chat in enumerate(SUMS * 4)
+    ]
+    data, pairs = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl"
+    rows = [{"messages": chat} for chat in chats]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = [{"prompt": chat, "chosen": [say("It is 5.")], "rejected": [say("I do not know.")]} for chat in SUMS * 4]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    small = ["--batch-size", "4", "--max-length", "64", "--learning-rate", "1e-5"]
+    tuned = tmp_path / "tuned"
+    held_out = ["--held-out", "0.3", "--epochs", "2"]
+    main(["supervised", "--base", FOLDER, "--data", str(data), "--output", str(tuned), *small, *held_out])
+    losses = json.loads((tuned / "training.json").read_bytes())["history"]
+    measured = [row["held_out_loss"] for row in losses if "held_out_loss" in row]
+    assert measured[-1] < measured[0]
+    out = tmp_path / "policy"
+    names = [
+        "--env.max-new-tokens",
+        "6",
+        "--env.max-prompt-tokens",
+        "48",
+        "--env.device",
+        "cpu",
+        "--evaluation-prompts",
+        "2",
+        "--held-out-pairs",
+        "0.3",
+    ]
+    main(["dpo", "--base", str(tuned), "--data", str(pairs), "--output", str(out), *small, *names, "--epochs", "2"])
+    summary = json.loads((out / "summary.json").read_bytes())
+    assert summary["held_out_margin"] > 0 and (out / "actor" / "model.safetensors").exists()
+
+
+def say(text):
+    """A turn of the assistant."""
+    return {"role": "assistant", "content": text}

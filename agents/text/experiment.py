@@ -40,6 +40,7 @@ from textenv.env import TextGenEnv
 from textenv.task import Task, is_embedded
 
 EQUAL = 1e-6  # a smaller standard deviation of float32 scores, relative to their mean, is rounding error
+SMALL = 10e6  # weights; a model of a million needs a hundred times the rate of one of a hundred million
 FAR = 1.0  # nats a response; two iterations that wreck a model of 135M weights move it by six
 
 GOLD = Line("gold", "gold score", ORANGE, evaluated="gold")
@@ -197,11 +198,16 @@ class TextExperiment:
         return f"score {metrics['score']:+.2f}{gold}{kl}  {metrics['tokens_per_second']:.0f} tokens/s"
 
     def remarks(self, number: int, metrics: dict[str, float]) -> list[str]:
-        """A line if the first update has moved the policy far.
+        """A line if the learning rate cannot move a model as small as this, or if the first update has moved it far.
 
         Measured by the next rollout's KL to the reference, or without one by the KL between the updates of the first
         iteration, which is less than that of the whole.
         """
+        if number == 1 and self._too_slow():
+            return [
+                f"The model has less than ten million weights, and learning_rate={self.config.learning_rate:g} is for "
+                "one of a hundred million: it will hardly learn. Try --learning-rate 1e-4 --critic-learning-rate 3e-4."
+            ]
         if self.task.reference is not None:
             moved = metrics["kl_per_response"] if number == 2 else 0.0
         else:
@@ -215,6 +221,11 @@ class TextExperiment:
             f"pretrained model soon forgets how to write; watch the responses, or lower the learning rates ({rates}; "
             "for the language model 1e-6 is usual)."
         ]
+
+    def _too_slow(self) -> bool:
+        """Whether a small model has a learning rate of pretrained ones. Not known without a reference in memory."""
+        reference = self.task.reference
+        return self.config.learning_rate < 1e-5 and reference is not None and reference.model.num_parameters() < SMALL
 
     def write_results(
         self,

@@ -160,6 +160,14 @@ def test_the_fields_rate_moves_little(folders, tmp_path, capsys):
     """The preset's own rate raises no warning, and the run names its defaults."""
     printed = far_run(folders, tmp_path, capsys, 1e-6)
     assert WARNING not in printed and "Defaults: ppo on a pretrained model, learning_rate 1e-06" in printed
+    assert "it will hardly learn. Try --learning-rate 1e-4" in printed and "This run has" not in printed
+
+
+def test_the_rates_of_a_run_are_told(folders, tmp_path, capsys):
+    """Rates beside those of the preset are named at the start, and they raise no remark."""
+    printed = far_run(folders, tmp_path, capsys, 1e-4)
+    assert "learning_rate 1e-06, critic_learning_rate 1e-05. This run has learning_rate 0.0001." in printed
+    assert "hardly learn" not in printed
 
 
 def test_the_embedded_task_is_not_warned_about():

@@ -7,8 +7,9 @@ r"""What the build trains on, as files, so that its stages can be done by comman
     OMP_NUM_THREADS=1 python -m agents reward-model --base work/supervised --data work/pairs/pairs.jsonl \
         --output work/reward_model --learning-rate 1e-3 --max-length 128
 
-The commands hold rows out for their cards, and the build trains on all, so the weights differ and the figures agree
-within their errors. In a file a response that was cut off by its budget ends like any other.
+The commands hold rows out for their cards, and the build trains on all, so the weights differ; the card of the weights
+that are shipped says by how much its figures do. In a file a response that was cut off by its budget ends like any
+other.
 """
 
 from __future__ import annotations

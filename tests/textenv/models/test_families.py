@@ -144,7 +144,8 @@ def check_training(settings, folder):
     reloaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     logits, expected = (model(input_ids=ids, use_cache=False).logits for model in (reloaded, actor))
     kept = torch.arange(tiny.VOCABULARY) != tiny.PAD  # Youtu sets the pad token's row to zero when it is loaded
-    assert torch.equal(logits[..., kept], expected[..., kept])
+    # Not to the bit: where a file's weights lie in memory decides how some processors multiply them.
+    torch.testing.assert_close(logits[..., kept], expected[..., kept], rtol=1e-5, atol=1e-5)
 
 
 def test_the_table_names_every_architecture():
