@@ -78,13 +78,27 @@ def small(settings):
 
 
 def single(env, seed):
+    """All that one episode of a Gymnasium environment returns, to the bit."""
+    return str([pickle.dumps(part) for part in episode(env, seed)])
+
+
+def episode(env, seed):
     """All that one episode of a Gymnasium environment returns."""
     found = [env.reset(seed=seed), env.action_masks().tolist()]
     for token in random_tokens(4, 1, seed)[:, 0]:
         found.append(env.step(token))
         if found[-1][2]:
             break
-    return str([pickle.dumps(part) for part in found])
+    return found
+
+
+def near(one, other):
+    """Equal up to the rounding of float32: where weights lie in memory decides how some processors multiply them."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(near(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(near, one, other))
+    return one == pytest.approx(other, rel=1e-5, abs=1e-5) if isinstance(one, float) else np.array_equal(one, other)
 
 
 def vector(env, seed):
@@ -187,7 +201,7 @@ def test_copies_go_on_alone(small, models_kept, duplicate):
     env.reset(seed=0)
     env.step(99)
     other = duplicate(env)
-    first = [pickle.dumps(env.step(token)) for token in (100, 101)]
-    assert first == [pickle.dumps(other.step(token)) for token in (100, 101)]
-    assert single(env, 3) == single(other, 3)
+    first = [env.step(token) for token in (100, 101)]
+    assert near(first, [other.step(token) for token in (100, 101)])
+    assert near(episode(env, 3), episode(other, 3))
     assert np.array_equal(env.action_masks(), other.action_masks())
