@@ -54,10 +54,11 @@ def test_one_rank_equals_none(settings, rank, changes):
     """Two iterations of the sharded code end with the weights and metrics of the plain one."""
     cases = (dict(learner="ppo", algorithm={}, changes=changes | dict(shard=shard)) for shard in ("none", "full"))
     plain, trainer = (trainer_of(settings, case, rank) for case in cases)
-    rounding = 2**-7 if "precision" in changes else 1e-4  # bfloat16 has 7 bits behind the first
+    # bfloat16 has 7 bits behind the first, and a sum of rounded numbers loses another.
+    relative, absolute = (2**-6, 2**-6) if "precision" in changes else (1e-4, 1e-5)
     for one, other in zip(plain.iterate(), trainer.iterate(), strict=True):
         for name in one.metrics.keys() - {"seconds", "rollout_seconds", "tokens_per_second"}:
-            assert other.metrics[name] == pytest.approx(one.metrics[name], rel=rounding, abs=rounding / 10), name
+            assert other.metrics[name] == pytest.approx(one.metrics[name], rel=relative, abs=absolute), name
     for name, network in plain.algorithm.networks.trained.items():
         found = weights(trainer.algorithm.networks.trained[name])
         torch.testing.assert_close(found, weights(network), rtol=1e-4, atol=1e-4 if "precision" in changes else 1e-5)
