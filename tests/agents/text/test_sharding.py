@@ -61,7 +61,7 @@ def test_one_rank_equals_none(settings, rank, changes):
             assert other.metrics[name] == pytest.approx(one.metrics[name], rel=relative, abs=absolute), name
     for name, network in plain.algorithm.networks.trained.items():
         found = weights(trainer.algorithm.networks.trained[name])
-        torch.testing.assert_close(found, weights(network), rtol=1e-4, atol=1e-4 if "precision" in changes else 1e-5)
+        torch.testing.assert_close(found, weights(network), rtol=1e-4, atol=1e-3 if "precision" in changes else 1e-5)
 
 
 def test_weights_are_there_while_they_are_needed(settings, rank):
