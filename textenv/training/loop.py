@@ -113,7 +113,8 @@ class Job:
     def _sweep(self) -> bool:
         """Remove what a kill left of a training that ended or had not begun. Returns whether one had ended."""
         finished = os.path.isdir(self.output / FINISHED)
-        shutil.rmtree(self.output / FINISHED, ignore_errors=True)
+        if finished:
+            shutil.rmtree(self.output / FINISHED, ignore_errors=True)
         if os.path.isdir(self.work) and set(os.listdir(self.work)) <= {part_of(self.work / STARTED).name}:
             shutil.rmtree(self.work, ignore_errors=True)
         return finished
