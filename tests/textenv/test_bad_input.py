@@ -14,6 +14,7 @@ import textenv.rewards.build
 import textenv.task
 from tests.support import tiny
 from textenv import LanguageModel, TextGenConfig, build_task, shared
+from textenv.models.loading import load_stop_token_ids
 from textenv.rewards.reward_model import RewardModel
 from textenv.training.reward_model import load_base
 from textenv.vector_env import TextGenVectorEnv
@@ -98,6 +99,19 @@ def test_refused_before_models_are_loaded(settings, changes, monkeypatch):
         monkeypatch.setattr(textenv.task, name, lambda *args: pytest.fail("work was done"))
     monkeypatch.setattr(textenv.rewards.build, "load_classifier", lambda *args: pytest.fail("work was done"))
     refuse(settings, "got|no prompts", **changes)
+
+
+@pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("ends", ["abc", 2.5, [-5], [256, "x"], True, {"id": 3}])
+def test_end_tokens_of_a_model(settings, folders, kind, tmp_path, ends):
+    """What a model's files name as its end tokens is refused where it is no token id, by whoever reads it."""
+    folder = copied(folders[kind], tmp_path / "ends")
+    config = folder / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": ends}))
+    says = "eos_token_id must be a token id or a list of them, .*generation_config.json"
+    refuse(settings, says, reference=str(folder))
+    with pytest.raises(ValueError, match=says):
+        load_stop_token_ids(str(folder), tiny.tokenizer())
 
 
 def test_unknown_argument(settings):

@@ -192,6 +192,8 @@ def hidden_states(backbone: PreTrainedModel, input_ids: Tensor, positions: Tenso
 def position_limit(model: PreTrainedModel) -> int | None:
     """The most tokens that a model has positions for; None if its configuration names no limit."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and limit <= 0:  # XLNet says -1 for any length
+        return None
     words = model.get_input_embeddings()
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
     for table in tables:

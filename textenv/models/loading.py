@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -224,9 +224,15 @@ def load_stop_token_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def first_ids(*sources: Any) -> tuple[int, ...]:
-    """The token ids of the first source that is not None: an id or several."""
+    """The token ids of the first source that is not None: an id or several. Raises ValueError for what is no id."""
     ids = next((source for source in sources if source is not None), ())
-    return tuple(ids) if isinstance(ids, Sequence) else (ids,)
+    several = ids if isinstance(ids, list | tuple) else (ids,)
+    if not all(type(each) is int and each >= 0 for each in several):
+        raise ValueError(
+            f"eos_token_id must be a token id or a list of them, whole numbers from 0 on, got {ids!r}; set it in the "
+            "model's generation_config.json, or in its config.json."
+        )
+    return tuple(several)
 
 
 def _generation_eos(name: str) -> Any:

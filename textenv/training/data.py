@@ -218,7 +218,8 @@ def encode_exchanges(
     """
     if any(not isinstance(response, str) for _, response in exchanges):
         chats: Any = [(list(prompt or []), response) for prompt, response in exchanges]
-        return [_encode_chat(tokenizer, prompt, response, stops, template or {}) for prompt, response in chats]
+        ends = _end_texts(tokenizer, stops)
+        return [_encode_chat(tokenizer, prompt, response, ends, template or {}) for prompt, response in chats]
     with_prompt = [index for index, (prompt, _) in enumerate(exchanges) if prompt is not None]
     encoded = [([], ids) for ids in encode(tokenizer, [str(response) for _, response in exchanges])]
     pairs = encode_pairs(tokenizer, [(str(exchanges[index][0]), str(exchanges[index][1])) for index in with_prompt])
@@ -231,23 +232,30 @@ def encode_exchanges(
     ]
 
 
+def _end_texts(tokenizer: PreTrainedTokenizerBase, stops: Collection[int]) -> dict[int, str]:
+    """The text of each stop token. Ids that the tokenizer has no token for are left out: a vocabulary may be padded."""
+    known = set(tokenizer.get_vocab().values())
+    texts = {stop: str(tokenizer.decode([stop])) for stop in sorted(stops) if stop in known}
+    return {stop: text for stop, text in texts.items() if text}
+
+
 def _encode_chat(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Sequence[Mapping[str, str]],
     response: Sequence[Mapping[str, str]],
-    stops: Collection[int],
+    stops: Mapping[int, str],
     template: Mapping[str, Any],
 ) -> Encoded:
     """The turns of the assistant are found by rendering the chat up to each, since few templates mark them.
 
-    A turn ends with its first stop token: some templates write more behind it, which no policy writes.
+    A turn ends with its first stop token: some templates write more behind it, which no policy writes. stops: their
+    texts.
     """
     messages = [dict(message) for message in (*prompt, *response)]
-    ends = tokenizer.convert_ids_to_tokens(sorted(stops))
     text, ids, written, begin = "", [], [], 0
     for turn in (at for at in range(len(prompt), len(messages)) if messages[at]["role"] == "assistant"):
         before = _render(tokenizer, messages[:turn], template, add_generation_prompt=True)
-        through = _render(tokenizer, messages[: turn + 1], template).rstrip()
+        through = _render(tokenizer, messages[: turn + 1], template)
         start = messages[turn]["content"][:60]
         if not before.startswith(text):
             raise ValueError(
@@ -255,13 +263,14 @@ def _encode_chat(
                 f"assistant's tokens cannot be told apart (in {start!r}); give rows with one response each, or another "
                 "template."
             )
-        if not through.startswith(before) or len(through) == len(before):
+        if not through.startswith(before) or len(through.rstrip()) <= len(before):
             raise ValueError(
                 "the chat template begins a response differently where it asks for one (add_generation_prompt) and "
                 f"where there is one (in {start!r}); set the template's variables, or give another template."
             )
-        stopped = [through.index(end, len(before)) + len(end) for end in ends if end in through[len(before) :]]
-        through = through[: min(stopped, default=None)]
+        found = [(through.find(end, len(before)), len(end)) for end in stops.values()]
+        stopped = [at + length for at, length in found if at >= 0]
+        through = through[: min(stopped)] if stopped else through.rstrip()
         ids = _continued(tokenizer, ids, text, before)
         written += [False] * (len(ids) - len(written))
         begin = begin or len(ids)

@@ -2,7 +2,8 @@
 
 With a job, a training keeps its last checkpoint in the subfolder `training` of its output folder. A training that was
 stopped goes on from there, to the same bits as one that was not; `finish` removes the subfolder once the results are
-written. Without a job nothing is written. One process trains, on one device.
+written. A kill at any moment leaves a training to go on with, one that is finished, or none. Without a job nothing is
+written. One process trains, on one device.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from textenv.models.loading import quietly, without_report
 from textenv.settings import check_new_folder, check_types
+from textenv.training.checkpoints import last_checkpoint, part_of, read_started, write_whole
 
 WORK = "training"  # subfolder of the output folder for what a training needs to go on
 STARTED = "started_with.json"  # in WORK: data, base and settings
-STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
+FINISHED = "training.finished"  # WORK while it is removed: the results are written
 MEASUREMENTS = 10  # on held-out rows during a training, besides the one before it
 LOGGED = 50  # training losses on the curve of a training with a job
 LINE_SECONDS = 10  # between lines of progress where there is no terminal
@@ -78,10 +80,12 @@ class Job:
         """
         if find_spec("accelerate") is None:
             raise ValueError("training needs accelerate; install it with: pip install 'textenv[reward-model]'.")
+        finished = self._sweep()
         if self.loop.resume:
-            self._check_started()
+            self._check_started(finished)
             if compare:
                 self._check_same()
+                self.checkpoint()  # a damaged one is refused before a model is loaded
         elif os.path.isfile(self.work / STARTED):
             raise ValueError(
                 f"{str(self.output)!r} holds a training that was stopped; give --resume to go on with it, or choose "
@@ -94,18 +98,33 @@ class Job:
         """Create the folder of checkpoints, with what the training was started with."""
         self.work.mkdir(parents=True, exist_ok=True)
         if not self.loop.resume:
-            (self.work / STARTED).write_text(json.dumps(self.started_with, indent=1) + "\n", encoding="utf-8")
+            write_whole(self.work / STARTED, self.started_with)
 
     def checkpoint(self) -> Path | None:
-        """The last whole checkpoint: a process may be killed while it writes one."""
-        steps = {int(path.name.rpartition("-")[2]): path for path in self.work.glob("checkpoint-*") if _is_whole(path)}
-        return steps[max(steps)] if self.loop.resume and steps else None
+        """The last whole checkpoint, to resume from: a process may be killed while it writes one."""
+        return last_checkpoint(self.work) if self.loop.resume else None
 
     def finish(self) -> None:
         """Remove the checkpoints, when the results are written."""
-        shutil.rmtree(self.work)
+        finished = self.output / FINISHED
+        self.work.rename(finished)  # a checkpoint with half of its files must not look like one to go on from
+        shutil.rmtree(finished)
 
-    def _check_started(self) -> None:
+    def _sweep(self) -> bool:
+        """Remove what a kill left of a training that ended or had not begun. Returns whether one had ended."""
+        finished = os.path.isdir(self.output / FINISHED)
+        if finished:
+            shutil.rmtree(self.output / FINISHED, ignore_errors=True)
+        if os.path.isdir(self.work) and set(os.listdir(self.work)) <= {part_of(self.work / STARTED).name}:
+            shutil.rmtree(self.work, ignore_errors=True)
+        return finished
+
+    def _check_started(self, finished: bool) -> None:
+        if finished:
+            raise ValueError(
+                f"the training in {str(self.output)!r} is finished, and its last checkpoint is now removed; use the "
+                "results in that folder."
+            )
         if not os.path.isfile(self.work / STARTED):
             raise ValueError(
                 f"{str(self.output)!r} holds no training that was stopped, so there is nothing to resume; leave "
@@ -113,8 +132,7 @@ class Job:
             )
 
     def _check_same(self) -> None:
-        stored = json.loads((self.work / STARTED).read_text(encoding="utf-8"))
-        before, now = _flat(stored), _flat(self.started_with)
+        before, now = _flat(read_started(self.work / STARTED)), _flat(self.started_with)
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise ValueError(
@@ -128,14 +146,6 @@ def tell_how_to_go_on(error: BaseException) -> None:
     note = "Give --resume to go on with this training."
     if note not in getattr(error, "__notes__", ()):
         error.add_note(note)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

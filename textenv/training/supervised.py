@@ -83,6 +83,11 @@ class Rows:
         return [{"input_ids": row.ids, "scored": scored} for row, scored in zip(self.encoded, self.scored, strict=True)]
 
 
+def greatest_length(model: PreTrainedModel, config: SupervisedConfig) -> int:
+    """The most tokens of a row that the model is trained on."""
+    return min(config.max_length, position_limit(model) or config.max_length)
+
+
 def encode_supervised(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -95,7 +100,7 @@ def encode_supervised(
     stops: tokens that end the model's responses to chats. Raises ValueError for a token that the model has no row for,
     and where no row has a token with a loss.
     """
-    limit = min(config.max_length, position_limit(model) or config.max_length)
+    limit = greatest_length(model, config)
     encoded = encode_exchanges(tokenizer, exchanges, stops)
     vocabulary = model.config.get_text_config().vocab_size
     check_ids(tokenizer, [row.ids for row in encoded], vocabulary, lambda i: describe(exchanges[i]))

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.models.loading import load_stop_token_ids, load_tokenizer, load_trainable_lm, quietly
+from textenv.models.decoding import decodes_from_cache
+from textenv.models.language_model import position_limit
+from textenv.models.loading import load_stop_token_ids, load_tokenizer, load_trainable_lm, quietly, without_report
+from textenv.models.probe import check_causal
 from textenv.training.card import CURVE, Card, Number, draw_curve, fenced, mean_and_error, write_card
 from textenv.training.data import Row, read_supervised
 from textenv.training.loop import LOOP, Job, LoopConfig, Trained, file_hash, prompt_key, split_rows, started_with
-from textenv.training.supervised import Rows, SupervisedConfig, encode_supervised, fit, losses_of_rows, some_rows
+from textenv.training.supervised import (
+    Rows,
+    SupervisedConfig,
+    encode_supervised,
+    fit,
+    greatest_length,
+    losses_of_rows,
+    some_rows,
+)
 
 SAMPLES = 4  # held-out prompts on the card
 SAMPLE_TOKENS = 80  # of a response on the card
@@ -47,6 +59,7 @@ class _Material:
     stops: tuple[int, ...]
     training: Rows
     held_out: Rows
+    width: int  # the most tokens of a row
     clusters: list[str]  # the prompt of each held-out row
     left_out: int
 
@@ -108,22 +121,26 @@ def _forward(config: SupervisedConfig) -> int:
 def _prepare(base: str, data: Path, parts: Sequence[Sequence[Row]], config: SupervisedConfig) -> _Material:
     model, tokenizer = load_trainable_lm(base), load_tokenizer(base)
     stops = load_stop_token_ids(base, tokenizer)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, width = model.to(device), max(2, greatest_length(model, config))  # type: ignore[arg-type]
+    with without_report():  # the check reads random tokens, the pad token among them, and Transformers warns of it
+        check_causal(model, "base", width)  # one that sees later tokens would learn to copy them, at a loss near 0
     training, held_out = (
         encode_supervised(model, tokenizer, [(row.get("prompt"), row["response"]) for row in rows], config, stops)
         for rows in parts
     )
     clusters = [prompt_key(parts[1][index]) for index in held_out.kept]
     left_out = sum(map(len, parts)) - len(training.kept) - len(held_out.kept)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _Material(
         base=base,
         data=data,
         chats=not isinstance(parts[0][0]["response"], str),
-        model=model.to(device),  # type: ignore[arg-type]
+        model=model,
         tokenizer=tokenizer,
         stops=stops,
         training=training,
         held_out=held_out,
+        width=width,
         clusters=clusters,
         left_out=left_out,
     )
@@ -163,19 +180,27 @@ def _samples(material: _Material, seed: int) -> list[tuple[str, str, str]]:
 def _continue(material: _Material, prompt: list[int], seed: int) -> list[int]:
     """A response sampled at temperature 1. Leaves the random numbers of the training alone."""
     model, stops = material.model.eval(), list(material.stops)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(prompt) + SAMPLE_TOKENS
-    room = min(SAMPLE_TOKENS, limit - len(prompt))
+    room = min(SAMPLE_TOKENS, (position_limit(model) or len(prompt) + SAMPLE_TOKENS) - len(prompt))
     if room < 1:
         return []
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+    ends = {"eos_token_id": stops, "pad_token_id": stops[0]} if stops else {}
+    cache = decodes_from_cache(model, material.width)
+    options = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=room, use_cache=cache, **ends)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), _sampling_with(model, options):
         torch.manual_seed(seed)  # generate() uses the global generator
         ids = torch.tensor([prompt], device=model.device)
-        ends = {"eos_token_id": stops, "pad_token_id": stops[0]} if stops else {}
-        options = dict(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=room, **ends
-        )
-        written = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+        written = model.generate(ids, options, attention_mask=torch.ones_like(ids))  # type: ignore[operator]
     return written[0, len(prompt) :].tolist()
+
+
+@contextmanager
+def _sampling_with(model: PreTrainedModel, options: GenerationConfig) -> Iterator[None]:
+    """Set how the model samples, for a while. Options of its own, such as num_beams, fill in what a call leaves out."""
+    own, model.generation_config = model.generation_config, options
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

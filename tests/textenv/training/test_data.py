@@ -187,6 +187,21 @@ def test_the_end_of_a_chat() -> None:
     assert [sum(row.written) for row in ends] == [4, 3]
 
 
+def test_an_end_token_that_is_white_space() -> None:
+    """A line break that stops the model is found by its text, and not cut off with what follows a turn."""
+    tokenizer = _chats(TEMPLATE.replace("<end>", ""))
+    line = tokenizer("\n").input_ids[0]
+    (row,) = encode_exchanges(tokenizer, [([user("hi")], [bot("yo"), user("so"), bot("a\nb")])], [line])
+    assert tokenizer.decode(row.ids) == "[u]hi\n[a]yo\n[u]so\n[a]a\n" and sum(row.written) == 3 + 2
+
+
+def test_an_end_id_without_a_token() -> None:
+    """A model's vocabulary may be larger than the tokenizer's, and name such an id as an end: no text has it."""
+    tokenizer, chat = _chats(), ([user("hi")], [bot("yo")])
+    missing = len(tokenizer) + 40
+    assert encode_exchanges(tokenizer, [chat], [tiny.END, missing]) == encode_exchanges(tokenizer, [chat], [tiny.END])
+
+
 def test_templates_that_cannot_be_used() -> None:
     """No template, one that forgets earlier turns, and one that refuses a role: each in a sentence."""
     chat = ([user("hi")], [bot("yo"), user("so"), bot("no")])

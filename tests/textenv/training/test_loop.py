@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from transformers import Trainer, TrainerCallback
 
 from tests.support import tiny
 from textenv.training.loop import (
+    FINISHED,
+    STARTED,
     WORK,
     Job,
     LoopConfig,
@@ -133,6 +136,96 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
     assert _job(tmp_path / "b", resume=True).checkpoint() == part.with_name("checkpoint-6")
     (part / "trainer_state.json").write_text('{"global_step": 9, "log_hi')
     assert torch.equal(whole, _run(_job(tmp_path / "b", resume=True))[0])
+
+
+@pytest.mark.parametrize("gone", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_without_a_file_is_passed_over(tmp_path: Path, gone: str) -> None:
+    """The Trainer would go on without an optimizer or random numbers, to other weights: it starts anew, to the same."""
+    whole, _ = _run(_job(tmp_path / "a"))
+    with pytest.raises(KeyboardInterrupt):
+        _run(_job(tmp_path / "b"), halt=4)
+    (tmp_path / "b" / WORK / "checkpoint-3" / gone).unlink()
+    assert _job(tmp_path / "b", resume=True).checkpoint() is None
+    assert torch.equal(whole, _run(_job(tmp_path / "b", resume=True))[0])
+
+
+def test_a_copy_of_a_checkpoint_is_none(tmp_path: Path) -> None:
+    """A folder that someone put beside the checkpoints is left alone."""
+    with pytest.raises(KeyboardInterrupt):
+        _run(_job(tmp_path), halt=4)
+    last = tmp_path / WORK / "checkpoint-3"
+    shutil.copytree(last, last.with_name("checkpoint-backup"))
+    assert _job(tmp_path, resume=True).checkpoint() == last
+
+
+def _halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _without_seconds(file: Path) -> None:
+    state = json.loads(file.read_text())
+    del state["log_history"][0]["seconds"]
+    file.write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", _halve),
+        ("optimizer.pt", _halve),
+        ("scheduler.pt", _halve),
+        ("rng_state.pth", _halve),
+        ("trainer_state.json", lambda file: file.write_text("5")),
+        ("trainer_state.json", _without_seconds),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage) -> None:
+    """A file of a checkpoint that cannot be read is refused with the folder to remove; then the training goes on."""
+    with pytest.raises(KeyboardInterrupt):
+        _run(_job(tmp_path), halt=4)
+    last = tmp_path / WORK / "checkpoint-3"
+    damage(last / name)
+    with pytest.raises(ValueError, match=rf"{name}' is damaged; remove the folder '.*checkpoint-3', and --resume"):
+        _job(tmp_path, resume=True).check()
+    shutil.rmtree(last)
+    _job(tmp_path, resume=True).check()
+
+
+def test_a_kill_while_a_training_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the removal of checkpoints is cut short, the training is finished; the next command removes the rest."""
+    _job(tmp_path).start()
+    (tmp_path / "model.safetensors").write_text("result")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        _job(tmp_path).finish()
+    assert (tmp_path / FINISHED / STARTED).exists()
+    with pytest.raises(ValueError, match="is finished, and its last checkpoint is now removed; use the results"):
+        _job(tmp_path, resume=True).check()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    with pytest.raises(ValueError, match="exists already and is not empty"):
+        _job(tmp_path).check()
+
+
+def test_a_kill_while_a_training_begins(tmp_path: Path) -> None:
+    """Killed before it noted what it was started with, a training counts as none: the same command starts it."""
+    for left in ((), (f"{STARTED}.part",)):
+        (tmp_path / WORK).mkdir()
+        for name in left:
+            (tmp_path / WORK / name).write_text('{"se')
+        with pytest.raises(ValueError, match="holds no training that was stopped"):
+            _job(tmp_path, resume=True).check()
+        (tmp_path / WORK).mkdir()
+        _job(tmp_path).check()
+        assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["", '{"data": "ab', "[1]", "5"])
+def test_a_damaged_note_of_the_start(tmp_path: Path, content: str) -> None:
+    """What a training was started with is read as a whole, or refused in a sentence."""
+    _job(tmp_path).start()
+    (tmp_path / WORK / STARTED).write_text(content)
+    with pytest.raises(ValueError, match=r"started_with.json' is damaged, .*; start it anew, in another output folder"):
+        _job(tmp_path, resume=True).check()
 
 
 def test_a_finished_loop_resumes_to_its_end(tmp_path: Path) -> None:

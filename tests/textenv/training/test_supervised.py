@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertLMHeadModel, XLNetConfig, XLNetLMHeadModel
 
 from agents.__main__ import main
 from tests.support import tiny
 from textenv import LanguageModel
+from textenv.models.language_model import position_limit
 from textenv.training.card import mean_and_error
 from textenv.training.data import encode_exchanges
 from textenv.training.loop import LoopConfig
@@ -115,6 +117,52 @@ def test_rows_too_long_for_their_response(tmp_path: Path) -> None:
     assert rows.kept == [1] and rows.tokens == 3 and len(rows.encoded[0]) == 4
     with pytest.raises(ValueError, match="none of 1 rows has a token of a response within 4 tokens; raise max_length"):
         encode_supervised(model, tokenizer, [("x" * 9, "y")], SupervisedConfig(max_length=4))
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlnet"])
+def test_a_base_that_sees_later_tokens_is_refused(tmp_path: Path, kind: str) -> None:
+    """It would learn to copy the token that it is to predict, at a loss near 0; nothing is written."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    model = (
+        BertLMHeadModel(BertConfig(vocab_size=300, max_position_embeddings=64, **sizes))  # type: ignore[arg-type]
+        if kind == "bert"
+        else XLNetLMHeadModel(XLNetConfig(vocab_size=300, d_model=32, n_layer=2, n_head=4, d_inner=48))
+    )
+    base = tiny.save(model.eval(), tmp_path / "base")
+    with pytest.raises(ValueError, match=rf"the base is a .* \({kind}\): .* so it is not causal"):
+        train_supervised(base, _data(tmp_path), tmp_path / "out", FAST)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_below_one_is_none(tmp_path: Path) -> None:
+    """XLNet says -1 positions for any length, which must not cut the end token of each row."""
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=300, d_model=32, n_layer=1, n_head=4, d_inner=48))
+    (row,) = encode_supervised(model, tiny.tokenizer(), [("a", "bc")], SupervisedConfig(max_length=8)).encoded
+    assert position_limit(model) is None and row.ids[-1] == tiny.END
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"min_p": 0.9, "do_sample": True},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"suppress_tokens": [65, 66]},
+        {"return_dict_in_generate": True},
+        {"min_length": 30, "no_repeat_ngram_size": 1},
+    ],
+)
+def test_samples_on_the_card_are_at_temperature_1(tmp_path: Path, own: dict) -> None:
+    """They are those of the model's distribution, whatever its generation config says, which is left as it was."""
+    cards = []
+    for name, options in (("plain", {}), ("own", own)):
+        base = Path(_base(tmp_path / name))
+        file = base / "generation_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | options))
+        train_supervised(base, _data(tmp_path), tmp_path / f"{name}-out", replace(FAST, epochs=1))
+        cards.append((tmp_path / f"{name}-out" / "README.md").read_text().split("## Samples")[1].split("## ")[0])
+    assert cards[0] == cards[1]
+    assert own.items() <= json.loads((tmp_path / "own-out" / "generation_config.json").read_text()).items()
 
 
 def test_chats_are_learned(tmp_path: Path) -> None:
