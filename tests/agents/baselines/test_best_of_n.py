@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from agents.__main__ import main
+from agents.baselines import best_of_n
 from agents.baselines.best_of_n import BestOfNConfig, best_of, sizes
 from agents.baselines.order import kl_bound
+from agents.run_folder import locked
 from tests.support import tiny
 from tests.support.by_hand import perturb
 
@@ -92,6 +94,92 @@ def test_a_stopped_job_goes_on(tmp_path: Path, command: list[str], monkeypatch: 
         main([*command, str(cut), "--resume", "--seed", "1"])
     main([*command, str(cut), "--resume"])
     assert read(cut)[1] == read(tmp_path / "whole")[1] and read(cut)[0]["rows"] == read(tmp_path / "whole")[0]["rows"]
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, command: list[str]) -> tuple[list[str], Path, list[str]]:
+    """A command of two prompts a batch, the folder of its job, stopped at its end, and the lines of its responses."""
+    command[command.index("--batch-size") + 1] = "8"
+    main([*command, str(tmp_path / "out")])
+    (tmp_path / "out" / "best_of_n.json").unlink()
+    lines = (tmp_path / "out" / "responses.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return [*command, str(tmp_path / "out"), "--resume"], tmp_path / "out", lines
+
+
+def test_batches_are_whole(stopped: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sampled beside a prompt rounds its numbers: an unfinished batch is sampled again, as large as before."""
+    command, out, lines = stopped
+    sampled, original = [], best_of_n.sample_prompts
+
+    def noted(setting, model, prompts, *rest):
+        sampled.append(len(prompts))
+        return original(setting, model, prompts, *rest)
+
+    monkeypatch.setattr(best_of_n, "sample_prompts", noted)
+    for kept, batches in ((0, [2, 1]), (1, [2, 1]), (2, [1]), (3, [])):
+        sampled.clear()
+        (out / "responses.jsonl").write_text("".join(lines[:kept]) + '{"prom', encoding="utf-8")
+        main(command)
+        assert sampled == batches
+        assert (out / "responses.jsonl").read_text(encoding="utf-8") == "".join(lines)
+    with pytest.raises(SystemExit, match="another content of: batch_size; resume with"):
+        main([*command, "--batch-size", "4"])
+
+
+def test_a_kill_loses_no_responses(stopped: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of responses is replaced as a whole: what fails while it is cut leaves all of it."""
+    command, out, lines = stopped
+    (out / "responses.jsonl").write_text("".join(lines) + '{"prom', encoding="utf-8")
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("agents.reporting.files.os.fsync", fails)
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            main(command)
+    assert (out / "responses.jsonl").read_text(encoding="utf-8") == "".join(lines) + '{"prom'
+
+
+def test_rows_of_another_job(stopped: tuple) -> None:
+    """Rows that are doubled, of other prompts, or without their numbers are refused, and so is a damaged start."""
+    command, out, lines = stopped
+    row = json.loads(lines[0])
+    for text in (
+        "".join(lines * 2),
+        "5\n" * 3,
+        "".join([lines[0], lines[0], lines[2]]),
+        "".join([json.dumps(row | {"score": [1.0]}) + "\n", *lines[1:]]),
+        "".join([json.dumps(row | {"log_ratio": "abcd"}) + "\n", *lines[1:]]),
+        "".join([json.dumps(row | {"gold": [None] * 4}) + "\n", *lines[1:]]),
+    ):
+        (out / "responses.jsonl").write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit, match=r"line \d: not what this job writes there.* remove this line"):
+            main(command)
+    for text in ("{", "[1]", "5"):
+        (out / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit, match=r"config.json' is damaged, so this job cannot be resumed; choose another"):
+            main(command)
+
+
+def test_a_folder_is_of_one_process(stopped: tuple) -> None:
+    """While one process samples into a folder, no other does."""
+    command, out, _ = stopped
+    with locked(out), pytest.raises(SystemExit, match="another process is training in"):
+        main(command)
+    main(command)
+
+
+def test_killed_before_it_began(tmp_path: Path, command: list[str]) -> None:
+    """What a process leaves that is killed before its job has begun does not stand in the way of the next one."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".lock", "config.json.new"):
+        (out / name).write_text("", encoding="utf-8")
+    with pytest.raises(SystemExit, match="holds no job to resume; leave --resume out"):
+        main([*command, str(out), "--resume"])
+    main([*command, str(out)])
+    assert len(read(out)[1]) == 3
 
 
 def test_of_another_model(tmp_path: Path, command: list[str]) -> None:
