@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agents.baselines.frontier import Curve, draw_frontier, read_run
+from agents.baselines.frontier import Curve, check_same_task, draw_frontier, read_run, reward_of
 from agents.baselines.order import best_of_weights, kl_bound
 from agents.baselines.setting import Setting, SettingConfig, load_policy, open_setting
 from agents.config import check_counts
@@ -73,6 +73,10 @@ def best_of_n(config: BestOfNConfig, where: SettingConfig) -> list[Row]:
     model = reference if config.model is None else load_policy(config.model, setting.task)
     started = started_with(config, where, setting, model)
     console = Console(markup=False, highlight=False, soft_wrap=True)
+    reward = reward_of(where.env, where.arguments())
+    for folder in config.run:
+        if check_same_task(folder, started["hashes"], reward):
+            console.print(f"note: the curve of {str(folder)!r} is of other held-out prompts than these samples.")
     _claim(config)
     with locked(config.output):
         done = _open(config, setting, started)
