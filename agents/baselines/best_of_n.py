@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agents.baselines.frontier import Curve, draw_frontier, read_run
+from agents.baselines.frontier import Curve, check_same_task, draw_frontier, read_run, reward_of
 from agents.baselines.order import best_of_weights, kl_bound
 from agents.baselines.setting import Setting, SettingConfig, load_policy, open_setting
 from agents.config import check_counts
-from agents.reporting.files import write_json
+from agents.reporting.files import UNFINISHED, remove_unfinished, replacing, write_json
 from agents.reporting.report import Bar, machine
+from agents.run_folder import locked
 from agents.seeds import seed_of
 from agents.text.evaluation import rate
 from agents.text.fingerprints import fingerprints, of_weights
@@ -37,6 +39,7 @@ from textenv.state import own_settings
 from textenv.task import Task
 
 RESPONSES, STARTED, RESULTS, PICTURE = "responses.jsonl", "config.json", "best_of_n.json", "best_of_n.png"
+FIRST = {".lock", f"{STARTED}{UNFINISHED}"}  # all that a process leaves which is killed before its job has begun
 
 Row = dict[str, Any]
 
@@ -49,7 +52,7 @@ class BestOfNConfig:
     model: str | None = None  # folder or hub name of the model to sample from, such as RUN/actor; default: reference
     samples: int = 64  # N, responses to each prompt; every n up to it is measured
     run: tuple[Path, ...] = ()  # folders of finished runs, whose curves are drawn beside; repeatable
-    batch_size: int = 512  # responses written at a time; affects speed and memory, not results
+    batch_size: int = 512  # responses written at a time; affects speed and memory, and results by rounding alone
     seed: int = 0  # of the samples, and of the split of the prompts
     resume: bool = False  # go on with a job that was stopped, in its output folder
 
@@ -64,26 +67,26 @@ def best_of_n(config: BestOfNConfig, where: SettingConfig) -> list[Row]:
     """Sample, measure, and write table, picture and responses to the output folder. Returns a row for each n."""
     curves = [read_run(folder) for folder in config.run]  # raises before any work
     if not config.resume:
-        check_new_folder(config.output, "output folder")
+        _check_new(config.output)
     setting = open_setting(where, config.seed)
     reference = setting.task.load_reference().model
     model = reference if config.model is None else load_policy(config.model, setting.task)
-    done = _open(config, started_with(config, where, setting, model))
+    started = started_with(config, where, setting, model)
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    console.print(
-        f"best of n ({setting.task.device}): {config.samples} responses of {config.model or 'the reference'} to each "
-        f"of {len(setting.held_out)} held-out prompts; reward {setting.task.reward.name}\nresults in {config.output}/"
-    )
-    try:
+    reward = reward_of(where.env, where.arguments())
+    for folder in config.run:
+        if check_same_task(folder, started["hashes"], reward):
+            console.print(f"note: the curve of {str(folder)!r} is of other held-out prompts than these samples.")
+    _claim(config)
+    with locked(config.output):
+        done = _open(config, setting, started)
+        console.print(_title(config, setting))
         samples = _sample_all(config, setting, model, done, console)
-    except (KeyboardInterrupt, OSError, RuntimeError) as error:  # and not a ValueError, which would come again
-        error.add_note(f"Give --resume to go on with the prompts that {str(config.output / RESPONSES)!r} has not yet.")
-        raise
-    rows = best_of(samples, config.samples)
-    curve = Curve("best of n", [row | {"label": str(row["n"])} for row in rows])
-    draw_frontier(config.output / PICTURE, [curve, *curves])
-    results = {"rows": rows, "prompts": len(samples)}
-    write_json(config.output / RESULTS, results | asdict(where) | _plain(config) | machine(setting.task.device))
+        rows = best_of(samples, config.samples)
+        curve = Curve("best of n", [row | {"label": str(row["n"])} for row in rows])
+        draw_frontier(config.output / PICTURE, [curve, *curves])
+        results = {"rows": rows, "prompts": len(samples)}
+        write_json(config.output / RESULTS, results | asdict(where) | _plain(config) | machine(setting.task.device))
     console.print("\n".join([*table(rows), f"look at {config.output / PICTURE}, read {config.output / RESPONSES}"]))
     return rows
 
@@ -161,10 +164,9 @@ def _sample_all(
     frozen = model is reference.model
     task = replace(setting.task.without_normalization(), reference=None if frozen else reference)
     setting, rows, prompts = replace(setting, task=task), list(done), setting.held_out
-    at_once = max(1, config.batch_size // config.samples)
-    with Bar(console, len(prompts), len(done), ("sampling", "prompt")) as bar:
-        for start in range(len(done), len(prompts), at_once):
-            indices = range(start, min(start + at_once, len(prompts)))
+    with _resumable(config), Bar(console, len(prompts), len(done), ("sampling", "prompt")) as bar:
+        for start in range(len(done), len(prompts), _at_once(config)):
+            indices = range(start, min(start + _at_once(config), len(prompts)))
             numbers = torch.cat([_numbers(task, config, index) for index in indices])
             batch = list(sample_prompts(setting, model, prompts.select(indices), numbers, frozen))
             with (config.output / RESPONSES).open("a", encoding="utf-8") as file:
@@ -173,6 +175,21 @@ def _sample_all(
             best = [max(row["score"]) for row in rows]
             bar.show(len(rows), f"score of the best of {config.samples} {sum(best) / len(best):+.2f}")
     return rows
+
+
+@contextmanager
+def _resumable(config: BestOfNConfig) -> Iterator[None]:
+    """Add to an error how to go on; not to a ValueError, which would come again."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError, RuntimeError) as error:
+        error.add_note(f"Give --resume to go on with the prompts that {str(config.output / RESPONSES)!r} has not yet.")
+        raise
+
+
+def _at_once(config: BestOfNConfig) -> int:
+    """Prompts of a batch."""
+    return max(1, config.batch_size // config.samples)
 
 
 def _numbers(task: Task, config: BestOfNConfig, prompt: int) -> Tensor:
@@ -188,31 +205,97 @@ def started_with(
     task = setting.task
     named = {name: getattr(task.config, name) for name in ("temperature", "max_new_tokens", "dtype")}
     hashes = fingerprints(task, setting.training, setting.held_out) | {"model": of_weights(model)}
-    how = {"samples": config.samples, "seed": config.seed, "reward": task.reward.name}
+    how = {name: getattr(config, name) for name in ("samples", "batch_size", "seed")} | {"reward": task.reward.name}
     return json.loads(json.dumps(asdict(where) | {"env_arg": where.arguments()} | how | named | {"hashes": hashes}))
 
 
-def _open(config: BestOfNConfig, started: Mapping[str, Any]) -> list[Row]:
-    """Create the folder of a new job, or read the rows of a stopped one. Raises ValueError if it was another job."""
-    file, responses = config.output / STARTED, config.output / RESPONSES
+def _check_new(folder: Path) -> None:
+    """Raise ValueError for the folder of a new job that holds more than a killed process leaves before its job."""
+    found = set(os.listdir(folder)) if os.path.isdir(folder) and os.access(folder, os.R_OK | os.W_OK) else set()
+    if not found or found - FIRST:
+        check_new_folder(folder, "output folder")
+
+
+def _claim(config: BestOfNConfig) -> None:
+    """Create the folder of a new job. Raises ValueError if there is no job to resume."""
     if not config.resume:
         config.output.mkdir(parents=True, exist_ok=True)
-        write_json(file, started)
-        return []
-    if not os.path.isfile(file):
+    elif not os.path.isfile(config.output / STARTED):
         raise ValueError(f"{str(config.output)!r} holds no job to resume; leave --resume out.")
-    before = json.loads(file.read_text(encoding="utf-8"))
+
+
+def _open(config: BestOfNConfig, setting: Setting, started: Mapping[str, Any]) -> list[Row]:
+    """Begin a new job, or read the rows of a stopped one. Raises ValueError if it was another job."""
+    if config.resume:
+        remove_unfinished(config.output)
+        _check_same(config.output, started)
+        return _rows_done(config, setting)
+    _check_new(config.output)  # another process may have begun here while this one loaded its models
+    write_json(config.output / STARTED, started)
+    return []
+
+
+def _check_same(folder: Path, started: Mapping[str, Any]) -> None:
+    """Raise ValueError if a stopped job was started with anything else."""
+    file = folder / STARTED
+    try:
+        before = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(f"{str(file)!r} is damaged, so this job cannot be resumed; choose another output folder.")
     changed = sorted(name for name in started if started[name] != before.get(name))
     if changed:
         raise ValueError(
-            f"the job in {str(config.output)!r} was started with another content of: {', '.join(changed)}; resume with "
+            f"the job in {str(folder)!r} was started with another content of: {', '.join(changed)}; resume with "
             "what it was started with, or choose another output folder."
         )
-    if not os.path.isfile(responses):
+
+
+def _rows_done(config: BestOfNConfig, setting: Setting) -> list[Row]:
+    """The rows of a stopped job: those of whole batches, since what is sampled beside a prompt decides its rounding.
+
+    Its file keeps no others. Raises ValueError for rows that this job has not written.
+    """
+    file, texts = config.output / RESPONSES, setting.held_out.texts
+    if not os.path.isfile(file):
         return []
-    whole = responses.read_bytes().rpartition(b"\n")[0]  # a process may be killed while it writes a line
-    responses.write_bytes(whole + b"\n" if whole else b"")
-    return [row for _, row in read_json_lines(responses, '{"prompt": "...", "responses": []}')]
+    content = file.read_bytes()
+    lines = [line for line in content.split(b"\n")[:-1] if line.strip()]  # a process may be killed while it writes one
+    count = len(lines) if len(lines) >= len(texts) else len(lines) - len(lines) % _at_once(config)
+    kept = b"".join(line + b"\n" for line in lines[:count])
+    if kept != content:
+        with replacing(file) as new:
+            new.write(kept)
+    read = read_json_lines(file, '{"prompt": "...", "responses": []}')
+    names = ["responses", "score", "log_ratio", "length", *(["gold"] if setting.gold is not None else [])]
+    for index, (place, row) in enumerate(read):
+        if index >= len(texts) or not _is_of(row, texts[index], names, config.samples):
+            raise ValueError(
+                f"{place}: not what this job writes there, which is prompt {index + 1} of {len(texts)} with "
+                f"{config.samples} each of {', '.join(names)}; remove this line and all below it, and --resume."
+            )
+    return [row for _, row in read]
+
+
+def _is_of(row: Any, prompt: str, names: Sequence[str], count: int) -> bool:
+    """Whether a row is of a prompt, and has `count` responses and numbers."""
+    if not isinstance(row, dict) or row.get("prompt") != prompt:
+        return False
+    columns = [row.get(name) for name in names]
+    return all(
+        isinstance(column, list)
+        and len(column) == count
+        and all(type(value) in ((str,) if name == "responses" else (int, float)) for value in column)
+        for name, column in zip(names, columns, strict=True)
+    )
+
+
+def _title(config: BestOfNConfig, setting: Setting) -> str:
+    return (
+        f"best of n ({setting.task.device}): {config.samples} responses of {config.model or 'the reference'} to each "
+        f"of {len(setting.held_out)} held-out prompts; reward {setting.task.reward.name}\nresults in {config.output}/"
+    )
 
 
 def _plain(config: BestOfNConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from agents.baselines.setting import Setting, SettingConfig, open_setting
 from agents.config import check_counts, id_of
 from agents.reporting.files import write_text
 from agents.reporting.report import Bar
+from agents.run_folder import locked
 from agents.text.fingerprints import HELD_OUT, fingerprints, save_prompts
 from textenv.settings import check_types
 from textenv.task import is_embedded
@@ -35,6 +37,7 @@ DEFAULT = PreferenceConfig()
 # Of the embedded task's model, of a million weights; one of a billion forgets how to write at such a rate.
 EMBEDDED = PreferenceConfig(learning_rate=2e-4)
 LOOP = LoopConfig()
+CONTENTS = "content of"  # fingerprints, in what a training was started with
 
 Objective = tuple[float, float]  # β, and the temperature of both distributions
 
@@ -81,9 +84,22 @@ def dpo(
     """Train, write the results to the output folder, and return the summary, which is also written to summary.json."""
     Job(config.output, {}, loop).check(compare=False)
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    start = _prepare(config, where, (learning, loop), console)  # the reference leaves memory with its return
+    with ExitStack() as stack:
+        if loop.resume:
+            stack.enter_context(locked(config.output))
+        start = _prepare(config, where, (learning, loop), console)  # the reference leaves memory with its return
+        if not loop.resume:
+            start.job.check()  # another process may have begun here while this one sampled its pairs
+            start.job.start()  # before any other file: a killed process leaves what can be resumed
+            stack.enter_context(locked(config.output))
+        summary = _learn(config, where, learning, start)
+    console.print("\n".join(result_lines(summary, config.output)))
+    return summary
+
+
+def _learn(config: DPOConfig, where: SettingConfig, learning: PreferenceConfig, start: _Start) -> dict[str, Any]:
+    """Train, measure, and write everything to the output folder. Returns the summary."""
     if config.data is None:
-        config.output.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in start.rows.rows)
         write_text(config.output / PAIRS, "".join(lines))
     trained = fit(
@@ -96,12 +112,19 @@ def dpo(
     settings |= {"beta": start.objective[0], "temperature": start.objective[1]}
     settings |= {"held_out": where.held_out, "gold": where.gold}
     results = Results(
-        setting.task, settings, _data(config, start), trained, numbers, start.clusters, start.before, after
+        task=setting.task,
+        settings=settings,
+        data=_data(config, start),
+        fingerprints=start.job.started_with[CONTENTS],
+        trained=trained,
+        held_out=numbers,
+        clusters=start.clusters,
+        before=start.before,
+        after=after,
     )
     save_prompts(config.output / HELD_OUT, setting.held_out)
     summary = write_results(config.output, start.model, results)
     start.job.finish()
-    console.print("\n".join(result_lines(summary, config.output)))
     return summary
 
 
@@ -261,5 +284,5 @@ def _started_with(
     """What decides the weights: contents of the data and of the models, and the settings."""
     data = config.pairs if config.data is None else file_hash(config.data)
     contents = fingerprints(setting.task, setting.training, setting.held_out)
-    own = {"data": data, "base": config.base, "beta": config.beta, "content of": contents}
+    own = {"data": data, "base": config.base, "beta": config.beta, CONTENTS: contents}
     return own | {"settings": asdict(learning), "environment": asdict(where) | {"env_arg": where.arguments()}}

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 from matplotlib import pyplot
 
+from agents.config import TrainConfig, id_of
+from agents.domains import domain_of
 from agents.reporting.plots import BLUE, GRAY, GREEN, ORANGE, RED
-from agents.reporting.report import read_metrics
+from agents.reporting.report import METRICS, SUMMARY, read_metrics
+from agents.run_folder import load_config
+from agents.text.fingerprints import EVALUATION, REFERENCE, REWARD_MODEL
+from textenv.config import NAMES
 
 COLORS = (ORANGE, BLUE, RED, GREEN, "#7b5ea7", "#3aa6a6", GRAY)
+FINGERPRINTS = "fingerprints"  # of models and prompts, in config.json of a run and summary.json of DPO
 PANELS = (("score", "Score: what is optimized"), ("gold", "Gold score: what is true"))
 
 
@@ -31,16 +39,84 @@ def read_run(folder: Path) -> Curve:
 
     A run without a rollout, such as DPO's, is two points. Raises ValueError for a folder without these numbers.
     """
-    summary = folder / "summary.json"
-    if not os.path.isfile(summary):
-        raise ValueError(f"--run names {str(folder)!r}, which has no summary.json; give the folder of a finished run.")
-    found = json.loads(summary.read_text(encoding="utf-8"))
+    found = _summary(folder)
     if "kl_per_response" not in found or "score_after" not in found:
         raise ValueError(f"--run names {str(folder)!r}, whose summary has no score and no KL; give a run on text.")
     points = [_point(found, "before") | {"kl": 0.0}]
     points += [_of_iteration(row) for row in read_metrics(folder) if "kl_per_response" in row and "score" in row]
     points.append(_point(found, "after") | {"kl": found["kl_per_response"], "label": "end"})
+    for name in ("kl", *(name for name, _ in PANELS)):
+        if not all(type(point.get(name, 0.0)) in (int, float) for point in points):
+            raise ValueError(
+                f"--run names {str(folder)!r}, where {name} is not always a number in summary.json and {METRICS}; "
+                "leave this run out."
+            )
     return Curve(folder.resolve().name, points)
+
+
+def check_same_task(folder: Path, found: Mapping[str, str], reward: Any) -> bool:
+    """Raise ValueError for a finished run of another reference or reward. Returns whether its held-out prompts differ.
+
+    found: fingerprints of the task that the run is drawn beside. reward: see `reward_of`.
+    """
+    before, theirs = _task_of(folder)
+    changed = {name for name in before.keys() | found.keys() if before.get(name) != found.get(name)}
+    rewards = any(name.startswith(REWARD_MODEL) for name in changed) or _functions(theirs) != _functions(reward)
+    if what := "reference" if REFERENCE in changed else "reward" if rewards else None:
+        raise ValueError(
+            f"--run names {str(folder)!r}, whose {what} is another than these samples'; give this command the run's "
+            "environment (--env.reference, --env.reward, --env.prompts), or leave it out."
+        )
+    return EVALUATION in changed
+
+
+def reward_of(env: str, arguments: Mapping[str, Any]) -> Any:
+    """The `reward` of an environment and its arguments."""
+    domain_of(env)  # registers it
+    return {**gym.spec(id_of(env)).kwargs, **arguments}.get("reward")
+
+
+def _task_of(folder: Path) -> tuple[dict[str, str], Any]:
+    """Fingerprints and `reward` of a run, or of a training without a rollout."""
+    file = folder / "config.json"
+    run = os.path.isfile(file)
+    config = load_config(folder)[0] if run else None  # imports the user's module, whose errors are not the files'
+    with _readable(folder):
+        stored = json.loads(file.read_bytes()) if run else _summary(folder)
+        if config is None:
+            config = TrainConfig(env=stored["env"], env_arg=tuple(stored["settings"]["env_arg"]))
+        found = {**stored[FINGERPRINTS]}
+    return found, reward_of(config.env, config.env_arguments(texts=NAMES))
+
+
+def _functions(reward: Any) -> Any:
+    """What no fingerprint tells of a reward: the names of functions, and the weights of a sum."""
+    if isinstance(reward, Mapping):
+        return sorted((_functions(name) or "", float(weight)) for name, weight in reward.items())
+    return reward if isinstance(reward, str) and ":" in reward and not os.path.isdir(reward) else None
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    file = folder / SUMMARY
+    if not os.path.isfile(file):
+        raise ValueError(f"--run names {str(folder)!r}, which has no {SUMMARY}; give the folder of a finished run.")
+    with _readable(folder):
+        found = json.loads(file.read_bytes())
+        if not isinstance(found, dict):
+            raise TypeError(f"{SUMMARY} is no object")
+        return found
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turn the errors of damaged files into a ValueError with the remedy."""
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"--run names {str(folder)!r}, whose files do not say what this version writes ({error}); leave this run "
+            "out, or train it again."
+        ) from error
 
 
 def _point(summary: dict[str, Any], when: str) -> dict[str, Any]:

@@ -142,6 +142,11 @@ def sample_pairs(setting: Setting, count: int, seed: int, console: Console) -> R
                 pairs.append(Preference(prompt, tokens[won], tokens[lost]))
                 rows.append(_described(prompts.texts[won], scored.responses, scored.score.tolist(), (won, lost)))
             bar.show(min(start + AT_ONCE // 2, count), "chosen by the reward")
+    if not pairs:
+        raise ValueError(
+            f"the reference wrote both responses of every pair alike, {count} times, and nothing can be learned from "
+            "those; raise --env.temperature or --env.max-new-tokens, or give pairs of your own with --data."
+        )
     return Rows(rows, pairs)
 
 

@@ -13,6 +13,7 @@ import gymnasium as gym
 from matplotlib import pyplot
 from transformers import PreTrainedModel
 
+from agents.baselines.frontier import FINGERPRINTS
 from agents.baselines.setting import SettingConfig
 from agents.config import id_of
 from agents.reporting.files import write_json, write_text
@@ -82,6 +83,7 @@ class Results:
     task: Task
     settings: Mapping[str, Any]
     data: Mapping[str, Any]  # what is known of the pairs
+    fingerprints: Mapping[str, str]  # of models and prompts
     trained: Trained
     held_out: Mapping[str, list[float]]  # numbers of each held-out pair, see `measure_pairs`
     clusters: Sequence[str]  # the prompt of each held-out pair
@@ -103,6 +105,7 @@ def write_results(folder: Path, model: PreTrainedModel, results: Results) -> dic
     summary |= {f"held_out_{name}": mean for name, (mean, _) in numbers.items()}
     summary |= {"iterations": metrics[-1]["iteration"], "seconds": results.trained.seconds}
     summary |= {"settings": dict(results.settings), "data": dict(results.data)} | machine(results.task.device)
+    summary |= {FINGERPRINTS: dict(results.fingerprints)}
     write_card(folder / "actor", _card(folder, results, numbers))
     _write_page(folder, results, metrics, summary)
     write_json(folder / "summary.json", summary)

@@ -25,6 +25,7 @@ from textenv.task import Task
 
 HELD_OUT = "held_out.jsonl"  # the evaluation prompts of a run, in its folder
 REFERENCE, TOKENIZER, TRAINING, EVALUATION = "reference", "tokenizer", "prompts", "evaluation prompts"  # names
+REWARD_MODEL = "reward model"  # and its number
 
 
 def fingerprints(task: Task, training: Prompts, evaluation: Prompts) -> dict[str, str]:
@@ -37,7 +38,7 @@ def fingerprints(task: Task, training: Prompts, evaluation: Prompts) -> dict[str
     }
     for number, model in enumerate(reward_models(task.reward), 1):
         tokenizer = "" if model.tokenizer is None else of_tokenizer(model.tokenizer)
-        found[f"reward model {number}"] = of_weights(model.model) + tokenizer
+        found[f"{REWARD_MODEL} {number}"] = of_weights(model.model) + tokenizer
     return found
 
 

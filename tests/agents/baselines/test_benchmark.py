@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -35,4 +36,7 @@ def test_the_smallest_benchmark(tmp_path: Path) -> None:
     baselines.main(baselines.Settings(seeds=(0,), betas=(0.1,), workers=1, quick=True, output=tmp_path))
     rows = json.loads((tmp_path / "baselines.json").read_text(encoding="utf-8"))["rows"]
     assert [row["method"] for row in rows] == ["best-of-n"] * 3 + ["dpo", "ipo", "ppo"]
-    assert all(row["kl"] > 0 for row in rows[1:]) and (tmp_path / "baselines.png").exists()
+    bounds, learned = [row["kl"] for row in rows[1:3]], [row["kl"] for row in rows[3:]]
+    assert all(kl > 0 for kl in bounds)
+    assert all(math.isfinite(kl) and kl != 0 for kl in learned)  # an estimate from samples may be below 0 by chance
+    assert (tmp_path / "baselines.png").exists()

@@ -16,6 +16,7 @@ from agents.baselines.dpo import DPOConfig
 from agents.baselines.frontier import read_run
 from agents.baselines.pairs import sample_pairs, tokenize
 from agents.baselines.setting import SettingConfig, open_setting
+from agents.run_folder import locked
 from agents.seeds import evaluation_seed
 from agents.text.evaluation import evaluate
 from tests.support import tiny
@@ -66,7 +67,15 @@ def test_own_pairs_alone(tmp_path: Path, base: str) -> None:
     assert all(f"> {prompt}" in samples for prompt in prompts) and "score" not in samples and "KL" in samples
     written = {path.name for path in out.iterdir()}
     page = {"page.json", "records.jsonl", "report.html"}
-    assert written == {"actor", "curves.png", "held_out.jsonl", "metrics.jsonl", "samples.md", "summary.json", *page}
+    assert written - {".lock"} == {
+        "actor",
+        "curves.png",
+        "held_out.jsonl",
+        "metrics.jsonl",
+        "samples.md",
+        "summary.json",
+        *page,
+    }
     card = (out / "actor" / "README.md").read_text(encoding="utf-8")
     assert "margin h of held-out pairs" in card and str(data) in card
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -229,6 +238,58 @@ def test_a_stopped_training_is_resumed(tmp_path: Path, base: str, monkeypatch: p
     main([*command, str(tmp_path / "cut"), "--resume"])
     whole, cut = ((tmp_path / name / "actor" / "model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert whole == cut
+
+
+SAMPLED = ["--evaluation-prompts", "3", "--batch-size", "4", "--pairs", "8", "--env.max-new-tokens", "4"]
+
+
+def sampled(base: str, output: Path, *more: str) -> list[str]:
+    """The command that trains from pairs which the reference writes."""
+    prompts = json.dumps([*"abcdefghijklmno"])
+    reward = "tests.agents.baselines.test_dpo:letters"
+    where = ["--env.reference", base, "--env.reward", reward, "--env.prompts", prompts]
+    return ["dpo", *where, *SAMPLED, "--output", str(output), *more]
+
+
+def test_killed_with_its_first_file(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed while it writes its pairs can be resumed: what it was started with is there before."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("agents.baselines.dpo.write_text", killed)
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            main(sampled(base, out))
+    with pytest.raises(SystemExit, match="holds a training that was stopped; give --resume"):
+        main(sampled(base, out))
+    with locked(out), pytest.raises(SystemExit, match="another process is training in"):
+        main(sampled(base, out, "--resume"))
+    main(sampled(base, out, "--resume"))
+    assert (out / "summary.json").exists() and (out / "pairs.jsonl").stat().st_size > 0
+
+
+def test_two_processes_begin(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that another process has begun in the meantime is left alone."""
+    out, original = tmp_path / "out", sample_pairs
+
+    def meanwhile(*arguments):
+        (out / "training").mkdir(parents=True)
+        (out / "training" / "started_with.json").write_text("theirs", encoding="utf-8")
+        return original(*arguments)
+
+    monkeypatch.setattr("agents.baselines.dpo.sample_pairs", meanwhile)
+    with pytest.raises(SystemExit, match="holds a training that was stopped"):
+        main(sampled(base, out))
+    assert (out / "training" / "started_with.json").read_text(encoding="utf-8") == "theirs"
+
+
+def test_equal_responses(tmp_path: Path, base: str) -> None:
+    """Where the reference writes the same response twice each time, that is the cause, and it is said."""
+    with pytest.raises(SystemExit, match=r"wrote both responses of every pair alike, 8 times.*raise --env.temperature"):
+        main(sampled(base, tmp_path / "out", "--env.temperature", "0.0001"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokens_of_pairs(base: str) -> None:
