@@ -325,6 +325,8 @@ DAMAGES = {
     "no rows": lambda text: b"[1, 2]\n7\nnull\n{}\n" + b"[" * 100_000 + b"\n" + text,
     "half a row": lambda text: text.replace(b"\n", b"\r\n") + b'{"iteration": 2, "sc',
     "twice": lambda text: text + text,
+    "a text": lambda text: text.replace(b"}", b', "length": "x", "entropy": [], "kl": NaN}'),
+    "an iteration too far": lambda text: text + b'{"iteration": 30000000, "score": 1.0}\n',
     "empty": lambda text: b"",
 }
 
@@ -334,8 +336,9 @@ def test_what_is_left_of_damaged_metrics(tmp_path, damage):
     """Whatever metrics.jsonl holds, it opens; rows that can be read are kept, once, and the others are counted."""
     row = {"iteration": 1, "score": 0.5}
     (tmp_path / "metrics.jsonl").write_bytes(DAMAGES[damage](json.dumps(row).encode() + b"\n"))
-    scalars = report.Scalars(tmp_path, resume_at=1)
-    assert (scalars.rows, scalars.lost) == (([row], 0) if damage in ("no rows", "half a row", "twice") else ([], 1))
+    scalars = report.Scalars(tmp_path, resume_at=1, total=1)
+    lost = damage in ("cut", "no JSON", "no UTF-8", "empty")
+    assert (scalars.rows, scalars.lost, scalars.reported) == (([], 1, 0) if lost else ([row], 0, 1))
     assert rows(tmp_path) == scalars.rows
 
 
