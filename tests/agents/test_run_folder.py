@@ -350,6 +350,28 @@ def test_damaged_metrics_stop_no_resume(folder, capsys):
     assert "the metrics of 1 iterations are lost" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"9" * 5000, b"9", b'{"import_from": 5}', b'{"import_from": [5]}'])
+def test_a_damaged_configuration_is_one_sentence(folder, capsys, content):
+    """However it is damaged; what a field should be is not guessed."""
+    file = folder / "config.json"
+    whole = json.loads(file.read_bytes())
+    file.write_bytes(json.dumps(whole | json.loads(content)).encode() if content[:1] == b"{" else content)
+    for command in (["evaluate"], ["train", "--resume"]):
+        message = refused(capsys, *command, "--run", str(folder))
+        assert "is not a configuration that this version can read" in message
+    assert not run_folder.is_of_this_job(folder)
+
+
+def test_a_folder_that_may_not_be_written_is_one_sentence(folder, capsys):
+    """Such as one whose lock cannot be opened; an error of the work itself stays what it is."""
+    with pytest.raises(PermissionError), run_folder.locked(folder):
+        raise PermissionError
+    (folder / ".lock").unlink(missing_ok=True)
+    (folder / ".lock").mkdir()  # root may write whatever its mode says
+    message = refused(capsys, "train", "--resume", "--run", str(folder), "--iterations", "2")
+    assert "cannot be locked" in message and "make it writable" in message
+
+
 def test_a_full_disk_is_named_and_the_run_goes_on_later(settings, folder, tmp_path, monkeypatch):
     """A disk that fills up ends the run in a sentence; with room again it ends as it would have, to the bit."""
     train(tmp_path / "whole", settings, iterations=2, schedule="constant")
@@ -482,7 +504,23 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(folder, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agents.text.experiment.evaluate", None)
         message = refused(capsys, "evaluate", "--run", str(folder), "--output", str(folder / "no/numbers.json"))
-    assert "which is no folder; create it first" in message
+        assert "which is no folder; create it first" in message
+        os.mkfifo(folder / "pipe")
+        for name in (folder / "pipe", "/dev/null"):
+            message = refused(capsys, "evaluate", "--run", str(folder), "--output", str(name))
+            assert "is a device or a pipe; choose another name" in message
+        message = refused(capsys, "evaluate", "--run", str(folder), "--output", str(folder / ("a" * 253)))
+        assert "File name too long; choose another --output" in message
+    assert (folder / "pipe").is_fifo()
+
+
+def test_an_output_that_is_a_link_stays_one(folder, tmp_path):
+    """The numbers are in the file that it leads to, which may not be there yet."""
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "numbers.json")
+    for _ in range(2):
+        main(["evaluate", "--run", str(folder), "--output", str(link)])
+        assert link.is_symlink() and "score" in json.loads((tmp_path / "numbers.json").read_bytes())
 
 
 # ---- terminals

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -341,6 +343,22 @@ def test_the_page_of_a_run_that_goes_on_is_served(going_on):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_browser_that_goes_away_is_no_error(going_on, capsys):
+    """Nothing is printed, and the next request is answered."""
+    server = ThreadingHTTPServer((HOST, 0), partial(PageHandler, going_on))
+    server.daemon_threads = False  # closing the server waits for their ends
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for request in (b"GET / HTTP/1.1\r\nHost: localhost:1\r\n\r\n", b"GET /"):
+        browser = socket.create_connection((HOST, server.server_port))
+        browser.sendall(request)
+        browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        browser.close()
+    assert b"running, 2 of" in urllib.request.urlopen(f"http://{HOST}:{server.server_port}/").read()
+    server.shutdown()
+    server.server_close()
+    assert capsys.readouterr().err == ""
 
 
 def refused(capsys, *arguments: str) -> str:
