@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +41,11 @@ from agents.reporting.files import no_room, replacing
 from agents.trainer import Trainer
 
 FILE = "checkpoint.pt"
-UNFIT = (OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError, CheckpointException)
+# What a checkpoint that is damaged, or of another trainer, may raise.
+UNFIT = (
+    *(OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError),
+    *(AssertionError, struct.error, UnpicklingError, CheckpointException),
+)
 PARTS = "checkpoint-"  # what the folders of sharded weights are called, before their iteration
 NUMBERED = re.compile(rf"{PARTS}(\d+)(?:\.pt)?")  # such a folder, or a checkpoint that is kept
 
@@ -78,6 +83,11 @@ def save_checkpoint(folder: Path, trainer: Trainer, held_out: float | None = Non
     _remove_old(folder, trainer.iteration, keep)
 
 
+def remove_surplus(folder: Path, keep: int | str) -> None:
+    """Remove the checkpoints that a process has left which was killed before it removed them itself."""
+    _remove_old(folder, iterations_done(folder), keep)
+
+
 def _remove_old(folder: Path, last: int, keep: int | str) -> None:
     """Keep the last checkpoint and those before it, `keep` in all, or the best of them.
 
@@ -97,9 +107,11 @@ def _remove_old(folder: Path, last: int, keep: int | str) -> None:
 
 
 def _held_out(file: Path) -> float:
-    """How good the policy of a checkpoint was on held-out prompts; least of all where that was not measured."""
-    value = torch.load(file, mmap=True, weights_only=True).get("held_out")
-    return -math.inf if value is None else float(value)
+    """How good the policy of a checkpoint was on held-out prompts; least of all where that cannot be read."""
+    try:
+        return float(torch.load(file, mmap=True, weights_only=True)["held_out"])
+    except UNFIT:  # TypeError: it was not measured
+        return -math.inf
 
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> None:
@@ -108,13 +120,17 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> None:
     It does not fit another kind of device either: random numbers there cannot be continued here.
     """
     saved = _Saved(folder, mmap=trainer.device.type != "cpu")  # generators and replay keep the tensors they are given
-    if (device := saved.state["device"]) != trainer.device.type:
+    with _fitting(folder):
+        device = saved.state["device"]
+    if device != trainer.device.type:
         raise ValueError(
             f"the run in {str(folder)!r} was trained on {device} and would go on on {trainer.device.type}, "
             "with other random numbers; resume it on a machine like the first, or evaluate and generate here."
         )
     with _fitting(folder):
         trainer.load_state_dict(saved.state["trainer"])
+        if trainer.iteration != (done := saved.iteration()):
+            raise ValueError(f"it is of iteration {done}, and its trainer of {trainer.iteration}")
         saved.fill(_tensors(trainer.algorithm, trainer.collector) | _new_optimizer_tensors(trainer, saved.names()))
 
 
@@ -140,7 +156,9 @@ def load_networks(folder: Path, algorithm: Algorithm, collector: Collector) -> N
 
 def iterations_done(folder: Path) -> int:
     """Iterations that the checkpoint of a run has behind it."""
-    return int(_Saved(folder, mmap=True).state["iteration"])
+    saved = _Saved(folder, mmap=True)
+    with _fitting(folder):
+        return saved.iteration()
 
 
 class _Saved:
@@ -155,9 +173,17 @@ class _Saved:
         with _fitting(folder):
             for _ in range(2):  # a run that goes on replaces the file, and then removes what the old one has named
                 self.state: dict[str, Any] = torch.load(folder / FILE, map_location="cpu", weights_only=True, mmap=mmap)
+                if not isinstance(self.state, dict):
+                    raise TypeError(f"it holds a {type(self.state).__name__}")
                 self.parts = None if self.state["parts"] is None else folder / self.state["parts"]
                 if self.parts is None or self.parts.is_dir():
                     break
+
+    def iteration(self) -> int:
+        """Iterations behind it. Raises ValueError where that is no count."""
+        if type(done := self.state["iteration"]) is not int or done < 0:
+            raise ValueError(f"its iteration is {done!r}")
+        return done
 
     def names(self) -> list[str]:
         """The names of all tensors."""

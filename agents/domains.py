@@ -79,7 +79,10 @@ def entry_point_of(env: str) -> Any:
     """The class or function that `gym.make` calls for an id; None where only a vector environment is registered."""
     try:
         if id_of(env) != env:  # `module:id` imports the module, as in gym.make
-            importlib.import_module(env.rpartition(":")[0])
+            module = env.rpartition(":")[0]
+            if "" in module.split("."):
+                raise ImportError(f"{module!r} names no module; write MODULE:ID, such as my_package.envs:MyEnv-v0")
+            importlib.import_module(module)
         entry_point = gym.spec(id_of(env)).entry_point
         return load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
     except (gym.error.Error, ImportError, AttributeError) as error:

@@ -166,6 +166,7 @@ def _open(
     resume = parts[0].resume
     if resume:
         remove_unfinished(folder)
+        checkpoint.remove_surplus(folder, parts[0].keep_checkpoints)
         run_folder.lengthen(folder, parts[0])
         (folder / report.SUMMARY).unlink(missing_ok=True)  # of what was reached before; the checkpoint may be earlier
     else:
@@ -244,8 +245,9 @@ def _iterate(
             _save_when_due(folder, trainer, experiment)
         return []
     config, done = trainer.config, trainer.iteration
-    scalars, dumped = report.Scalars(folder, done), dumps.Dumps(folder, config.dump_rollouts, config.dump_format, done)
-    tracked.reported, records = scalars.reported, RecordFile(folder, done)
+    scalars, records = report.Scalars(folder, done, config.iterations), RecordFile(folder, done)
+    dumped = dumps.Dumps(folder, config.dump_rollouts, config.dump_format, done)
+    tracked.reported = scalars.reported
     records.begin(before)
     if scalars.lost:
         console.print(f"metrics.jsonl was damaged: the metrics of {scalars.lost} iterations are lost.")

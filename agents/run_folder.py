@@ -76,15 +76,20 @@ def create(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder for this process; the system lets go of it when the process ends, however it ends.
 
-    Raises ValueError while another process trains in it.
+    Raises ValueError while another process trains in it, and for a folder that may not be written.
     """
     try:
-        with FileLock(folder / ".lock", timeout=1):  # seconds: who only looks holds it for a moment
-            yield
+        held = FileLock(folder / ".lock").acquire(timeout=1)  # seconds: who only looks holds it for a moment
     except Timeout as error:
         raise ValueError(
             f"another process is training in {str(folder)!r}; wait until it ends, or stop it, and then --resume."
         ) from error
+    except OSError as error:
+        raise ValueError(
+            f"the run folder {str(folder)!r} cannot be locked ({error}); make it writable, or resume a copy of it."
+        ) from error
+    with held:
+        yield
 
 
 def is_locked(folder: Path) -> bool:
@@ -133,9 +138,9 @@ def load_config(folder: Path) -> tuple[TrainConfig, Any, Any]:
     with _readable(folder):
         stored = _read(folder)
         train: dict[str, Any] = _tuples(stored["train"]) | {"run": str(folder)}
-        config, directory = TrainConfig(**train), Path(stored["directory"])
-    for place in (directory, *map(Path, stored.get("import_from", ()))):
-        _import_from(place)
+        config = TrainConfig(**train)
+        for place in (stored["directory"], *stored.get("import_from", ())):
+            _import_from(Path(place))
     domain = domain_of(config.env)  # imports the user's module, whose errors are not the file's
     with _readable(folder):
         settings, (algorithm_settings, _) = domain.settings, find_algorithm(config.algorithm)
@@ -257,7 +262,10 @@ def _read(folder: Path) -> dict[str, Any]:
         other = f" {actor!r} is a model that another command wrote: best-of-n --model samples from it, and measures it."
         hint = other if os.path.isfile(os.path.join(actor, "config.json")) else ""
         raise ValueError(f"no run in {str(folder)!r} (no config.json); pass a run folder written by train.{hint}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # RecursionError: of brackets in brackets
+        raise _unreadable(folder, error) from error
 
 
 def _path(folder: Path) -> Path:
@@ -270,10 +278,14 @@ def _readable(folder: Path) -> Iterator[None]:
     """Turn the errors of a damaged configuration into a ValueError with the remedy."""
     try:
         yield
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{str(_path(folder))!r} is not a configuration that this version can read ({error}); start a new run."
-        ) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{str(_path(folder))!r} is not a configuration that this version can read ({error}); start a new run."
+    )
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

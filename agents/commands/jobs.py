@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -131,9 +132,14 @@ def profile_job(config: TrainConfig, settings: Any, algorithm_config: Any) -> No
         console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not ranks.first)
         console.print(f"{config.algorithm} on {config.env} {experiment.describe()}")
         files, unit = (folder / "profile.json", folder / "trace.json.gz"), experiment.collector.unit
-        own = profile.profile_iterations(trainer, files[1])
-        measured = ranks.each(lambda: own)
-        ranks.lead(lambda: profile.write_profile(measured, unit, trainer.device, files[0]))
+        try:
+            own = profile.profile_iterations(trainer, files[1])
+            measured = ranks.each(lambda: own)
+            ranks.lead(lambda: profile.write_profile(measured, unit, trainer.device, files[0]))
+        except BaseException:
+            if ranks.first:
+                shutil.rmtree(folder, ignore_errors=True)  # else the next try would be refused
+            raise
         console.print(own.table(unit))
         console.print(*profile.rank_lines(measured), *profile.remarks(own, files), sep="\n")
 

@@ -14,7 +14,7 @@ from torch import nn
 from agents import run, run_folder
 from agents.interfaces import Experiment
 from agents.play import PlayConfig, show
-from agents.reporting.files import as_utf8, write_json
+from agents.reporting.files import UNFINISHED, as_utf8, write_json
 from agents.text.config import GenerateConfig
 from agents.text.experiment import TextExperiment
 from agents.text.fingerprints import EVALUATION, REFERENCE, TRAINING
@@ -37,7 +37,7 @@ def evaluate_command(folder: Annotated[Path, tyro.conf.arg(name="run")], output:
         output: JSON file to write the numbers to, in addition to printing them.
     """
     if output is not None:
-        _check_output(output)
+        output = _checked_output(output)
     experiment, policy = run.load_policy(folder)
     _tell_changes(folder, experiment, {TRAINING})
     numbers = experiment.summarize(experiment.evaluate(policy))
@@ -89,14 +89,18 @@ def play_command(
     show(run_folder, config)
 
 
-def _check_output(file: Path) -> None:
-    """Raise ValueError for a file that cannot be written, before the work whose results it is to hold."""
-    folder = file.absolute().parent
+def _checked_output(given: Path) -> Path:
+    """The file that a name leads to. Raises ValueError if it cannot be written, before the work on its content."""
+    if os.path.exists(given) and not os.path.isfile(given) and not os.path.isdir(given):
+        raise ValueError(f"--output must name a file, and {str(given)!r} is a device or a pipe; choose another name.")
+    file = Path(os.path.realpath(given))  # a link stays, and what it leads to is replaced
+    folder = file.parent
     if not os.path.isdir(folder):
         raise ValueError(f"--output names a file in {str(folder)!r}, which is no folder; create it first.")
     if os.path.isdir(file):
         raise ValueError(f"--output must name a file, and {str(file)!r} is a folder; give it a file's name.")
-    check_name(file, "--output")
+    check_name(file.with_name(f"{file.name}{UNFINISHED}"), "--output")
+    return file
 
 
 def _responses(

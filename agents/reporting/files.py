@@ -69,6 +69,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [row for row in map(_parsed, lines) if isinstance(row, dict)]
 
 
+def is_number(value: object) -> bool:
+    """Whether a value of a file that may be damaged is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 from importlib.metadata import version
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from agents.reporting.files import read_json_lines, write_text
+from agents.reporting.files import is_number, read_json_lines, write_text
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 PACKAGES = ("torch", "torchrl", "tensordict", "gymnasium", "transformers")
@@ -22,9 +23,12 @@ PACKAGES = ("torch", "torchrl", "tensordict", "gymnasium", "transformers")
 class Scalars:
     """Metrics of every iteration, written to metrics.jsonl."""
 
-    def __init__(self, folder: Path, resume_at: int) -> None:
-        """resume_at: the last iteration to keep; later rows were written after the last checkpoint."""
-        self.path, known = folder / METRICS, read_metrics(folder)
+    def __init__(self, folder: Path, resume_at: int, total: int) -> None:
+        """resume_at: the last iteration to keep; later rows were written after the last checkpoint.
+
+        total: iterations of the run.
+        """
+        self.path, known = folder / METRICS, read_metrics(folder, total)
         self.rows = [row for row in known if 0 < row["iteration"] <= resume_at]
         # The last iteration that had been written, perhaps after the checkpoint.
         self.reported = known[-1]["iteration"] if known else 0
@@ -39,10 +43,15 @@ class Scalars:
             file.write(json.dumps(row) + "\n")
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of every iteration that can be read, in order; the last row of an iteration counts."""
-    rows = {row["iteration"]: row for row in read_json_lines(folder / METRICS) if type(row.get("iteration")) is int}
-    return [rows[number] for number in sorted(rows)]
+def read_metrics(folder: Path, total: float = math.inf) -> list[dict[str, Any]]:
+    """The metrics of every iteration that can be read, in order; the last row of an iteration counts.
+
+    A value that is no finite number is left out of its row. total: iterations of the run; a row of a later one is
+    damaged.
+    """
+    found = [row for row in read_json_lines(folder / METRICS) if type(row.get("iteration")) is int]
+    rows = {row["iteration"]: row for row in found if 0 <= row["iteration"] <= total}
+    return [{name: value for name, value in rows[at].items() if is_number(value)} for at in sorted(rows)]
 
 
 def finished_summary(folder: Path, iterations: int) -> dict[str, Any] | None:
@@ -50,7 +59,7 @@ def finished_summary(folder: Path, iterations: int) -> dict[str, Any] | None:
     try:
         summary = json.loads((folder / SUMMARY).read_bytes())
         return summary if summary["iterations"] == iterations else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -23,7 +23,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from agents.reporting.alarms import FEWEST, find_alarms
-from agents.reporting.files import replacing, write_json
+from agents.reporting.files import is_number, replacing, write_json
 from agents.reporting.plots import BLUE, GRAY, GREEN, ORANGE, RED, Panel
 from agents.reporting.record_file import read_records
 from agents.reporting.report import finished_summary, read_metrics
@@ -44,7 +44,7 @@ TILES = (
     ("score", "score_before", "score_after"),
     ("gold", "gold_before", "gold_after"),
     ("return", "return_before", "return_after"),
-    ("KL, nats a response", None, "kl_per_response"),
+    ("KL, nats a response", "", "kl_per_response"),  # before training there is none
     ("length, tokens", "length_before", "length_after"),
     ("distinct word pairs", "distinct_bigrams_before", "distinct_bigrams_after"),
 )
@@ -83,13 +83,13 @@ def read_report(folder: Path, running: bool) -> RunReport:
     if not os.path.isfile(folder / OUTLINE):  # Path.is_file raises OSError for a name that is too long
         raise ValueError(f"no run in {str(folder)!r} (no {OUTLINE}); pass a run folder written by train.")
     try:
-        outline = json.loads((folder / OUTLINE).read_bytes())
-        fields = {field.name: outline[field.name] for field in dataclasses.fields(Outline) if field.name != "unit"}
-        fields["unit"] = outline.get("unit", Outline.unit)
-    except (ValueError, KeyError, TypeError) as error:
+        outline = {"unit": Outline.unit} | json.loads((folder / OUTLINE).read_bytes())
+        fields = {field.name: outline[field.name] for field in dataclasses.fields(Outline)}
+        _check_outline(fields)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{str(folder / OUTLINE)!r} is damaged ({error}); --resume writes it again.") from error
     summary = finished_summary(folder, fields["iterations"])
-    metrics, records = read_metrics(folder), read_records(folder)
+    metrics, records = read_metrics(folder, fields["iterations"]), read_records(folder)
     return RunReport(
         **fields,
         folder=str(folder),
@@ -98,6 +98,23 @@ def read_report(folder: Path, running: bool) -> RunReport:
         summary=summary,
         running=running and summary is None,
     )
+
+
+def _check_outline(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a field of another kind than a page needs."""
+    kinds = {"title": str, "unit": str, "seed": int, "iterations": int, "panels": list, "before": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(fields[name], kind)]
+    if not wrong and not all(map(_is_panel, fields["panels"])):
+        wrong = ["panels"]
+    if wrong:
+        raise ValueError(f"wrong {', '.join(wrong)}")
+
+
+def _is_panel(panel: Any) -> bool:
+    """Whether it is what `describe_panel` returns."""
+    if not (isinstance(panel, dict) and isinstance(panel.get("lines"), list) and "title" in panel and "unit" in panel):
+        return False
+    return all(isinstance(line, dict) and line.keys() >= {"metric", "label", "color"} for line in panel["lines"])
 
 
 def write_page(folder: Path, report: RunReport) -> Path:
@@ -184,12 +201,9 @@ def _finite(value: Any) -> Any:
 
 
 def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
-    """Name, number before, and number after, of what the summary has."""
-    return [
-        (name, None if before is None else _short(summary[before]), _short(summary[after]))
-        for name, before, after in TILES
-        if after in summary
-    ]
+    """Name, number before, and number after, of what the summary has; it may be damaged."""
+    numbers = {name: _short(value) for name, value in summary.items() if is_number(value)}
+    return [(name, numbers.get(before), numbers[after]) for name, before, after in TILES if after in numbers]
 
 
 def _short(number: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from gymnasium.spaces import Dict, Discrete
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from agents.reporting.files import is_number
 from textenv.models.loading import load_model, quietly
 from textenv.task import Task
+
+SAMPLING = "generation_config.json"  # Transformers' name
+WRITE_AGAIN = "remove the run's summary.json, and train --resume writes the policy again."
 
 
 def export_policy(model: PreTrainedModel, task: Task, folder: Path) -> None:
@@ -32,9 +37,9 @@ class TextPlayer:
     """
 
     def __init__(self, folder: Path, env: gym.Env, seed: int) -> None:
-        """Raises ValueError if the environment has another vocabulary or is no text."""
+        """Raises ValueError if the policy is damaged, or the environment has another vocabulary or is no text."""
+        self.temperature = _temperature(folder)  # first: loading reads the file too, and would name another remedy
         self.model = load_model(AutoModelForCausalLM, str(folder), torch.device("cpu"), torch.float32).eval()
-        self.temperature = float(GenerationConfig.from_pretrained(folder).temperature or 1.0)
         self.generator = torch.Generator().manual_seed(seed)
         actions, observations = env.action_space, env.observation_space
         width = self.model.config.get_text_config().vocab_size
@@ -58,3 +63,15 @@ class TextPlayer:
         if "action_mask" in info:
             logits = logits.masked_fill(torch.as_tensor(info["action_mask"]) == 0, -torch.inf)
         return logits.log_softmax(-1)
+
+
+def _temperature(folder: Path) -> float:
+    """The temperature in the generation config of a policy. Raises ValueError if the file is damaged or missing."""
+    file = folder / SAMPLING
+    try:
+        temperature = json.loads(file.read_bytes())["temperature"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read ({error}); {WRITE_AGAIN}") from error
+    if not (is_number(temperature) and temperature > 0):
+        raise ValueError(f"{str(file)!r} must have a temperature above 0, got {temperature!r}; {WRITE_AGAIN}")
+    return float(temperature)

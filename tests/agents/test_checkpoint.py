@@ -13,7 +13,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agents.checkpoint import FILE, load_checkpoint, load_networks, load_policy, save_checkpoint
+from agents.checkpoint import (
+    FILE,
+    iterations_done,
+    load_checkpoint,
+    load_networks,
+    load_policy,
+    remove_surplus,
+    save_checkpoint,
+)
 from agents.config import TrainConfig
 from agents.reporting.files import no_room, replacing
 from agents.run import load_policy as load_run_policy
@@ -21,7 +29,7 @@ from agents.text.config import TextConfig
 from agents.text.experiment import TextExperiment
 from agents.trainer import Trainer
 from tests.support.learning import make_trainer, same, weights
-from tests.support.runs import saved, train
+from tests.support.runs import resume, saved, train
 from textenv import TextGenConfig, build_task
 
 
@@ -282,6 +290,72 @@ def test_folders_of_sharded_weights_are_kept_with_their_file(settings, tmp_path)
         trainer.iteration = number
         save_checkpoint(tmp_path, trainer)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-1.pt", "checkpoint-2", "checkpoint-2.pt", FILE]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(2, (2, 3)), ("best", (0, 3)), (1, ())])
+def test_what_a_killed_process_left_is_removed(settings, tmp_path, keep, left):
+    """Where it died before it removed the old checkpoints, the resume does, and the folders of sharded weights too."""
+    trainer = make_trainer(settings, iterations=3, keep_checkpoints=4)
+    for number in range(4):
+        trainer.iteration = number
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        save_checkpoint(tmp_path, trainer, held_out=-number)
+    remove_surplus(tmp_path, keep)
+    folders = [f"checkpoint-{number}" for number in (left or (3,))]
+    assert names(tmp_path) == sorted([*folders, *(f"checkpoint-{number}.pt" for number in left), FILE])
+
+
+def test_a_resumed_run_removes_what_is_left(settings, tmp_path):
+    """Also where all its iterations are done, so that no later checkpoint is saved."""
+    run = tmp_path / "run"
+    train(run, settings, iterations=2, keep_checkpoints=2)
+    (run / "summary.json").unlink()
+    shutil.copy(run / "checkpoint-1.pt", run / "checkpoint-0.pt")
+    resume(run)
+    assert [name for name in names(run) if name.endswith(".pt")] == ["checkpoint-1.pt", "checkpoint-2.pt", FILE]
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK", None])
+def test_a_damaged_checkpoint_is_not_the_best(settings, tmp_path, damage):
+    """An earlier one that cannot be read stops no run, and makes room for the next."""
+    trainer = make_trainer(settings, iterations=2, keep_checkpoints="best")
+    save_checkpoint(tmp_path, trainer, 5.0)
+    file = tmp_path / "checkpoint-0.pt"
+    if damage is None:
+        torch.save([1], file)
+    else:
+        file.write_bytes(damage)
+    trainer.iteration = 1
+    save_checkpoint(tmp_path, trainer, 1.0)
+    assert names(tmp_path) == ["checkpoint-1.pt", FILE]
+
+
+DAMAGES = {
+    "no device": lambda state: state.pop("device"),
+    "no iteration": lambda state: state.pop("iteration"),
+    "iteration None": lambda state: state.update(iteration=None),
+    "iteration text": lambda state: state.update(iteration="x"),
+    "iteration -1": lambda state: state.update(iteration=-1),
+    "iteration of another": lambda state: state.update(iteration=7),
+    "no tensor": lambda state: state["tensors"].update(dict.fromkeys(state["tensors"], 5)),
+    "a generator": lambda state: state["trainer"].update(generator=5),
+    "all": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_one_sentence(settings, trained, tmp_path, damage):
+    """Whatever is missing in it or is of another kind."""
+    save_checkpoint(tmp_path, trained)
+    state = torch.load(tmp_path / FILE, weights_only=True)
+    if DAMAGES[damage] is not None:
+        DAMAGES[damage](state)
+    torch.save(torch.zeros(3) if damage == "all" else state, tmp_path / FILE)
+    with pytest.raises(ValueError, match=r"does not fit this trainer: .*start a new run"):
+        load_checkpoint(tmp_path, again(settings))
+    if damage.startswith(("no iteration", "iteration")) and "another" not in damage:
+        with pytest.raises(ValueError, match=r"does not fit this trainer: .*iteration"):
+            iterations_done(tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9])

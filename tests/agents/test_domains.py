@@ -109,3 +109,10 @@ def test_broken_entry_points_are_named(env, name):
     """An entry point that cannot be imported is refused before any work."""
     with pytest.raises(ValueError, match=rf"gym.make cannot make '{env}'.*{name}"):
         domain_of(env)
+
+
+@pytest.mark.parametrize("env", [":", ":x", ".a:x", "a..b:x", "a.:x"])
+def test_a_name_of_no_module_is_one_sentence(env):
+    """Before Python's import sees it, which would raise errors of other kinds."""
+    with pytest.raises(ValueError, match="names no module; write MODULE:ID"):
+        domain_of(env)

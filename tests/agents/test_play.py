@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -222,6 +223,26 @@ def test_recording_needs_moviepy(monkeypatch, tmp_path, text_run):
     monkeypatch.setitem(sys.modules, "moviepy", None)
     with pytest.raises(SystemExit, match=r"error: the episodes cannot be shown: MoviePy is not installed.*pip install"):
         main(["play", "--run", str(text_run), "--video", str(tmp_path / "video")])
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[" * 100_000, b"[1]", b"{}"])
+def test_a_damaged_generation_config_is_one_sentence(text_run, tmp_path, content):
+    """It says how the policy is written again, whether the file is missing or cannot be read."""
+    folder = Path(shutil.copytree(text_run, tmp_path / "run"))
+    file = folder / "actor/generation_config.json"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"generation_config.json' cannot be read .*--resume writes the policy again"):
+        load_player(folder, gym.make("CartPole-v1"))
+
+
+@pytest.mark.parametrize("temperature", ["x", [], {}, None, True, 0, -1, float("inf"), float("nan")])
+def test_a_temperature_is_a_number_above_zero(text_run, tmp_path, temperature):
+    """The policy's own is never replaced by another one without a word."""
+    folder = Path(shutil.copytree(text_run, tmp_path / "run"))
+    file = folder / "actor/generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"temperature": temperature}))
+    with pytest.raises(ValueError, match="must have a temperature above 0"):
+        load_player(folder, gym.make("CartPole-v1"))
 
 
 def test_an_unfinished_run_has_no_policy(tmp_path):

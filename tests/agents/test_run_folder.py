@@ -325,6 +325,8 @@ DAMAGES = {
     "no rows": lambda text: b"[1, 2]\n7\nnull\n{}\n" + b"[" * 100_000 + b"\n" + text,
     "half a row": lambda text: text.replace(b"\n", b"\r\n") + b'{"iteration": 2, "sc',
     "twice": lambda text: text + text,
+    "a text": lambda text: text.replace(b"}", b', "length": "x", "entropy": [], "kl": NaN}'),
+    "an iteration too far": lambda text: text + b'{"iteration": 30000000, "score": 1.0}\n',
     "empty": lambda text: b"",
 }
 
@@ -334,8 +336,9 @@ def test_what_is_left_of_damaged_metrics(tmp_path, damage):
     """Whatever metrics.jsonl holds, it opens; rows that can be read are kept, once, and the others are counted."""
     row = {"iteration": 1, "score": 0.5}
     (tmp_path / "metrics.jsonl").write_bytes(DAMAGES[damage](json.dumps(row).encode() + b"\n"))
-    scalars = report.Scalars(tmp_path, resume_at=1)
-    assert (scalars.rows, scalars.lost) == (([row], 0) if damage in ("no rows", "half a row", "twice") else ([], 1))
+    scalars = report.Scalars(tmp_path, resume_at=1, total=1)
+    lost = damage in ("cut", "no JSON", "no UTF-8", "empty")
+    assert (scalars.rows, scalars.lost, scalars.reported) == (([], 1, 0) if lost else ([row], 0, 1))
     assert rows(tmp_path) == scalars.rows
 
 
@@ -345,6 +348,28 @@ def test_damaged_metrics_stop_no_resume(folder, capsys):
     resume(folder, "--iterations", "2")
     assert [row["iteration"] for row in rows(folder)] == [2]
     assert "the metrics of 1 iterations are lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"9" * 5000, b"9", b'{"import_from": 5}', b'{"import_from": [5]}'])
+def test_a_damaged_configuration_is_one_sentence(folder, capsys, content):
+    """However it is damaged; what a field should be is not guessed."""
+    file = folder / "config.json"
+    whole = json.loads(file.read_bytes())
+    file.write_bytes(json.dumps(whole | json.loads(content)).encode() if content[:1] == b"{" else content)
+    for command in (["evaluate"], ["train", "--resume"]):
+        message = refused(capsys, *command, "--run", str(folder))
+        assert "is not a configuration that this version can read" in message
+    assert not run_folder.is_of_this_job(folder)
+
+
+def test_a_folder_that_may_not_be_written_is_one_sentence(folder, capsys):
+    """Such as one whose lock cannot be opened; an error of the work itself stays what it is."""
+    with pytest.raises(PermissionError), run_folder.locked(folder):
+        raise PermissionError
+    (folder / ".lock").unlink(missing_ok=True)
+    (folder / ".lock").mkdir()  # root may write whatever its mode says
+    message = refused(capsys, "train", "--resume", "--run", str(folder), "--iterations", "2")
+    assert "cannot be locked" in message and "make it writable" in message
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_later(settings, folder, tmp_path, monkeypatch):
@@ -479,7 +504,23 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(folder, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agents.text.experiment.evaluate", None)
         message = refused(capsys, "evaluate", "--run", str(folder), "--output", str(folder / "no/numbers.json"))
-    assert "which is no folder; create it first" in message
+        assert "which is no folder; create it first" in message
+        os.mkfifo(folder / "pipe")
+        for name in (folder / "pipe", "/dev/null"):
+            message = refused(capsys, "evaluate", "--run", str(folder), "--output", str(name))
+            assert "is a device or a pipe; choose another name" in message
+        message = refused(capsys, "evaluate", "--run", str(folder), "--output", str(folder / ("a" * 253)))
+        assert "File name too long; choose another --output" in message
+    assert (folder / "pipe").is_fifo()
+
+
+def test_an_output_that_is_a_link_stays_one(folder, tmp_path):
+    """The numbers are in the file that it leads to, which may not be there yet."""
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "numbers.json")
+    for _ in range(2):
+        main(["evaluate", "--run", str(folder), "--output", str(link)])
+        assert link.is_symlink() and "score" in json.loads((tmp_path / "numbers.json").read_bytes())
 
 
 # ---- terminals

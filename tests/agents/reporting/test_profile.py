@@ -86,6 +86,16 @@ def test_command(tmp_path, monkeypatch, capsys):
         main(["profile", "--run", "one", "--env", "CartPole-v1", *small])
 
 
+def test_a_profile_that_fails_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    """So that the same command may be tried again."""
+    small = ["--steps", "4", "--num-envs", "2", "--minibatch-size", "8", "--epochs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(profile, "profile_iterations", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(["profile", "--run", str(tmp_path / "one"), "--env", "CartPole-v1", *small])
+    assert not (tmp_path / "one").exists()
+
+
 def test_known_devices(monkeypatch):
     """The longest name counts: an L40S is no L4."""
     cuda = torch.device("cuda")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -197,6 +199,94 @@ def test_lost_metrics_leave_a_gap():
     ]
 
 
+# ---- damage
+
+RECORDS = {
+    "no ids": {"ids": None},
+    "a number for ids": {"ids": 5},
+    "ids in lists": {"ids": [[1], [2]]},
+    "fewer tokens": {"tokens": []},
+    "numbers for tokens": {"tokens": [1, 2]},
+    "other flags": {"special": [0, {}]},
+    "fewer flags": {"generated": [1]},
+    "a number for numbers": {"numbers": 5},
+    "fewer numbers": {"numbers": {"score": []}},
+    "texts for numbers": {"numbers": {"score": ["x"]}},
+    "a text for a score": {"gold": "x"},
+    "a list for a reason": {"finish": []},
+    "no row": {"row": None},
+    "no iteration": {"iteration": True},
+}
+
+
+def damage(folder: Path, name: str, change) -> None:
+    """Change what a JSON file holds, or the first line of several."""
+    first, *others = (folder / name).read_text(encoding="utf-8").splitlines(True) if name.endswith("l") else [""]
+    value = json.loads(first or (folder / name).read_bytes())
+    change(value)
+    (folder / name).write_text(json.dumps(value) + "\n" + "".join(others), encoding="utf-8")
+
+
+def test_the_records_before_training_are_whole_again(tmp_path):
+    """Of a full disk's part of them nothing is left when a run goes on, and the rollouts' records stay."""
+    before = [record(0, HELD_OUT, row, ["a"]) for row in range(3)]
+    rollout = record(1, ROLLOUT, 0, ["b"])
+    lines = [json.dumps(before[1]), json.dumps(rollout), json.dumps(before[2])[:20]]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    kept = RecordFile(tmp_path, 1)
+    kept.begin(before)
+    kept.write(2, ROLLOUT, [record(2, ROLLOUT, 0, ["c"])])
+    assert read_records(tmp_path) == [*before, rollout, record(2, ROLLOUT, 0, ["c"])]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_damaged_record_is_left_out(tmp_path, name):
+    """Whatever is wrong with it, the others are kept, and a run goes on."""
+    good = record(1, ROLLOUT, 1, ["a"])
+    (tmp_path / "records.jsonl").write_text(
+        json.dumps(record(1, ROLLOUT, 0, ["a"]) | RECORDS[name]) + "\n" + json.dumps(good), encoding="utf-8"
+    )
+    RecordFile(tmp_path, 1)
+    assert read_records(tmp_path) == [good]
+    assert len(inside(render_page(report(read_records(tmp_path))))["records"]) == 1
+
+
+def test_damaged_metrics_are_left_out(whole, tmp_path):
+    """Values that are no finite numbers, and iterations that the run does not have, which would be rows of the page."""
+    folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    wrong = dict(score="x", length=None, entropy=[], kl_per_response={}, score_std=True, approx_kl=10**400)
+    damage(folder, "metrics.jsonl", lambda row: row.update(wrong))
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"iteration": 30000000, "score": 1.0}\n{"iteration": -1}\n')
+    found = inside(render_page(read_report(folder, running=False)))["metrics"]
+    assert [row["iteration"] for row in found] == [1, 2] and found[1] == inside((folder / FILE).read_bytes())[
+        "metrics"
+    ][1]
+    assert not wrong.keys() & found[0].keys() and "value_loss" in found[0]
+
+
+def test_a_damaged_summary_has_fewer_numbers(whole, tmp_path):
+    """A number that is missing or none is not shown; a summary that cannot be read is that of no finished run."""
+    folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    damage(folder, "summary.json", lambda summary: summary.update(score_after="x", length_before=None))
+    page = render_page(read_report(folder, running=False)).decode()
+    assert "<dt>score" not in page and "<dt>length" in page
+    (folder / "summary.json").write_text("[" * 100_000, encoding="utf-8")
+    assert read_report(folder, running=False).summary is None
+
+
+@pytest.mark.parametrize("wrong", [{"unit": 5}, {"panels": 5}, {"panels": [5]}, {"before": 5}, {"iterations": "x"}])
+def test_a_damaged_outline_is_one_sentence(whole, tmp_path, wrong):
+    """A field of another kind than the page needs is named."""
+    folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    damage(folder, OUTLINE, lambda outline: outline.update(wrong))
+    with pytest.raises(ValueError, match=rf"page.json' is damaged \(wrong {next(iter(wrong))}\)"):
+        read_report(folder, running=False)
+    (folder / OUTLINE).write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_report(folder, running=False)
+
+
 # ---- the command
 
 
@@ -253,6 +343,22 @@ def test_the_page_of_a_run_that_goes_on_is_served(going_on):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_browser_that_goes_away_is_no_error(going_on, capsys):
+    """Nothing is printed, and the next request is answered."""
+    server = ThreadingHTTPServer((HOST, 0), partial(PageHandler, going_on))
+    server.daemon_threads = False  # closing the server waits for their ends
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for request in (b"GET / HTTP/1.1\r\nHost: localhost:1\r\n\r\n", b"GET /"):
+        browser = socket.create_connection((HOST, server.server_port))
+        browser.sendall(request)
+        browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        browser.close()
+    assert b"running, 2 of" in urllib.request.urlopen(f"http://{HOST}:{server.server_port}/").read()
+    server.shutdown()
+    server.server_close()
+    assert capsys.readouterr().err == ""
 
 
 def refused(capsys, *arguments: str) -> str:
