@@ -16,7 +16,7 @@ from matplotlib import pyplot
 from agents.config import TrainConfig, id_of
 from agents.domains import domain_of
 from agents.reporting.plots import BLUE, GRAY, GREEN, ORANGE, RED
-from agents.reporting.report import METRICS, SUMMARY, read_metrics
+from agents.reporting.report import SUMMARY, read_metrics
 from agents.run_folder import load_config
 from agents.text.fingerprints import EVALUATION, REFERENCE, REWARD_MODEL
 from textenv.config import NAMES
@@ -48,8 +48,7 @@ def read_run(folder: Path) -> Curve:
     for name in ("kl", *(name for name, _ in PANELS)):
         if not all(type(point.get(name, 0.0)) in (int, float) for point in points):
             raise ValueError(
-                f"--run names {str(folder)!r}, where {name} is not always a number in summary.json and {METRICS}; "
-                "leave this run out."
+                f"--run names {str(folder)!r}, where {name} is not always a number in {SUMMARY}; leave this run out."
             )
     return Curve(folder.resolve().name, points)
 
