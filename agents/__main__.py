@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -94,6 +96,19 @@ def start(prog: str) -> None:
     signal.signal(signal.SIGTERM, terminate)
     main(prog=prog)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_rank()
+
+
+def _end_rank() -> None:
+    """End a process of torchrun when its work is done, without taking its libraries apart.
+
+    Seen once: a thread in C++ that still ran then aborted one process, and with it torchrun the others.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
