@@ -31,7 +31,9 @@ PRESETS = AGENTS / "presets.py"
 # What a learner needs to be done here in seconds; its own settings stand under `algorithm`.
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": dict(algorithm=dict(epochs=2)),
-    "grpo": dict(iterations=20),  # over five seeds the last scores are 3.2 to 3.9, and after 14 iterations 0.8 to 2.9
+    "grpo": dict(
+        iterations=32
+    ),  # its pace depends on rounding: on one machine 1.4 after 20 iterations, on others 3.2 to 3.9
     "dqn": dict(algorithm=dict(learning_starts=8)),
     "sac": dict(algorithm=dict(learning_starts=8)),
 }
@@ -67,7 +69,7 @@ def test_it_learns_a_known_answer(letters, name):
     trainer = make_trainer(letters, learner=name, **(quick | SETTINGS.get(name, {})))
     scores = [iteration.metrics["score"] for iteration in trainer.iterate()]
     assert sum(scores[:2]) / 2 < 0.3
-    assert sum(scores[-3:]) / 3 > 1.2
+    assert sum(scores[-3:]) / 3 > 1.5
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
