@@ -25,6 +25,7 @@ from benchmarks.cuda.scale import Row, Scale, free, scale_of
 
 SECTIONS: dict[str, Callable[[Scale], Iterator[Row]]] = {
     "conformance": right.conformance,
+    "captured": right.captured,
     "first_update": right.first_update,
     "algorithms": right.algorithms,
     "main_job": right.main_job,

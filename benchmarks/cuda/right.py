@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -26,7 +27,8 @@ from benchmarks.cuda.scale import Row, Scale, finite, random_model, task_for
 from benchmarks.support.start import command
 from textenv import TextGenConfig, build_task
 from textenv.conformance import check_faces
-from textenv.generation import generate, response_log_probs
+from textenv.generation import generate, random_numbers, response_log_probs
+from textenv.models.decoding import Decoding
 from textenv.models.sampling import Sampling
 from textenv.state import TextState
 from textenv.torchrl_env import TextGenTorchEnv
@@ -90,21 +92,22 @@ def algorithms(scale: Scale) -> Iterator[Row]:
 
 
 def main_job(scale: Scale) -> Iterator[Row]:
-    """The embedded job over three seeds in parallel, and its recorded results on a CPU."""
+    """The embedded job over three seeds in parallel, in other forms beside them, and its recorded results on a CPU."""
+    cases = {f"seed {seed}": ("--seed", str(seed)) for seed in SEEDS}
+    cases |= {"captured": ("--compile",), "float32": ("--precision", "float32"), "adapters": ("--lora-rank", "16")}
     with tempfile.TemporaryDirectory() as work:
-        folders = [Path(work) / f"seed{seed}" for seed in SEEDS]
-        started = [
-            _start("train", "--seed", str(seed), "--run", str(folder), *scale.job)
-            for seed, folder in zip(SEEDS, folders, strict=True)
-        ]
-        for seed, folder, process in zip(SEEDS, folders, started, strict=True):
+        folders = {case: Path(work) / case for case in cases}
+        started = {
+            case: _start("train", "--run", str(folders[case]), *flags, *scale.job) for case, flags in cases.items()
+        }
+        for case, process in started.items():
             output = process.communicate()[0]
             if process.returncode:
-                yield {"case": f"seed {seed}", "error": output[-400:]}
+                yield {"case": case, "error": output[-400:]}
                 continue
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            summary = json.loads((folders[case] / "summary.json").read_text(encoding="utf-8"))
             keys = ("score_before", "score_after", "gold_before", "gold_after", "kl_per_response", "seconds")
-            yield {"case": f"seed {seed}"} | {key: summary[key] for key in keys}
+            yield {"case": case} | {key: summary[key] for key in keys}
     for row in result_rows.read_rows("main_job"):
         yield {"case": f"seed {row['seed']} on a CPU"} | {key: row[key] for key in ("score_after", "gold_after")}
 
@@ -166,6 +169,35 @@ def one_rank(scale: Scale) -> Iterator[Row]:
             yield {"case": case} | {name: last[name] for name in ("score", "actor_grad_norm", "tokens_per_second")}
 
 
+def captured(scale: Scale) -> Iterator[Row]:
+    """Tokens that a captured step writes otherwise than an eager one, and the log-probabilities of the equal ones.
+
+    At first, with weights that moved in place as an optimizer moves them, and with fewer slots than rows.
+    """
+    for dtype in ("float32", "bfloat16"):
+        task = build_task(TextGenConfig(dtype=dtype))
+        model = copy.deepcopy(task.load_reference().model)  # its weights move below
+        prompts = task.prompts.select(range(scale.rows[0]))
+        chance = random_numbers(task, len(prompts), torch.Generator(scale.device).manual_seed(0))
+        for case, slots in (("first weights", None), ("moved weights", None), ("slots", max(scale.rows[0] // 4, 1))):
+            eager, fast = (
+                generate(
+                    task, model, prompts, Sampling(temperature=0.7), chance, Decoding(slots=slots, compile=compile)
+                )
+                for compile in (False, True)
+            )
+            equal = (eager.state.response_ids == fast.state.response_ids).all(1)
+            gap = (eager.log_prob - fast.log_prob).abs()[equal]
+            yield {
+                "case": f"{dtype}, {case}",
+                "equal_responses": float(equal.float().mean()),
+                "largest_gap": float(gap.max()) if len(gap) else None,
+            }
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.mul_(1.02)
+
+
 def host_syncs(scale: Scale) -> Iterator[Row]:
     """Host synchronizations per decoded token, and where in the code they are."""
     model = random_model(scale.models[0], scale.vocabularies[0], scale.device, torch.bfloat16)
@@ -175,20 +207,21 @@ def host_syncs(scale: Scale) -> Iterator[Row]:
     if scale.device.type != "cuda":
         yield {"case": "no CUDA device", "syncs_per_token": None}
         return
-    generate(task, model, prompts, Sampling(), generator)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            generate(task, model, prompts, Sampling(), generator)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    places = Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in caught)
-    yield {
-        "case": "generate",
-        "syncs_per_token": sum(places.values()) / scale.response,
-        "places": dict(places.most_common(8)),
-    }
+    for case, decoding in (("eager", Decoding()), ("captured", Decoding(compile=True))):
+        generate(task, model, prompts, Sampling(), generator, decoding)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                generate(task, model, prompts, Sampling(), generator, decoding)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        places = Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in caught)
+        yield {
+            "case": f"generate, {case}",
+            "syncs_per_token": sum(places.values()) / scale.response,
+            "places": dict(places.most_common(8)),
+        }
 
 
 def _configuration(algorithm: str, scale: Scale, *arguments: str, iterations: int = 2) -> tuple[Any, Any, Any]:

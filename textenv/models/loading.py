@@ -293,8 +293,10 @@ def _reason(name: str, error: Exception) -> str:
     """Why a name could not be loaded, as a sentence. Transformers mistakes a missing folder for a hub name."""
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
         return "there is no such folder."
-    line = (str(error).strip().splitlines() or [""])[0]
-    return line if line.endswith(".") else f"{line}."
+    lines = str(error).strip().splitlines() or [""]
+    # Hugging Face's strict configurations name the field in the first line, and what is wrong with it in the next.
+    line = " ".join(each.strip().rstrip(".") for each in lines[: 2 if lines[0].rstrip(".").endswith(":") else 1])
+    return f"{line}."
 
 
 @contextmanager
