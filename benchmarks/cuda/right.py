@@ -20,21 +20,21 @@ from agents import checkpoint, run_folder
 from agents.algorithms.registry import ALGORITHMS
 from agents.presets import defaults
 from agents.run import build
-from agents.text.networks import language_model_of
+from agents.text.networks import distribution_of
 from agents.trainer import Trainer
 from benchmarks import rows as result_rows
 from benchmarks.cuda.scale import Row, Scale, finite, random_model, task_for
 from benchmarks.support.start import command
 from textenv import TextGenConfig, build_task
 from textenv.conformance import check_faces
-from textenv.generation import generate, random_numbers, response_log_probs
+from textenv.generation import generate, random_numbers
 from textenv.models.decoding import Decoding
 from textenv.models.sampling import Sampling
-from textenv.state import TextState
 from textenv.torchrl_env import TextGenTorchEnv
 
 TOLERANCES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SEEDS = (0, 1, 2)
+MISMATCH = ("mismatch_mean", "mismatch_max", "effective_sample_size")  # of sampling and training in bf16
 
 
 def conformance(scale: Scale) -> Iterator[Row]:
@@ -54,20 +54,29 @@ def conformance(scale: Scale) -> Iterator[Row]:
 
 
 def first_update(scale: Scale) -> Iterator[Row]:
-    """The first step: distance of the ratios from 1 before it, and whether metrics and weights are finite after it."""
-    for dtype in ("float32", "bfloat16"):
-        trainer = _trainer("ppo", scale, f"dtype={dtype}")
-        rollout = trainer.collector.collect(trainer.algorithm.networks.policy)
+    """The first step: distance of the ratios from 1 before it, and whether metrics and weights are finite after it.
+
+    Ratios are those of the training forward, in its micro-batches and with gradients.
+    """
+    for dtype, precision in (("float32", "float32"), ("float32", "bf16"), ("bfloat16", "bf16")):
+        trainer = _trainer("ppo", scale, f"dtype={dtype}", precision=precision)
+        collector, policy = trainer.collector, trainer.algorithm.networks.policy
+        rollout = collector.collect(policy)
         trainer.algorithm.prepare(rollout.data)
-        data = rollout.data
-        model = language_model_of(trainer.algorithm.networks.policy)
-        state = TextState.from_masks(data["input_ids"], data["attention_mask"], data["mask"])
-        change = (response_log_probs(model, state, 0.7) - data["action_log_prob"]).where(data["mask"], 0.0)
-        metrics = trainer._backward(trainer.collector.training_rows(data))
+        rows = collector.training_rows(rollout.data)
+        changes = []
+        for batch in collector.micro_batches(rows):
+            with collector.autocast():
+                log_prob = distribution_of(policy, batch).log_prob(batch["action"])
+            changes.append((log_prob.detach() - batch["action_log_prob"])[batch["mask"]].abs())
+        change = torch.cat(changes)
+        metrics = trainer._backward(rows)
         trainer._step(metrics)
         yield {
-            "case": dtype,
-            "largest_log_ratio": float(change.abs().max()),
+            "case": f"{precision} learners, {dtype} frozen models",
+            "largest_log_ratio": float(change.max()),
+            "mean_log_ratio": float(change.mean()),
+            **{name: rollout.metrics[name] for name in MISMATCH if name in rollout.metrics},
             "finite": finite(list(_weights(trainer).values())) and all(map(_is_finite, metrics.values())),
         }
 
@@ -224,8 +233,10 @@ def host_syncs(scale: Scale) -> Iterator[Row]:
         }
 
 
-def _configuration(algorithm: str, scale: Scale, *arguments: str, iterations: int = 2) -> tuple[Any, Any, Any]:
-    """Settings of a short run with 32 responses per iteration."""
+def _configuration(
+    algorithm: str, scale: Scale, *arguments: str, iterations: int = 2, **changes: Any
+) -> tuple[Any, Any, Any]:
+    """Settings of a short run with 32 responses per iteration. changes: to those of text."""
     train, settings, algorithm_config = defaults("TextGen-v0", algorithm)
     fields = vars(train) | {
         "iterations": iterations,
@@ -235,7 +246,7 @@ def _configuration(algorithm: str, scale: Scale, *arguments: str, iterations: in
     }
     if not _on_policy(algorithm):
         algorithm_config = type(algorithm_config)(**vars(algorithm_config) | {"learning_starts": 32})
-    text = vars(settings) | {"rollout_size": 32, "evaluation_prompts": 8}
+    text = vars(settings) | {"rollout_size": 32, "evaluation_prompts": 8} | changes
     return type(train)(**fields), type(settings)(**text), algorithm_config
 
 
@@ -244,8 +255,8 @@ def _on_policy(algorithm: str) -> bool:
     return learner.on_policy
 
 
-def _trainer(algorithm: str, scale: Scale, *arguments: str) -> Trainer:
-    return build(*_configuration(algorithm, scale, *arguments))[1]
+def _trainer(algorithm: str, scale: Scale, *arguments: str, **changes: Any) -> Trainer:
+    return build(*_configuration(algorithm, scale, *arguments, **changes))[1]
 
 
 def _weights(trainer: Trainer) -> dict[str, Tensor]:
