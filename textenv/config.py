@@ -87,7 +87,13 @@ class TextGenConfig:
         return self.max_prompt_tokens + self.max_new_tokens
 
     def torch_device(self) -> torch.device:
-        """The device that `device` names. Raises ValueError for one that this machine does not have."""
+        """The device that `device` names. Raises ValueError for one that this machine or process does not have."""
+        # Without this, "auto" would quietly be the CPU, and "cuda" not of this machine.
+        if self.device != "cpu" and torch.cuda._is_in_bad_fork():
+            raise ValueError(
+                f"device={self.device!r} in a process that was forked from one that uses CUDA, and so has none. "
+                "Start it otherwise (Gymnasium's \"async\": vector_kwargs={'context': 'spawn'}), or set device='cpu'."
+            )
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:

@@ -40,7 +40,8 @@ class TextGenVectorEnv(VectorEnv):
     * `render_mode=None`: `"ansi"` or `"rgb_array"`; `render` returns a tuple with one text or image per row.
 
     The arguments `vector_kwargs` and `wrappers` of `make_vec` belong to its modes "sync" and "async"; to wrap this
-    environment, use `gymnasium.wrappers.vector`.
+    environment, use `gymnasium.wrappers.vector`. On CUDA the processes of "async" must not be forked: pass
+    `vector_kwargs={"context": "spawn"}`.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium declares it so; each instance gets a copy

@@ -202,6 +202,14 @@ def test_causal_model_is_no_reward_model(settings, folders, kind, tmp_path):
     refuse(settings, "is not a sequence-classification model", reward=str(tokens))
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_forked_from_a_process_with_cuda(settings, monkeypatch, device):
+    """Such a process has no CUDA: that is said, with the remedy, and the CPU is not taken in its place unasked."""
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    refuse(settings, "forked from one that uses CUDA.*'spawn'.*or set device='cpu'", device=device)
+    gym.make("TextGen-v0", **settings).close()
+
+
 @pytest.mark.parametrize("wrong", [True, "GPT2LMHeadModel", [5], {}])
 def test_damaged_architectures(settings, folders, tmp_path, wrong):
     """What a folder holds is read from its architectures: anything but a list of names is refused, in both roles."""
