@@ -62,8 +62,7 @@ class TextCollector:
         self.task, self.prompts, self.config, self.ranks = task, prompts, config, ranks
         self.in_step = config.shard == FULL
         self.precision = Precision(config.precision, task.device)
-        # A graph would hold the hooks by which sharded weights are gathered.
-        self.decoding = Decoding(slots=config.decode_slots, compile=False if self.in_step else config.compile)
+        self.decoding = Decoding(slots=config.decode_slots, compile=config.compile)
         choice = config.old_log_probs
         self.recompute = ratios and (choice == "recomputed" or (choice == "auto" and self.precision.half))
         self.controller = make_controller(config, task.config.kl_coef)  # of β

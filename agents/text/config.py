@@ -23,9 +23,7 @@ class TextConfig:
 
     rollout_size: int = 128  # responses per rollout
     decode_slots: int | None = None  # responses written at a time, the others wait: less memory; default: all of them
-    # True: compile the step of decoding (CUDA: capture it as a graph), and keep that and the cache in memory between
-    # rollouts: faster after the first ones; False: neither; default: on CUDA, captured anew in every rollout
-    compile: bool | None = None
+    compile: bool = False  # compile the step of decoding (CUDA: capture it as a graph): faster after the first rollouts
     # tokens per forward pass, prompts and padding included; affects speed and memory, not gradients; default: 1,024 on
     # a CPU, 16,384 elsewhere
     micro_batch_tokens: int | None = None

@@ -1,9 +1,8 @@
 """The decoding step in few launches: compiled by torch.compile, or on CUDA captured as a graph, without a compiler.
 
 What is compiled is `read_token`, once for each number of rows and of columns read; on a CPU one compilation serves all
-shapes. A graph takes a few steps' time to capture, and goes with its decoder unless it is to be kept. For a kept one,
-weights may change in place between rollouts, as an optimizer changes them; but it wants the cache at its old address,
-so the cache stays with the graphs, and both are lent to one decoder at a time.
+shapes. Weights may change in place between rollouts, as an optimizer changes them. A graph also wants the cache at its
+old address, so the cache stays with the graphs, and both are lent to one decoder at a time.
 
 The first step of every shape is also taken by `read_token`. Where the two differ, or the architecture cannot be
 compiled, every step is `read_token`: slower, said once, and right.
@@ -35,7 +34,6 @@ class CompiledStep:
         self.cache, self.addresses = cache, addresses  # addresses: of the weights
         self.steps: dict[tuple[int, int], Step] = {}  # by rows and columns read
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # memory that graphs share
-        self.logits: Tensor | None = None  # [B, V], where all graphs write
 
     def __call__(self, model: PreTrainedModel, buffers: Buffers, tokens: Tensor, columns: Tensor, used: int) -> Tensor:
         """Logits [B, V]."""
@@ -54,7 +52,7 @@ class CompiledStep:
                     torch._dynamo.mark_static(each, [1, 2, 3])  # else rows equal to such a size would be held for it
                 step = _compiled()
             else:
-                step = self._captured(arguments)
+                step = _captured(arguments, self.pool)
             difference = relative_difference(step(*arguments), read_token(*arguments))
         except (torch.OutOfMemoryError, MemoryError):
             raise
@@ -66,38 +64,35 @@ class CompiledStep:
         say_not_compiled(type(model).__name__, f"compiled logits are off by {difference:.0%} of their spread")
         return read_token
 
-    def _captured(self, arguments: Any) -> Step:
-        """A CUDA graph of the step, which reads its inputs from where the first ones were.
-
-        It is captured with other tokens than the first step's, so the comparison after it sees whether they are read.
-        """
-        model, buffers, tokens, columns, used = arguments
-        tokens, columns = torch.zeros_like(tokens), columns.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries take their memory at the first call, which no graph may hold
-            logits = read_token(model, buffers, tokens, columns, used)
-        torch.cuda.current_stream().wait_stream(stream)
-        if self.logits is None:
-            self.logits = logits.new_empty(self.cache.size[0], logits.shape[1])
-        written, graph = self.logits[: len(tokens)], torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            written.copy_(read_token(model, buffers, tokens, columns, used))
-
-        def replay(
-            model: PreTrainedModel, buffers: Buffers, new_tokens: Tensor, new_columns: Tensor, used: int
-        ) -> Tensor:
-            tokens.copy_(new_tokens)
-            columns.copy_(new_columns)
-            graph.replay()
-            return written.to(torch.float32, copy=True)  # the next replay overwrites them
-
-        return replay
-
 
 @lru_cache
 def _compiled() -> Step:
     return torch.compile(read_token, dynamic=True, fullgraph=True)
+
+
+def _captured(arguments: Any, pool: Any) -> Step:
+    """A CUDA graph of the step. It reads its inputs from where the first ones were, and writes to the same logits.
+
+    It is captured with other tokens than the first step's, so the comparison after it sees whether they are read.
+    """
+    model, buffers, tokens, columns, used = arguments
+    tokens, columns = torch.zeros_like(tokens), columns.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries take their memory at the first call, which no graph may hold
+        read_token(model, buffers, tokens, columns, used)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        logits = read_token(model, buffers, tokens, columns, used)
+
+    def replay(model: PreTrainedModel, buffers: Buffers, new_tokens: Tensor, new_columns: Tensor, used: int) -> Tensor:
+        tokens.copy_(new_tokens)
+        columns.copy_(new_columns)
+        graph.replay()
+        return logits.to(torch.float32, copy=True)  # the next replay overwrites them
+
+    return replay
 
 
 MOST_FREE = 2  # steps that a model keeps, with their caches: those of rollouts and of evaluations
@@ -106,14 +101,14 @@ _free: WeakKeyDictionary[PreTrainedModel, list[CompiledStep]] = WeakKeyDictionar
 _lock = threading.Lock()
 
 
-def borrow_step(model: PreTrainedModel, rows: int, columns: int, borrower: object, keep: bool) -> CompiledStep:
+def borrow_step(model: PreTrainedModel, rows: int, columns: int, borrower: object) -> CompiledStep:
     """A step with a cache [B, L], old or new.
 
-    keep: when `borrower` is deleted, others get the step with the graphs that it captured; else it goes with its
-    borrower, as it always does on a CPU, where what is compiled belongs to no cache.
+    When `borrower` is deleted, others get it with the graphs that it captured. On a CPU, where what is compiled belongs
+    to no cache, the step goes with its borrower.
     """
     addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
-    if model.device.type != "cuda" or not keep:
+    if model.device.type != "cuda":
         return CompiledStep(KeyValueCache(model, rows, columns), addresses, model.device)
     with _lock:
         return _borrow(model, (rows, columns), addresses, borrower)

@@ -36,9 +36,7 @@ class Decoding:
     """How responses are written. Nothing here changes a number beyond rounding."""
 
     slots: int | None = None  # responses that are written at a time, the others wait; None: all of them
-    # True: the step is compiled (CUDA: captured as a graph) once for each shape, which takes a while, and kept with the
-    # cache for the next responses; None: captured on CUDA for these responses alone, and not compiled on a CPU
-    compile: bool | None = None
+    compile: bool = False  # the step is compiled (CUDA: captured as a graph) once for each shape, which takes a while
     look_every: int | None = None  # steps between two looks at which rows have finished; None: 1 on a CPU, else 8
 
     def __post_init__(self) -> None:
@@ -106,13 +104,11 @@ class Decoder:
 class CachedDecoder(Decoder):
     """A decoder that owns a key/value cache, and reads only the new token of each row."""
 
-    def __init__(
-        self, model: PreTrainedModel, rows: int, columns: int, vocabulary: int, compile: bool | None = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, rows: int, columns: int, vocabulary: int, compile: bool = False) -> None:
         super().__init__(model, rows, columns, vocabulary)
         self.step: Step = read_token
-        if compile or (compile is None and model.device.type == "cuda"):
-            self.step = borrow_step(model, rows, columns, self, keep=compile is not None)
+        if compile:
+            self.step = borrow_step(model, rows, columns, self)
             self.cache = self.step.cache
         else:
             self.cache = KeyValueCache(model, rows, columns)
@@ -133,9 +129,7 @@ class CachedDecoder(Decoder):
         return self.step(self.model, self.cache.live, tokens, columns, used)
 
 
-def new_decoder(
-    model: PreTrainedModel, rows: int, columns: int, vocabulary: int, compile: bool | None = False
-) -> Decoder:
+def new_decoder(model: PreTrainedModel, rows: int, columns: int, vocabulary: int, compile: bool = False) -> Decoder:
     """A decoder of B texts of at most L tokens: from the cache where that is right for the model.
 
     compile: as in `Decoding`; of no use where whole texts are read, which one line on the log says.

@@ -280,15 +280,8 @@ def test_a_captured_step_is_lent_to_one_decoder():
     assert len(compiled._free[model]) == 1
 
 
-def test_by_default_nothing_is_compiled_on_a_cpu(monkeypatch):
-    """A compiler takes longer than a few responses; a graph on CUDA does not, and is captured without being asked."""
-    monkeypatch.setattr(decoding, "borrow_step", lambda *_, **named: pytest.fail(f"a step was borrowed: {named}"))
-    task = make_task(tiny.language_model())
-    assert_equal(respond(task, [0, 1]), respond(task, [0, 1], compile=False))
-
-
 def test_a_cpu_model_beside_a_gpu(monkeypatch):
     """Graphs are for models on CUDA; a model on the CPU is compiled, whatever else the machine has."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     model = tiny.language_model()
-    assert compiled.borrow_step(model, 2, 8, object(), keep=True).pool is None
+    assert compiled.borrow_step(model, 2, 8, object()).pool is None
