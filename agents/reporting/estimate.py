@@ -8,7 +8,8 @@ and copies is its own affair. The rest are formulas:
 - AdamW: 8 bytes a trained parameter. Gradients: 4 bytes, while an update lasts.
 - activations: what the backward pass of one micro-batch reads, `ACTIVATIONS` numbers a token and layer, and logits a
   part at a time. With gradient checkpointing a layer keeps its input alone, and one layer is at work.
-- a rollout: keys and values of all tokens of the responses that are written at a time, and their logits.
+- a rollout: keys and values of all tokens of the responses that are written at a time, and their logits. Graphs
+  (`compile` on CUDA) keep these keys and values, and those of an evaluation, all the time.
 
 The peak is that of an update or of a rollout, whichever is larger. What Python and the libraries hold, about 0.5 GB,
 is not counted, nor what a reward function holds. With `shard="full"` every process keeps a part of weights and states,
@@ -20,7 +21,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,8 @@ def estimate(
     """
     models = read_models(config)
     learner: Any = find_algorithm(train.algorithm)[1](algorithm, MetaNetworks(models, settings, config))
-    cuda = config.torch_device().type == "cuda"
+    device = config.torch_device()
+    cuda = device.type == "cuda"
     half = settings.precision == "bf16" or (settings.precision == "auto" and cuda)
     share = ranks if settings.shard == FULL else 1
     frozen = torch.empty((), dtype=DTYPES[config.dtype]).element_size()
@@ -211,6 +213,9 @@ def estimate(
     size = HALF if half else FLOAT
     update = [Item("gradients", weights * FLOAT // share), *_activations(models.reference, settings, tokens, size)]
     rollout = _rollout(models.reference, settings, config, ranks, size if half else frozen)
+    if cuda and settings.compiles(device):
+        evaluation = replace(settings, rollout_size=settings.evaluation_prompts)
+        held += [rollout.pop(0), _rollout(models.reference, evaluation, config, ranks, size if half else frozen)[0]]
     if share > 1:
         gathered = policy * (frozen + size) + sum(_count(model) for model in models.rewards) * frozen
         rollout.append(Item("weights gathered for the rollout", gathered))
@@ -327,7 +332,7 @@ def warnings(needs: Estimate, memory: int | None, disk: int) -> list[str]:
         lines.append(
             "warning: that is more memory than is free. Less: --lora-rank 16 (no second set of weights, gradients and "
             "moments), --gradient-checkpointing, a smaller --micro-batch-tokens, --decode-slots, --env.dtype bfloat16, "
-            "or several processes with --shard full."
+            "on CUDA --compile False, or several processes with --shard full."
         )
     if needs.room > disk:
         lines.append(

@@ -62,7 +62,7 @@ class TextCollector:
         self.task, self.prompts, self.config, self.ranks = task, prompts, config, ranks
         self.in_step = config.shard == FULL
         self.precision = Precision(config.precision, task.device)
-        self.decoding = Decoding(slots=config.decode_slots, compile=config.compile)
+        self.decoding = Decoding(slots=config.decode_slots, compile=config.compiles(task.device))
         choice = config.old_log_probs
         self.recompute = ratios and (choice == "recomputed" or (choice == "auto" and self.precision.half))
         self.controller = make_controller(config, task.config.kl_coef)  # of β

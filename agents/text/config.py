@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
+import torch
+
 from agents.config import check_choice, check_counts
 from textenv.kl import ESTIMATORS, EXACT, UNITS
 from textenv.settings import check_types
@@ -23,7 +25,9 @@ class TextConfig:
 
     rollout_size: int = 128  # responses per rollout
     decode_slots: int | None = None  # responses written at a time, the others wait: less memory; default: all of them
-    compile: bool = False  # compile the step of decoding (CUDA: capture it as a graph): faster after the first rollouts
+    # compile the step of decoding, on CUDA capture it as a graph, whose cache stays in memory: faster after the first
+    # rollouts; default: True on CUDA, unless shard is full
+    compile: bool | None = None
     # tokens per forward pass, prompts and padding included; affects speed and memory, not gradients; default: 1,024 on
     # a CPU, 16,384 elsewhere
     micro_batch_tokens: int | None = None
@@ -95,6 +99,10 @@ class TextConfig:
             "the weight of the KL is fixed; set kl_controller=adaptive, or leave them out.",
         ),
     )
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether the step of decoding is compiled on this device."""
+        return device.type == "cuda" and self.shard != FULL if self.compile is None else self.compile
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -103,7 +103,7 @@ def algorithms(scale: Scale) -> Iterator[Row]:
 def main_job(scale: Scale) -> Iterator[Row]:
     """The embedded job over three seeds in parallel, in other forms beside them, and its recorded results on a CPU."""
     cases = {f"seed {seed}": ("--seed", str(seed)) for seed in SEEDS}
-    cases |= {"captured": ("--compile",), "float32": ("--precision", "float32"), "adapters": ("--lora-rank", "16")}
+    cases |= {"eager": ("--compile", "False"), "float32": ("--precision", "float32"), "adapters": ("--lora-rank", "16")}
     with tempfile.TemporaryDirectory() as work:
         folders = {case: Path(work) / case for case in cases}
         started = {

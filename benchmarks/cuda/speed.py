@@ -34,8 +34,8 @@ from textenv.task import Task
 # Settings of an update by the name in the table.
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": dict(precision="float32"),
-    "bf16": dict(precision="bf16", compile=True),
-    "bf16, checkpointing": dict(precision="bf16", compile=True, gradient_checkpointing=True),
+    "bf16": dict(precision="bf16"),
+    "bf16, checkpointing": dict(precision="bf16", gradient_checkpointing=True),
     "bf16, adapters": dict(precision="bf16", lora_rank=16),
 }
 

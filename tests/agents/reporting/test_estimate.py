@@ -91,6 +91,17 @@ def test_what_the_settings_save(settings):
     assert item(halved.held, "AdamW").bytes == item(needs_of(settings).held, "AdamW").bytes // 2
 
 
+def test_graphs_keep_their_caches(settings, monkeypatch):
+    """On CUDA keys and values stay, those of rollouts and of evaluations, unless nothing is captured."""
+    monkeypatch.setattr(TextGenConfig, "torch_device", lambda _: torch.device("cuda"))
+    sizes = dict(rollout_size=8, evaluation_prompts=4, precision="float32")
+    kept, not_kept = needs_of(settings, **sizes), needs_of(settings, compile=False, **sizes)
+    caches = [each.bytes for each in kept.held if each.name.startswith("keys")]
+    row = item(not_kept.rollout, "keys").bytes // 8
+    assert caches == [8 * row, 4 * row] and [each.name for each in kept.rollout] == ["logits of a step"]
+    assert kept.memory == not_kept.memory + 12 * row  # the peak is that of an update
+
+
 def test_rewards_of_every_kind(settings):
     """Functions and metrics hold no model; a sum holds each of its models."""
     model = settings["reward"]

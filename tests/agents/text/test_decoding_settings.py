@@ -50,6 +50,21 @@ def test_compile(settings, monkeypatch):
     assert given == [Decoding(compile=True)] * 2
 
 
+@pytest.mark.parametrize(
+    ("device", "changes", "compiled"),
+    [
+        ("cuda:0", {}, True),
+        ("cuda", {"shard": "full"}, False),
+        ("cuda", {"compile": False}, False),
+        ("cpu", {}, False),
+        ("cpu", {"compile": True}, True),
+    ],
+)
+def test_where_it_is_the_default(device, changes, compiled):
+    """Graphs take no time worth mentioning, so CUDA has them unasked; a compiler on a CPU takes seconds."""
+    assert TextConfig(**changes).compiles(torch.device(device)) is compiled
+
+
 def test_refused():
     """No slots at all."""
     with pytest.raises(ValueError, match="decode_slots must be at least 1, got 0"):
