@@ -44,7 +44,7 @@ class TextGenConfig:
     group_size: int = 1  # G, consecutive episodes on the same prompt
     chat: bool = False  # format prompts with the tokenizer's chat template
     chat_template_kwargs: Mapping[str, Any] | None = None  # variables of the template, as in {"enable_thinking": False}
-    kl_coef: float = 0.1  # β, weight of the penalty; 0 runs no reference
+    kl_coef: float = 0.1  # β, weight of the penalty; 0: the environment runs no reference
     max_prompt_tokens: int = 24  # P; prompts are left-padded to it
     max_new_tokens: int = 48  # R; the token budget of a response
     temperature: float = 0.7  # of the reference's and the actor's distribution, as in Ziegler et al. 2019

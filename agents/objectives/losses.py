@@ -23,7 +23,7 @@ KL_LOSSES = ("none", "k2", "k3")  # estimators of the KL in the loss
 KL_LOSS_UNREAD = Unread(
     ("kl_loss",),
     lambda job: job.factory.alpha == 0 and job.algorithm.kl_loss != "none",
-    "there is no reference, and so no KL for the loss; give --env.kl-coef 0.1 or so on text, or leave it out.",
+    "there is no penalty, and so no KL for the loss; give --env.kl-coef 0.1 or so on text, or leave it out.",
 )
 
 
@@ -85,7 +85,7 @@ def clipped_terms(distribution: ActionDistribution, batch: TensorDict, clip: flo
 
 
 def available_kl_loss(estimator: str, factory: NetworkFactory) -> str:
-    """The estimator, or none if the environment has no penalty and so no reference."""
+    """The estimator, or none if the environment has no penalty."""
     return estimator if factory.alpha > 0 else "none"
 
 

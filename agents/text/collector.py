@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,8 @@ class TextCollector:
         """ratios: whether the learner divides by old probabilities."""
         check_groups(config, task)
         self.task, self.prompts, self.config, self.ranks = task, prompts, config, ranks
+        # The KL is reported where β is 0 too: a score is bought with it, and evaluations need the reference anyway.
+        self.measured = replace(task, reference=task.load_reference())
         self.in_step = config.shard == FULL
         self.precision = Precision(config.precision, task.device)
         self.decoding = Decoding(slots=config.decode_slots, compile=config.compiles(task.device))
@@ -88,7 +91,7 @@ class TextCollector:
         with self.precision.tensor_cores():
             model = self.sampling_model(policy)
             generator, how = self.sampling_generator, (self.penalty(), self.decoding, self.ranks)
-            rollout = collect(self.task, model, prompts, generator, tokens, *how)
+            rollout = collect(self.measured, model, prompts, generator, tokens, *how)
         if self.recompute:
             with phase("recompute"):
                 self.mismatch = self._recompute_log_probs(policy, rollout.data)
@@ -96,9 +99,8 @@ class TextCollector:
         # Raw scores: normalized ones of different times are in different units.
         raw = rollout.scored.score if self.task.normalizer is None else rollout.scored.score_parts[RAW]
         self.sampler.update(indices, raw.tolist())
-        if self.task.reference is not None:
-            kl, lengths = rollout.data["kl"], rollout.data["mask"].sum(1)
-            rollout.metrics.update(self.controller.update(float(kl.sum()), int(lengths.sum()), len(lengths)))
+        kl, lengths = rollout.data["kl"], rollout.data["mask"].sum(1)
+        rollout.metrics.update(self.controller.update(float(kl.sum()), int(lengths.sum()), len(lengths)))
         return rollout
 
     def sampling_model(self, policy: nn.Module) -> PreTrainedModel:

@@ -84,7 +84,7 @@ class TextConfig:
         Unread(
             ("kl_estimator", "kl_controller"),
             lambda job: job.factory.alpha == 0,
-            "the environment's kl_coef is 0, so there is no reference and no KL; give --env.kl-coef 0.1 or so, or "
+            "the environment's kl_coef is 0, so there is no penalty to estimate; give --env.kl-coef 0.1 or so, or "
             "leave them out.",
         ),
         Unread(

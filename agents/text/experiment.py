@@ -182,9 +182,9 @@ class TextExperiment:
         """The first rows of about a dozen rollouts, as the learner saw them."""
         if number not in iterations_to_keep(self.config.iterations):
             return []
-        referenced, rows = self.task.reference is not None, range(len(rollout.data))[self.kept]
+        rows = range(len(rollout.data))[self.kept]
         golds = rollout.data["gold"][self.kept].tolist() if "gold" in rollout.data else None
-        records = read_records(self.task.tokenizer, rollout, rows, golds, referenced)
+        records = read_records(self.task.tokenizer, rollout, rows, golds)
         return [record.as_json() for record in records]
 
     def held_out_records(self, trainer: Trainer, evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -200,18 +200,14 @@ class TextExperiment:
     def remarks(self, number: int, metrics: dict[str, float]) -> list[str]:
         """A line if the learning rate cannot move a model as small as this, or if the first update has moved it far.
 
-        Measured by the next rollout's KL to the reference, or without one by the KL between the updates of the first
-        iteration, which is less than that of the whole.
+        Measured by the next rollout's KL to the reference.
         """
         if number == 1 and self._too_slow():
             return [
                 f"The model has less than ten million weights, and learning_rate={self.config.learning_rate:g} is for "
                 "one of a hundred million: it will hardly learn. Try --learning-rate 1e-4 --critic-learning-rate 3e-4."
             ]
-        if self.task.reference is not None:
-            moved = metrics["kl_per_response"] if number == 2 else 0.0
-        else:
-            moved = metrics.get("approx_kl", 0.0) * metrics["length"] if number == 1 else 0.0
+        moved = metrics["kl_per_response"] if number == 2 else 0.0
         if moved <= FAR or is_embedded(self.task.config.reference):
             return []
         config = self.config
@@ -223,9 +219,8 @@ class TextExperiment:
         ]
 
     def _too_slow(self) -> bool:
-        """Whether a small model has a learning rate of pretrained ones. Not known without a reference in memory."""
-        reference = self.task.reference
-        return self.config.learning_rate < 1e-5 and reference is not None and reference.model.num_parameters() < SMALL
+        """Whether a small model has a learning rate of pretrained ones."""
+        return self.config.learning_rate < 1e-5 and self.task.load_reference().model.num_parameters() < SMALL
 
     def write_results(
         self,

@@ -49,7 +49,7 @@ class Record:
     score: float | None  # as the learner saw it; None without a reward
     raw_score: float | None  # before normalization; None without
     gold: float | None  # None without a gold rater
-    kl: float | None  # Σ log π − log π_ref in nats; None if the reference was not read
+    kl: float  # Σ log π − log π_ref, in nats
     finish: str  # stop or length
 
     def as_json(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Record:
         return asdict(self) | flags
 
 
-def numbers_of(data: TensorDict, referenced: bool) -> dict[str, Tensor]:
+def numbers_of(data: TensorDict) -> dict[str, Tensor]:
     """The numbers of every generated token, [B, R] each, in the order in which the learner forms them.
 
     `score`: the part of the reward that is score. `penalty`: β·KL_t. `reward`: r̃_t, their difference; where the
@@ -66,18 +66,16 @@ def numbers_of(data: TensorDict, referenced: bool) -> dict[str, Tensor]:
     log π(a_t|s_t), and the reference's. `entropy`: of the distribution that a_t was drawn from. `value`: V(s_t),
     of the state before the token. `td_error`: δ_t. `advantage`: A_t, before whitening. A learner without a critic
     has fewer, and a rollout that was not prepared.
-
-    referenced: whether the reference was read.
     """
     prepared = "raw_advantage" in data  # else `reward` is the environment's, or not there
     coef = data["kl_coef"][:, None]
     penalty = data.get("penalty", None) if prepared else coef * data["kl"]
     numbers = {
         "score": data["step_score"],
-        "penalty": penalty if referenced else None,
+        "penalty": penalty,
         "reward": data["reward"] if prepared else penalized_reward(data["step_score"], data["kl"], coef),
         "log_prob": data["action_log_prob"],
-        "reference_log_prob": data["reference_log_prob"] if referenced else None,
+        "reference_log_prob": data["reference_log_prob"],
         "entropy": data.get("entropy", None),
         "value": data.get("state_value", None),
         "td_error": data.get("td_error", None),
@@ -103,17 +101,16 @@ def read_records(
     rollout: TextRollout,
     rows: Sequence[int],
     golds: Sequence[float] | None,
-    referenced: bool,
 ) -> list[Record]:
     """Records of some rows of a rollout that the learner has prepared.
 
-    golds: gold scores of the rows; None without a gold rater. referenced: whether the reference was read.
+    golds: gold scores of the rows; None without a gold rater.
     """
     index = torch.tensor(rows)
     data: Any = rollout.data.to("cpu")[index]
     prompts = [rollout.prompts[row] for row in rows]
     raw = rollout.scored.score_parts.get(RAW)
-    names, numbers = TokenNames(tokenizer), numbers_of(data, referenced)
+    names, numbers = TokenNames(tokenizer), numbers_of(data)
     log_ratio = (data["action_log_prob"] - data["reference_log_prob"]).where(data["mask"], 0.0).sum(1)
     records = []
     for at, row in enumerate(rows):
@@ -131,7 +128,7 @@ def read_records(
                 score=decimal(data["score"][at]),
                 raw_score=None if raw is None else decimal(raw[row].cpu()),
                 gold=None if golds is None else float(golds[at]),
-                kl=decimal(log_ratio[at]) if referenced else None,
+                kl=decimal(log_ratio[at]),
                 finish=rollout.scored.finish_reason(row),
             )
         )
@@ -163,7 +160,7 @@ def held_out_records(trainer: Trainer, held_out: Prompts, golds: Sequence[float]
     rollout.data["entropy"] = collector.entropies(algorithm.networks.policy, rollout.data)
     algorithm.prepare(rollout.data)
     rows = range(0, count * group, group)
-    return trainer.ranks.lead(lambda: read_records(task.tokenizer, rollout, rows, golds, True))
+    return trainer.ranks.lead(lambda: read_records(task.tokenizer, rollout, rows, golds))
 
 
 def policy_records(
@@ -181,7 +178,7 @@ def policy_records(
     with torch.no_grad():
         rollout.data["entropy"] = TextActor(model, task.config.temperature).distribution(rollout.data).entropy()
     golds = None if evaluation.gold is None else evaluation.gold[:count]
-    records = read_records(task.tokenizer, rollout, range(count), golds, True)
+    records = read_records(task.tokenizer, rollout, range(count), golds)
     return records if evaluation.score else [_without_score(record) for record in records]
 
 

@@ -157,7 +157,7 @@ def test_kl_penalty_by_hand(estimator):
 
 @pytest.mark.parametrize("name", ["ppo", "rloo", "grpo"])
 def test_without_a_penalty_the_loss_has_no_kl(task, name):
-    """kl_coef=0 has no reference, so a KL in the loss is left out, and the reward is the score alone."""
+    """kl_coef=0 has no penalty, so a KL in the loss is left out, and the reward is the score alone."""
     trainer = make_trainer(task | dict(kl_coef=0), dict(kl_loss="k3"), learner=name)
     data = make_rollout(trainer).data
     assert set(losses(trainer, data)) <= {"policy_loss", "value_loss"}

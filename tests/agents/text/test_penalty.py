@@ -15,7 +15,9 @@ from agents.text.rollout import TextRollout, collect
 from agents.trainer import Trainer
 from tests.support.by_hand import perturb
 from tests.support.learning import make_trainer
+from textenv.generation import response_log_probs
 from textenv.kl import AdaptiveKL, FixedKL
+from textenv.state import TextState
 
 ESTIMATORS = ["k1", "k2", "k3", "exact"]
 BETA = 0.3  # kl_coef of the settings
@@ -140,13 +142,17 @@ def test_credit_shows_what_was_paid(settings, estimator):
 
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
-def test_no_reference_no_penalty(settings):
-    """With kl_coef=0 the learner's reward is the score, nothing of the KL is logged, and no reference is run."""
-    trainer = make_trainer(settings | dict(kl_coef=0))
-    iteration = next(trainer.iterate())
-    data = iteration.rollout.data
+def test_without_a_penalty_the_kl_is_measured(settings):
+    """With kl_coef=0 the learner's reward is the score, and the KL to the reference is reported all the same."""
+    trainer = make_trainer(settings | dict(kl_coef=0), learning_rate=1e-2)
+    iteration = list(trainer.iterate())[-1]
+    data, task = iteration.rollout.data, trainer.collector.task
     torch.testing.assert_close(data["reward"].sum(1), data["score"])
-    assert not data["kl"].any() and not any(name.startswith("kl_") for name in iteration.metrics)
+    state = TextState.from_masks(data["input_ids"], data["attention_mask"], data["mask"])
+    reference = response_log_probs(task.load_reference().model, state, task.config.temperature)
+    by_hand = (data["action_log_prob"] - reference).where(data["mask"], 0.0).sum(1).mean()
+    assert iteration.metrics["kl_per_response"] == pytest.approx(float(by_hand), abs=1e-3) and abs(by_hand) > 0.1
+    assert iteration.metrics["kl_coef"] == 0
 
 
 @pytest.mark.parametrize(

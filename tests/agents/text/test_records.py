@@ -55,7 +55,7 @@ def test_the_numbers_are_the_rollouts(settings):
     trainer = make_trainer(settings, iterations=1)
     rollout, _ = rollout_of(trainer)
     data = rollout.data
-    for at, record in enumerate(read_records(trainer.collector.task.tokenizer, rollout, [0, 5], [0.5, 1.5], True)):
+    for at, record in enumerate(read_records(trainer.collector.task.tokenizer, rollout, [0, 5], [0.5, 1.5])):
         row = [0, 5][at]
         mask = data["mask"][row]
         for name, key in KEYS.items():
@@ -91,7 +91,7 @@ def test_learners_without_a_critic_have_fewer_numbers(settings, learner, missing
     trainer = make_trainer(settings | dict(group_size=2), own, learner, iterations=1)
     rollout, by_hand = rollout_of(trainer)
     torch.testing.assert_close(rollout.data["entropy"], by_hand.where(rollout.data["mask"], 0.0), atol=1e-4, rtol=1e-4)
-    for record in read_records(trainer.collector.task.tokenizer, rollout, range(4), None, True):
+    for record in read_records(trainer.collector.task.tokenizer, rollout, range(4), None):
         assert {*KEYS, "penalty"} - set(record.numbers) == missing
         paid = zip(record.numbers["score"], record.numbers["penalty"], strict=True)
         assert record.numbers["reward"] == pytest.approx([score - penalty for score, penalty in paid], abs=1e-6)
@@ -133,7 +133,7 @@ def test_a_penalty_is_where_the_learner_has_one(settings, learner, own):
     for record in records:
         assert ("penalty" in record.numbers) == in_reward
     rollout, _ = rollout_of(trainer)
-    (record,) = read_records(collector.task.tokenizer, rollout, [0], None, True)
+    (record,) = read_records(collector.task.tokenizer, rollout, [0], None)
     assert ("penalty" in record.numbers) == in_reward
     if not in_reward:
         assert record.numbers["reward"] == record.numbers["score"]
