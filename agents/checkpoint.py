@@ -37,8 +37,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from agents.config import BEST
 from agents.interfaces import Algorithm, Collector
-from agents.reporting.files import no_room, replacing
 from agents.trainer import Trainer
+from textenv.training.files import no_room, replacing
 
 FILE = "checkpoint.pt"
 # What a checkpoint that is damaged, or of another trainer, may raise.

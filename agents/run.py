@@ -26,12 +26,13 @@ from agents.reporting import dumps, plots, report, trackers, viewer
 from agents.reporting import estimate as sizes
 from agents.reporting.alarms import find_alarms
 from agents.reporting.errors import stop_behind
-from agents.reporting.files import never_fail_to_print, no_room, remove_unfinished, tell_a_full_disk_once, write_json
+from agents.reporting.files import never_fail_to_print, tell_a_full_disk_once
 from agents.reporting.record_file import HELD_OUT, ROLLOUT, RecordFile
 from agents.text.config import TextConfig
 from agents.trainer import Trainer
 from agents.unread import Job, check_settings
 from textenv.config import NAMES
+from textenv.training.files import locked, no_room, remove_unfinished, write_json
 
 
 def build(
@@ -130,7 +131,7 @@ def _claim(folder: Path, parts: tuple[TrainConfig, Any, Any], stack: ExitStack) 
     if not parts[0].resume:
         return run_folder.check_new(folder)
     run_folder.check_same(folder, *parts)
-    stack.enter_context(run_folder.locked(folder))
+    stack.enter_context(locked(folder))
     return _finished(folder, parts[0])
 
 
@@ -173,7 +174,7 @@ def _open(
         run_folder.create(folder)
     stack.enter_context(_resumable(folder, resume))
     if not resume:
-        stack.enter_context(run_folder.locked(folder))
+        stack.enter_context(locked(folder))
         run_folder.save_config(folder, *parts, fingerprints)
         experiment.save_prompts(folder)
 

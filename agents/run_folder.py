@@ -16,16 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from agents.algorithms.registry import find_algorithm
 from agents.config import TrainConfig
 from agents.domains import domain_of
 from agents.ranks import PARENT
-from agents.reporting.files import write_json
 from textenv.config import NAMES
 from textenv.settings import check_new_folder
 from textenv.task import PARTS, is_embedded
+from textenv.training.files import write_json
 
 JOB = "job"  # in config.json
 # Settings that do not change what is learned, or that are checked apart.
@@ -70,39 +68,6 @@ def create(folder: Path) -> None:
         raise ValueError(
             f"the run folder {str(folder)!r} cannot be created ({error}); choose another --run."
         ) from error
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process; the system lets go of it when the process ends, however it ends.
-
-    Raises ValueError while another process trains in it, and for a folder that may not be written.
-    """
-    try:
-        held = FileLock(folder / ".lock").acquire(timeout=1)  # seconds: who only looks holds it for a moment
-    except Timeout as error:
-        raise ValueError(
-            f"another process is training in {str(folder)!r}; wait until it ends, or stop it, and then --resume."
-        ) from error
-    except OSError as error:
-        raise ValueError(
-            f"the run folder {str(folder)!r} cannot be locked ({error}); make it writable, or resume a copy of it."
-        ) from error
-    with held:
-        yield
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process trains in the run folder."""
-    if not os.path.isfile(folder / ".lock"):
-        return False
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # of a folder that may only be read
-        return False
 
 
 def save_config(

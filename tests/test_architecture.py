@@ -32,7 +32,7 @@ TEXTENV_ORDER = """
         rewards.reward_model rewards.functions rewards.per_token rewards.ray_pool rewards.library rewards.metrics \
         rewards.normalization rewards.build
     masks.token_sets masks.masks masks.build | \
-        training.checkpoints training.loop training.card training.muon training.data training.supervised \
+        training.files training.checkpoints training.loop training.card training.muon training.data training.supervised \
         training.supervised_job \
         training.preferences training.calibration training.reward_card training.reward_model \
         training.dpo

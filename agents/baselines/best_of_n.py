@@ -24,9 +24,7 @@ from agents.baselines.frontier import Curve, check_same_task, draw_frontier, rea
 from agents.baselines.order import best_of_weights, kl_bound
 from agents.baselines.setting import Setting, SettingConfig, load_policy, open_setting
 from agents.config import check_counts
-from agents.reporting.files import UNFINISHED, remove_unfinished, replacing, write_json
 from agents.reporting.report import Bar, machine
-from agents.run_folder import locked
 from agents.seeds import seed_of
 from agents.text.evaluation import rate
 from agents.text.fingerprints import fingerprints, of_weights
@@ -37,6 +35,7 @@ from textenv.prompts.tokenized import Prompts
 from textenv.settings import check_new_folder, check_types
 from textenv.state import own_settings
 from textenv.task import Task
+from textenv.training.files import UNFINISHED, locked, remove_unfinished, replacing, write_json
 
 RESPONSES, STARTED, RESULTS, PICTURE = "responses.jsonl", "config.json", "best_of_n.json", "best_of_n.png"
 FIRST = {".lock", f"{STARTED}{UNFINISHED}"}  # all that a process leaves which is killed before its job has begun

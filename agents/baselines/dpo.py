@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,12 @@ from agents.baselines.pairs import Rows, read_pairs, sample_pairs, text_of, toke
 from agents.baselines.results import PAIRS, Measured, Results, result_lines, write_results
 from agents.baselines.setting import Setting, SettingConfig, open_setting
 from agents.config import check_counts, id_of
-from agents.reporting.files import write_text
 from agents.reporting.report import Bar
-from agents.run_folder import locked
 from agents.text.fingerprints import HELD_OUT, fingerprints, save_prompts
 from textenv.settings import check_types
 from textenv.task import is_embedded
 from textenv.training.dpo import Pairs, PreferenceConfig, fit, measure_pairs, reference_log_probs
+from textenv.training.files import write_text
 from textenv.training.loop import Job, LoopConfig, file_hash, split_rows, total_steps
 
 DEFAULT = PreferenceConfig()
@@ -84,14 +82,8 @@ def dpo(
     """Train, write the results to the output folder, and return the summary, which is also written to summary.json."""
     Job(config.output, {}, loop).check(compare=False)
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    with ExitStack() as stack:
-        if loop.resume:
-            stack.enter_context(locked(config.output))
-        start = _prepare(config, where, (learning, loop), console)  # the reference leaves memory with its return
-        if not loop.resume:
-            start.job.check()  # another process may have begun here while this one sampled its pairs
-            start.job.start()  # before any other file: a killed process leaves what can be resumed
-            stack.enter_context(locked(config.output))
+    start = _prepare(config, where, (learning, loop), console)  # the reference leaves memory with its return
+    with start.job.held():
         summary = _learn(config, where, learning, start)
     console.print("\n".join(result_lines(summary, config.output)))
     return summary

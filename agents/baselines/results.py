@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from agents.baselines.frontier import FINGERPRINTS
 from agents.baselines.setting import SettingConfig
 from agents.config import id_of
-from agents.reporting.files import write_json, write_text
 from agents.reporting.plots import BLUE, GRAY, GREEN, ORANGE, RED, Line, Panel
 from agents.reporting.record_file import HELD_OUT, RecordFile
 from agents.reporting.report import machine
@@ -26,6 +25,7 @@ from agents.text.policy import export_policy
 from agents.text.samples import make_summary, write_samples
 from textenv.task import Task
 from textenv.training.card import Card, Number, mean_and_error, write_card
+from textenv.training.files import write_json, write_text
 from textenv.training.loop import Trained
 
 PAIRS, CURVES, METRICS = "pairs.jsonl", "curves.png", "metrics.jsonl"

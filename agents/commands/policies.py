@@ -14,7 +14,7 @@ from torch import nn
 from agents import run, run_folder
 from agents.interfaces import Experiment
 from agents.play import PlayConfig, show
-from agents.reporting.files import UNFINISHED, as_utf8, write_json
+from agents.reporting.files import as_utf8
 from agents.text.config import GenerateConfig
 from agents.text.experiment import TextExperiment
 from agents.text.fingerprints import EVALUATION, REFERENCE, TRAINING
@@ -25,6 +25,7 @@ from textenv.models.sampling import Sampling
 from textenv.prompts.tokenized import Prompts
 from textenv.settings import check_name
 from textenv.task import Task
+from textenv.training.files import UNFINISHED, write_json
 
 EPISODES = PlayConfig()
 

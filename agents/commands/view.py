@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from agents.reporting.viewer import read_report, render_page, write_page
-from agents.run_folder import is_locked
+from textenv.training.files import is_locked
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from agents.reporting.files import replacing
+from textenv.training.files import replacing
 
 FOLDER = "rollouts"
 JSONL, PARQUET = ".jsonl", ".parquet"

@@ -1,8 +1,7 @@
-"""Files of a run: UTF-8 whatever the system's locale, replaced as a whole, and a full disk named as such."""
+"""What a run reads of files that may be damaged, and what it prints, whatever the terminal."""
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -13,49 +12,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file larger than the process may write
-
-UNFINISHED = ".new"  # ends the name of a file that is being written
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when the block ends; if it fails, `path` stays as it was.
-
-    Whenever the process is killed, `path` is the old file or the new one, never a part. Raises OSError where the disk
-    is full, also for writers that report something else.
-    """
-    new = path.with_name(f"{path.name}{UNFINISHED}")
-    try:
-        with new.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # otherwise a power cut could leave the new name without its content
-        new.replace(path)
-    except BaseException as error:
-        new.unlink(missing_ok=True)
-        if (reason := no_room(error)) is not None and reason is not error:
-            raise reason from error
-        raise
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove the parts of files that a killed process has left in a folder that nobody else writes to."""
-    for path in folder.rglob(f"*{UNFINISHED}"):
-        path.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by a text."""
-    with replacing(path) as file:
-        file.write(text.encode("utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a file by a value as indented JSON."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+from textenv.training.files import no_room
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -79,18 +38,6 @@ def _parsed(line: str) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
-
-
-def no_room(error: BaseException | None) -> OSError | None:
-    """The error of a full disk behind an error, if there is one."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            return error
-        for number in NO_ROOM:
-            if f"(os error {number})" in str(error):  # from the Rust code of safetensors and tokenizers
-                return OSError(number, os.strerror(number))
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def never_fail_to_print() -> None:

@@ -22,9 +22,9 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from agents.reporting.files import write_json
 from agents.reporting.phases import observed
 from agents.reporting.report import machine
+from textenv.training.files import write_json
 
 ITERATIONS = 3
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agents.reporting.files import read_json_lines, write_text
+from agents.reporting.files import read_json_lines
+from textenv.training.files import write_text
 
 FILE = "records.jsonl"
 ROLLOUT, HELD_OUT = "rollout", "held-out"  # where a record is from; held-out ones of iteration 0 are before training

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from agents.reporting.files import is_number, read_json_lines, write_text
+from agents.reporting.files import is_number, read_json_lines
+from textenv.training.files import write_text
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 PACKAGES = ("torch", "torchrl", "tensordict", "gymnasium", "transformers")

@@ -15,8 +15,8 @@ from typing import Any
 
 from agents.config import NO_TRACKER
 from agents.reporting.errors import stop_behind
-from agents.reporting.files import no_room, write_json
 from agents.reporting.services import KINDS, Place, Table, Tracker
+from textenv.training.files import no_room, write_json
 
 FILE = "trackers.json"  # in the run folder: by which names services know the run
 

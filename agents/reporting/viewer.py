@@ -23,10 +23,11 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from agents.reporting.alarms import FEWEST, find_alarms
-from agents.reporting.files import is_number, replacing, write_json
+from agents.reporting.files import is_number
 from agents.reporting.plots import BLUE, GRAY, GREEN, ORANGE, RED, Panel
 from agents.reporting.record_file import read_records
 from agents.reporting.report import finished_summary, read_metrics
+from textenv.training.files import replacing, write_json
 
 FILE = "report.html"
 OUTLINE = "page.json"  # what a page needs besides the numbers

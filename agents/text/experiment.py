@@ -20,7 +20,6 @@ from agents.config import BEST, TrainConfig, id_of
 from agents.ranks import ALONE, Ranks
 from agents.reporting import plots
 from agents.reporting.errors import is_ours
-from agents.reporting.files import write_json
 from agents.reporting.plots import BLUE, CRITIC, GRAY, GREEN, ORANGE, POLICY_LOSS, RED, UPDATE, VALUE_LOSS, Line, Panel
 from agents.seeds import evaluation_seed
 from agents.text.collector import TextCollector
@@ -38,6 +37,7 @@ from agents.trainer import Trainer
 from textenv.config import NAMES, TextGenConfig
 from textenv.env import TextGenEnv
 from textenv.task import Task, is_embedded
+from textenv.training.files import write_json
 
 EQUAL = 1e-6  # a smaller standard deviation of float32 scores, relative to their mean, is rounding error
 SMALL = 10e6  # weights; a model of a million needs a hundred times the rate of one of a hundred million

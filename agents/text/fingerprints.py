@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from agents.reporting.files import write_text
 from agents.text.sharding import whole
 from textenv.prompts.tokenized import Prompts
 from textenv.rewards.reward_model import reward_models
 from textenv.task import Task
+from textenv.training.files import write_text
 
 HELD_OUT = "held_out.jsonl"  # the evaluation prompts of a run, in its folder
 REFERENCE, TOKENIZER, TRAINING, EVALUATION = "reference", "tokenizer", "prompts", "evaluation prompts"  # names

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from agents.reporting.files import write_text
 from agents.text.evaluation import Evaluation, mean
+from textenv.training.files import write_text
 
 FIRST, EACH = 6, 4  # pairs in the first section, and in each of the others
 LONGEST = 2000  # characters of a text on the page

@@ -23,7 +23,6 @@ from agents.checkpoint import (
     save_checkpoint,
 )
 from agents.config import TrainConfig
-from agents.reporting.files import no_room, replacing
 from agents.run import load_policy as load_run_policy
 from agents.text.config import TextConfig
 from agents.text.experiment import TextExperiment
@@ -31,6 +30,7 @@ from agents.trainer import Trainer
 from tests.support.learning import make_trainer, same, weights
 from tests.support.runs import resume, saved, train
 from textenv import TextGenConfig, build_task
+from textenv.training.files import no_room, replacing
 
 
 @pytest.fixture
@@ -188,6 +188,8 @@ def test_a_full_disk_in_other_words():
             raise RuntimeError("unexpected pos 576 vs 534")
     except RuntimeError as error:
         assert no_room(error).errno == errno.EDQUOT
+    alone = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5391168 vs 5391060")
+    assert no_room(alone).errno == errno.ENOSPC  # of torch.save where it opens the file itself
     assert no_room(OSError(errno.ENOENT, "no file")) is None and no_room(ValueError("(os error 2)")) is None
 
 

@@ -34,6 +34,7 @@ from agents.trainer import Trainer
 from tests.support import tiny
 from tests.support.learning import make_trainer, same
 from tests.support.runs import flags, resume, rows, saved, stop_after, train
+from textenv.training.files import locked
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -285,7 +286,7 @@ def test_a_second_process_is_refused_while_the_first_lives(folder, capsys):
     """While one process trains in a folder, no other resumes there; when it has died, the way is free."""
     ready, waiting = os.pipe()
     if not (child := os.fork()):
-        with run_folder.locked(folder):
+        with locked(folder):
             os.write(waiting, b"1")
             signal.pause()
     os.read(ready, 1)
@@ -311,7 +312,7 @@ def test_a_run_holds_its_folder_from_the_first_to_the_last(settings, tmp_path, c
     train(tmp_path / "run", settings, iterations=1, schedule="constant")
     resume(tmp_path / "run", "--iterations", "2")
     assert len(seen) == 2 and all("another process is training in" in message for message in seen)
-    with run_folder.locked(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         pass
 
 
@@ -364,7 +365,7 @@ def test_a_damaged_configuration_is_one_sentence(folder, capsys, content):
 
 def test_a_folder_that_may_not_be_written_is_one_sentence(folder, capsys):
     """Such as one whose lock cannot be opened; an error of the work itself stays what it is."""
-    with pytest.raises(PermissionError), run_folder.locked(folder):
+    with pytest.raises(PermissionError), locked(folder):
         raise PermissionError
     (folder / ".lock").unlink(missing_ok=True)
     (folder / ".lock").mkdir()  # root may write whatever its mode says

@@ -21,18 +21,6 @@ PARTS = ("*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", STAT
 NAME = re.compile(r"checkpoint-([0-9]+)")
 
 
-def write_whole(file: Path, value: Any) -> None:
-    """Write JSON so that a kill leaves the file as a whole, or none."""
-    part = part_of(file)
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
-
-
-def part_of(file: Path) -> Path:
-    """The name of a file while it is written."""
-    return file.with_name(f"{file.name}.part")
-
-
 def read_started(file: Path) -> Mapping[str, Any]:
     """What a stopped training was started with. Raises ValueError for a damaged file."""
     try:

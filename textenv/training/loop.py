@@ -31,7 +31,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from textenv.models.loading import quietly, without_report
 from textenv.settings import check_new_folder, check_types
-from textenv.training.checkpoints import last_checkpoint, part_of, read_started, write_whole
+from textenv.training.checkpoints import last_checkpoint, read_started
+from textenv.training.files import LOCK, UNFINISHED, locked, no_room, write_json
 
 WORK = "training"  # subfolder of the output folder for what a training needs to go on
 STARTED = "started_with.json"  # in WORK: data, base and settings
@@ -80,25 +81,44 @@ class Job:
         """
         if find_spec("accelerate") is None:
             raise ValueError("training needs accelerate; install it with: pip install 'textenv[reward-model]'.")
+        if os.path.isdir(self.work):
+            with locked(self.work):  # raises while another process trains there
+                pass
         finished = self._sweep()
         if self.loop.resume:
             self._check_started(finished)
             if compare:
                 self._check_same()
                 self.checkpoint()  # a damaged one is refused before a model is loaded
-        elif os.path.isfile(self.work / STARTED):
-            raise ValueError(
-                f"{str(self.output)!r} holds a training that was stopped; give --resume to go on with it, or choose "
-                "another output folder."
-            )
         else:
+            self._check_not_started()
             check_new_folder(self.output, "output folder")
 
-    def start(self) -> None:
-        """Create the folder of checkpoints, with what the training was started with."""
-        self.work.mkdir(parents=True, exist_ok=True)
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of the folder of checkpoints until the block ends, and tell how to go on after it.
+
+        A new training begins with it: only now is the folder created, with what the training was started with. Raises
+        ValueError while another process trains there, and for a full disk.
+        """
         if not self.loop.resume:
-            write_whole(self.work / STARTED, self.started_with)
+            self.check()  # another process may have begun here since this one looked
+        self.work.mkdir(parents=True, exist_ok=True)
+        with locked(self.work):
+            if not self.loop.resume:
+                self._check_not_started()
+                write_json(self.work / STARTED, self.started_with)
+            try:
+                yield
+            except (KeyboardInterrupt, Exception) as error:
+                full = no_room(error)
+                if full is None and isinstance(error, ValueError):
+                    raise  # it would come again
+                shown = error if full is None else _no_room(self.output, full)
+                shown.add_note("Give --resume to go on with this training.")
+                if shown is error:
+                    raise
+                raise shown from error
 
     def checkpoint(self) -> Path | None:
         """The last whole checkpoint, to resume from: a process may be killed while it writes one."""
@@ -115,9 +135,16 @@ class Job:
         finished = os.path.isdir(self.output / FINISHED)
         if finished:
             shutil.rmtree(self.output / FINISHED, ignore_errors=True)
-        if os.path.isdir(self.work) and set(os.listdir(self.work)) <= {part_of(self.work / STARTED).name}:
+        if os.path.isdir(self.work) and set(os.listdir(self.work)) <= {LOCK, f"{STARTED}{UNFINISHED}"}:
             shutil.rmtree(self.work, ignore_errors=True)
         return finished
+
+    def _check_not_started(self) -> None:
+        if os.path.isfile(self.work / STARTED):
+            raise ValueError(
+                f"{str(self.output)!r} holds a training that was stopped; give --resume to go on with it, or choose "
+                "another output folder."
+            )
 
     def _check_started(self, finished: bool) -> None:
         if finished:
@@ -141,11 +168,8 @@ class Job:
                 )
 
 
-def tell_how_to_go_on(error: BaseException) -> None:
-    """Add it to an error that ends a training with a job, once."""
-    note = "Give --resume to go on with this training."
-    if note not in getattr(error, "__notes__", ()):
-        error.add_note(note)
+def _no_room(folder: Path, full: OSError) -> ValueError:
+    return ValueError(f"the output folder {str(folder)!r} cannot be written: {full.strerror}. Make room on that disk.")
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -195,8 +219,6 @@ def training_arguments(config: Any, rows: int, job: Job | None = None, **more: A
     would multiply the batch.
     """
     with tempfile.TemporaryDirectory() as folder:
-        if job is not None:
-            job.start()
         arguments = TrainingArguments(
             output_dir=folder if job is None else str(job.work),
             learning_rate=config.learning_rate,
@@ -255,13 +277,8 @@ def train(trainer: Trainer, job: Job | None = None, measure: Measure | None = No
     """
     trainer.remove_callback(PrinterCallback)  # where there is no terminal; _Progress takes its place
     trainer.add_callback(_Progress(measure))
-    try:
-        with quietly(), without_report():  # bars of files written; of tied weights, saved once, the second is "missing"
-            output = trainer.train(resume_from_checkpoint=None if job is None else _path(job.checkpoint()))
-    except (KeyboardInterrupt, OSError, RuntimeError) as error:  # and not a ValueError, which would come again
-        if job is not None:
-            tell_how_to_go_on(error)
-        raise
+    with quietly(), without_report():  # bars of files written; of tied weights, saved once, the second is "missing"
+        output = trainer.train(resume_from_checkpoint=None if job is None else _path(job.checkpoint()))
     if not math.isfinite(output.training_loss):
         raise ValueError(_not_finite(output.training_loss, trainer.state.global_step))
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # forward without autocast again

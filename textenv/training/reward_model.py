@@ -59,7 +59,6 @@ from textenv.training.loop import (
     prompt_key,
     split_rows,
     started_with,
-    tell_how_to_go_on,
     train,
     training_arguments,
 )
@@ -253,23 +252,19 @@ def train_reward_model(
     stops = load_stop_token_ids(str(base), tokenizer)
     training, held_out = (encode_rows(tokenizer, part, limit, vocabulary, stops) for part in parts)
     work = _Work(config, training, held_out, job)
-    if config.models == 1:
-        histories, folders = [work.train(model, config, job).history], [output]
-        save(model, tokenizer, output)
-    else:
-        del model  # each member is loaded by itself
-        job.start()
-        try:
+    with job.held():
+        if config.models == 1:
+            histories, folders = [work.train(model, config, job).history], [output]
+            save(model, tokenizer, output)
+        else:
+            del model  # each member is loaded by itself
             histories = [work.train_member(index, base, tokenizer) for index in range(config.models)]
-        except (KeyboardInterrupt, OSError, RuntimeError) as error:
-            tell_how_to_go_on(error)
-            raise
-        folders = [output / member_name(index) for index in range(config.models)]
-    scores = [_member_scores(folders, config, part.sequences()) for part in (training, held_out)]
-    report = report_of(training, held_out, scores, [prompt_key(row) for row in parts[1]])
-    report = replace(report, chats=isinstance(rows[0].get("prompt"), list))
-    write_results(report, str(base), data, job, histories)
-    job.finish()
+            folders = [output / member_name(index) for index in range(config.models)]
+        scores = [_member_scores(folders, config, part.sequences()) for part in (training, held_out)]
+        report = report_of(training, held_out, scores, [prompt_key(row) for row in parts[1]])
+        report = replace(report, chats=isinstance(rows[0].get("prompt"), list))
+        write_results(report, str(base), data, job, histories)
+        job.finish()
     print(f"{report.line()}; saved to {output}, whose README.md has the numbers")
     return report
 
@@ -303,7 +298,9 @@ class _Work:
         print(f"{name}, of {self.config.models}:", flush=True)
         config = replace(self.config, seed=self.config.seed + index, models=1)
         model, _ = load_base(base, config.seed)
-        trained = self.train(model, config, replace(self.job, output=self.job.work / name))
+        job = replace(self.job, output=self.job.work / name)
+        with job.held():
+            trained = self.train(model, config, job)
         shutil.rmtree(unfinished, ignore_errors=True)
         save(model, tokenizer, unfinished)
         record = {"seed": config.seed, "history": trained.history}

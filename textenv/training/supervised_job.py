@@ -99,15 +99,16 @@ def train_supervised(
         losses = losses_of_rows(material.model, watched, _forward(config))
         return {"held_out_loss": losses.sum().item() / watched.tokens}
 
-    trained = fit(material.model, material.training, config, job, measure)
-    numbers = _numbers(material, before, _losses(material, config))
-    samples = _show(samples_before, _samples(material, config.seed))
-    with quietly():
-        material.model.save_pretrained(output)
-    material.tokenizer.save_pretrained(output)
-    draw_curve(output / CURVE, trained.history, _LINES, "nats per token")
-    write_card(output, _card(material, config, trained, numbers, samples))
-    job.finish()
+    with job.held():
+        trained = fit(material.model, material.training, config, job, measure)
+        numbers = _numbers(material, before, _losses(material, config))
+        samples = _show(samples_before, _samples(material, config.seed))
+        with quietly():
+            material.model.save_pretrained(output)
+        material.tokenizer.save_pretrained(output)
+        draw_curve(output / CURVE, trained.history, _LINES, "nats per token")
+        write_card(output, _card(material, config, trained, numbers, samples))
+        job.finish()
     return _report(material, numbers, output)
 
 

@@ -12,9 +12,9 @@ from agents.baselines import best_of_n
 from agents.baselines.best_of_n import BestOfNConfig, best_of, sizes
 from agents.baselines.frontier import check_same_task
 from agents.baselines.order import kl_bound
-from agents.run_folder import locked
 from tests.support import tiny
 from tests.support.by_hand import perturb
+from textenv.training.files import locked
 
 NAME = "tests.agents.baselines.test_best_of_n"
 
@@ -136,7 +136,7 @@ def test_a_kill_loses_no_responses(stopped: tuple, monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("agents.reporting.files.os.fsync", fails)
+        patch.setattr("textenv.training.files.os.fsync", fails)
         with pytest.raises((SystemExit, KeyboardInterrupt)):
             main(command)
     assert (out / "responses.jsonl").read_text(encoding="utf-8") == "".join(lines) + '{"prom'

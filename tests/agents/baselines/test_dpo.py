@@ -16,12 +16,12 @@ from agents.baselines.dpo import DPOConfig
 from agents.baselines.frontier import read_run
 from agents.baselines.pairs import sample_pairs, tokenize
 from agents.baselines.setting import SettingConfig, open_setting
-from agents.run_folder import locked
 from agents.seeds import evaluation_seed
 from agents.text.evaluation import evaluate
 from tests.support import tiny
 from tests.support.runs import ELEMENT
 from textenv.models.loading import load_model
+from textenv.training.files import locked
 
 QUICK = ["--batch-size", "8", "--learning-rate", "3e-3", "--evaluation-prompts", "6", "--max-length", "40"]
 SHORT = ["--env-arg", "max_new_tokens=6", "--env-arg", "max_prompt_tokens=12"]
@@ -264,7 +264,7 @@ def test_killed_with_its_first_file(tmp_path: Path, base: str, monkeypatch: pyte
             main(sampled(base, out))
     with pytest.raises(SystemExit, match="holds a training that was stopped; give --resume"):
         main(sampled(base, out))
-    with locked(out), pytest.raises(SystemExit, match="another process is training in"):
+    with locked(out / "training"), pytest.raises(SystemExit, match="another process is training in"):
         main(sampled(base, out, "--resume"))
     main(sampled(base, out, "--resume"))
     assert (out / "summary.json").exists() and (out / "pairs.jsonl").stat().st_size > 0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -66,7 +70,7 @@ def _run(job: Job | None, optimizer: str = "adamw", halt: int = -1, config: Conf
         ids, mask = pad_right(batch)
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
-    with training_arguments(config, len(rows), job) as arguments:
+    with nullcontext() if job is None else job.held(), training_arguments(config, len(rows), job) as arguments:
         optimizers = (muon_for(model, 1e-2, 1e-2) if optimizer == "muon" else None, None)
         trainer = Trainer(model, arguments, collate, rows, optimizers=optimizers, callbacks=[_Halt(halt)])  # type: ignore[arg-type]
         trained = train(trainer, job, lambda: {"held_out": float(model.lm_head.weight.detach().sum())})
@@ -75,6 +79,12 @@ def _run(job: Job | None, optimizer: str = "adamw", halt: int = -1, config: Conf
 
 def _job(folder: Path, resume: bool = False, **started) -> Job:
     return Job(folder, started or {"seed": 3}, LoopConfig(resume=resume, save_every=3))
+
+
+def _begin(job: Job) -> None:
+    """A training that has begun, and whose process is gone."""
+    with job.held():
+        pass
 
 
 @pytest.mark.parametrize(("optimizer", "halt"), [("adamw", 2), ("adamw", 11), ("muon", 4)])
@@ -105,6 +115,42 @@ def test_any_error_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(OSError, match="no space left") as failed:
         _run(_job(tmp_path))
     assert "Give --resume to go on with this training" in str(failed.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (RuntimeError("archive"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), None),
+    ],
+)
+def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error, cause) -> None:
+    """A full disk is named as such whatever library meets it, with the folder, and how to go on."""
+
+    def fail(*_, **__):
+        raise error from cause
+
+    monkeypatch.setattr(_Halt, "on_step_begin", fail)
+    with pytest.raises(ValueError, match=r"the output folder .* cannot be written: No space left.*Make room") as failed:
+        _run(_job(tmp_path))
+    assert "Give --resume to go on with this training" in str(failed.value.__notes__)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """While a training goes on, nobody starts or resumes one in its folder; when it has stopped, it can be resumed."""
+    job, resumed = _job(tmp_path), _job(tmp_path, resume=True)
+    with job.held():
+        for other in (job, resumed):
+            with pytest.raises(ValueError, match=r"another process is training in .*; wait until it ends"):
+                other.check()
+        with pytest.raises(ValueError, match="another process is training in"), resumed.held():
+            raise AssertionError("held twice")
+    resumed.check()
+    with resumed.held(), pytest.raises(ValueError, match="another process is training in"), job.held():
+        raise AssertionError("held twice")
+    with resumed.held():
+        resumed.finish()
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_training_of_one_step_learns() -> None:
@@ -193,7 +239,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage) -> Non
 
 def test_a_kill_while_a_training_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever the removal of checkpoints is cut short, the training is finished; the next command removes the rest."""
-    _job(tmp_path).start()
+    _begin(_job(tmp_path))
     (tmp_path / "model.safetensors").write_text("result")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -208,7 +254,7 @@ def test_a_kill_while_a_training_ends(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_kill_while_a_training_begins(tmp_path: Path) -> None:
     """Killed before it noted what it was started with, a training counts as none: the same command starts it."""
-    for left in ((), (f"{STARTED}.part",)):
+    for left in ((), (f"{STARTED}.new", ".lock")):
         (tmp_path / WORK).mkdir()
         for name in left:
             (tmp_path / WORK / name).write_text('{"se')
@@ -222,7 +268,7 @@ def test_a_kill_while_a_training_begins(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", '{"data": "ab', "[1]", "5"])
 def test_a_damaged_note_of_the_start(tmp_path: Path, content: str) -> None:
     """What a training was started with is read as a whole, or refused in a sentence."""
-    _job(tmp_path).start()
+    _begin(_job(tmp_path))
     (tmp_path / WORK / STARTED).write_text(content)
     with pytest.raises(ValueError, match=r"started_with.json' is damaged, .*; start it anew, in another output folder"):
         _job(tmp_path, resume=True).check()
@@ -242,7 +288,7 @@ def test_what_may_be_written_and_resumed(tmp_path: Path) -> None:
     new, old = _job(tmp_path / "new"), _job(tmp_path / "old", data="abc", settings={"seed": 1, "rate": 0.5})
     new.check()
     assert not new.output.exists()
-    old.start()
+    _begin(old)
     with pytest.raises(ValueError, match="holds a training that was stopped; give --resume"):
         _job(tmp_path / "old").check()
     _job(tmp_path / "old", True, settings={"rate": 0.5, "seed": 1}, data="abc").check()
