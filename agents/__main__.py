@@ -19,7 +19,7 @@ except ValueError as replaced:
 
 from agents import run
 from agents.commands.baselines import best_of_n_command, dpo_command
-from agents.commands.flags import run_command
+from agents.commands.flags import flags_named, run_command
 from agents.commands.jobs import job_command, profile_job
 from agents.commands.models import reward_model_command, supervised_command
 from agents.commands.policies import evaluate_command, generate_command, play_command
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m agents")
         elif isinstance(error, RankError):
             raise SystemExit(_with_notes(f"stopped, because of another process: {error}", error)) from None
         elif isinstance(error, (ValueError, TypeError)) and is_ours(error):
-            raise SystemExit(_with_notes(f"error: {error}", error)) from error
+            sentence = " ".join(filter(None, [f"error: {error}", flags_named(arguments, str(error))]))
+            raise SystemExit(_with_notes(sentence, error)) from error
         else:
             raise
     if stopped is not None:  # out here the stop is forgotten: what its frames held, such as threads that wait, may end

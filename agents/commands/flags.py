@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import os
+import re
 import sys
 import types
 import typing
@@ -25,7 +26,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from agents.algorithms.registry import ALGORITHMS
-from agents.config import parsed_value
+from agents.config import TrainConfig, parsed_value
 from agents.control.config import ControlConfig
 from agents.domains import CONTROL, TEXT, domain_of
 from agents.reporting.errors import is_ours
@@ -35,6 +36,8 @@ from textenv.config import TextGenConfig
 PREFIX = "--env."
 FIELDS = {field.name: field for field in fields(TextGenConfig)}
 SWITCHES = {name for name, field in FIELDS.items() if field.type == "bool"}  # flags without a value
+SETTINGS = (TrainConfig, TextConfig, ControlConfig, *(settings for settings, _ in ALGORITHMS.values()))
+WITH_SETTINGS = ("train", "profile", "dpo", "best-of-n")  # commands that have flags of an environment
 Environment = Annotated[TextGenConfig, tyro.conf.arg(name="env")]  # of a command's parameter, for these flags
 REGISTRY = ConstructorRegistry()
 
@@ -166,6 +169,30 @@ def refuse_twice(arguments: Sequence[str]) -> None:
 
 def _flag_of(name: str) -> str:
     return PREFIX + name.replace("_", "-")
+
+
+# ---- settings in errors
+
+
+def flags_named(arguments: Sequence[str], sentence: str) -> str:
+    """The flags of the settings that an error calls by their names, as a sentence; empty if there are none.
+
+    arguments: of the command line, which may be wrong. A setting of one word is meant where the sentence begins with
+    it, or says NAME=VALUE.
+    """
+    if arguments[:1] not in [[name] for name in WITH_SETTINGS]:
+        return ""
+    flags = {field.name: f"--{field.name.replace('_', '-')}" for each in SETTINGS for field in fields(each)}
+    with contextlib.suppress(Exception):  # the environment may be what is wrong
+        if domain_of((values_of(arguments, "env") or [TrainConfig.env])[-1]) is TEXT:
+            flags |= {name: _flag_of(name) for name in FIELDS}
+    found = [
+        flags[name]
+        for name in re.findall(r"\b[a-z][a-z0-9_]*", sentence)
+        if name in flags and ("_" in name or f"{name}=" in sentence or sentence.startswith(f"{name} "))
+    ]
+    missing = [flag for flag in dict.fromkeys(found) if flag not in sentence]
+    return f"On the command line: {', '.join(missing)}." if missing else ""
 
 
 # ---- settings in the wrong place

@@ -102,7 +102,7 @@ def _compare(refuse: Refusal, logits: Tensor, alone: Tensor, dtype: torch.dtype)
         raise refuse(
             f"it switches its rotary frequencies after {limit} tokens, for the whole text, so the probabilities of a "
             "long response are not those under which its tokens were chosen",
-            f"Lower max_prompt_tokens + max_new_tokens to {limit}.",
+            f"Lower max_prompt_tokens + max_new_tokens, or where it is trained on data max_length, to {limit}.",
         )
     raise refuse(
         f"its logits at a token change with later tokens or with the other texts of a batch (by {difference:.0%} of "

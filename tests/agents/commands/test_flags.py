@@ -12,7 +12,7 @@ import pytest
 
 from agents.__main__ import main
 from agents.commands.baselines import best_of_n_command, dpo_command
-from agents.commands.flags import PREFIX, read
+from agents.commands.flags import PREFIX, flags_named, read
 from agents.commands.jobs import job_command
 from agents.presets import defaults
 from tests.support import tiny
@@ -175,7 +175,10 @@ def test_both_ways_at_once_are_refused():
         (["dpo", "--output", "x", "--env-arg", "chat=True", "--env.chat"], "chat is given twice"),
         (["dpo", "--output", "x", "--beta", "1", "--env.kl-coef", "1"], "--beta and --env.kl-coef are the same β"),
         (["dpo", "--output", "x", "--base", "a", "--env.reference", "b"], "--base and --env.reference name the same"),
-        (["train", "--iterations", "0"], "iterations must be at least 1, got 0. See textenv train --help."),
+        (
+            ["train", "--iterations", "0"],
+            "iterations must be at least 1, got 0. On the command line: --iterations. See",
+        ),
         (["train", "--env.kl-coef", "-1"], "kl_coef must be 0 or more, got -1.0"),
         (
             ["generate", "--run", "x", "--prompt", "a", "--samples", "0"],
@@ -279,3 +282,29 @@ def test_misuse_of_a_configuration(finished, tmp_path, monkeypatch):
     ):
         assert says in refused("train", *arguments), arguments
     assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence", "flags"),
+    [
+        (["train"], "kl_coef must be a finite number, got nan", "--env.kl-coef"),
+        (["dpo"], "max_prompt_tokens + max_new_tokens = 65", "--env.max-prompt-tokens, --env.max-new-tokens"),
+        (["train"], "temperature must be above 0, got 0.0; rollout_size", "--env.temperature, --rollout-size"),
+        (["train"], "the reward of this temperature; give reward='reviews'", "--env.reward"),
+        (["train", "--env", "CartPole-v1"], "kl_coef is no argument, and num_envs must be", "--num-envs"),
+        (["train", "--env", "Nothing-v7"], "minibatch_size must", "--minibatch-size"),
+        (["train"], "give --env.kl-coef 0.1 or so, for kl_coef is 0", None),
+        (["train"], "the file is damaged", None),
+        (["supervised"], "max_prompt_tokens is none of its settings", None),
+        ([], "kl_coef", None),
+    ],
+)
+def test_errors_name_flags(arguments, sentence, flags):
+    """An error speaks of settings, which are arguments in Python too; on the command line their flags follow."""
+    assert flags_named(arguments, sentence) == ("" if flags is None else f"On the command line: {flags}.")
+
+
+def test_an_error_of_the_command_line_ends_in_its_flag():
+    """After the sentence, and before where to read on."""
+    message = refused("train", "--env.temperature", "0")
+    assert message.endswith("own distribution. On the command line: --env.temperature. See textenv train --help.")
