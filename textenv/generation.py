@@ -53,7 +53,7 @@ class Readings:
     """What the reward and the reference say of B finished responses, before normalization."""
 
     raw: Scores
-    reference_log_prob: Tensor  # float32 [B, R], zero at tokens not generated, and where kl_coef is 0
+    reference_log_prob: Tensor  # float32 [B, R], zero at tokens not generated, and without a reference
     finish_code: Tensor  # int64 [B], STOP or LENGTH
     batch: ResponseBatch  # what the reward saw
 
@@ -64,7 +64,7 @@ class ScoredResponses:
 
     reward: Tensor  # float32 [B, R], the environment's reward at each token
     token_score: Tensor  # float32 [B, R], the part of `reward` that is score; `reward` adds β · reference_log_prob
-    reference_log_prob: Tensor  # float32 [B, R], zero at tokens not generated, and where kl_coef is 0
+    reference_log_prob: Tensor  # float32 [B, R], zero at tokens not generated, and without a reference
     raw_final: Tensor  # float32 [B], what the last token pays before normalization
     token_rewards: Tensor  # float32 [B, R], the part of `token_score` that per-token rewards pay, never normalized
     score: Tensor  # float32 [B], the response's score: the sum of token_score over its tokens

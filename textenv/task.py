@@ -105,7 +105,7 @@ class Task:
     vocabulary: int  # V
     stop_token_ids: tuple[int, ...]
     pad_token_id: int  # fills empty columns; it carries no meaning, since the attention mask marks the tokens
-    reference: LanguageModel | None  # None where kl_coef is 0
+    reference: LanguageModel | None  # None where kl_coef is 0, except `with_reference`
     reward: Reward
     normalizer: Normalizer | None  # None where the score is paid as it is
     prompts: Prompts
@@ -126,6 +126,10 @@ class Task:
     def without_normalization(self) -> Task:
         """The task with unnormalized scores, for comparisons: running statistics neither apply nor change."""
         return replace(self, normalizer=None)
+
+    def with_reference(self) -> Task:
+        """The task that reads the reference where β is 0 too, to measure the KL."""
+        return replace(self, reference=self.load_reference())
 
     def with_frozen_statistics(self) -> Task:
         """The task with normalization frozen at its current statistics."""
@@ -154,9 +158,8 @@ def build_task(config: TextGenConfig) -> Task:
     rows = read_prompts(train_prompts if is_embedded(config.prompts) else config.prompts)
     make_sampler(config.prompt_sampling or "uniform", len(rows.prompts), rows.fields.get("weight"), 1)  # may raise
     source = unwrap(config.reference)
-    device = config.torch_device()
-    if isinstance(source, LanguageModel) and config.device == "auto":
-        device = source.device
+    live = isinstance(source, LanguageModel) and config.device == "auto"
+    device = source.device if live else config.torch_device()
     if config.kl_coef > 0 or isinstance(source, LanguageModel):
         reference = _load_reference(config, device)
         tokenizer, vocabulary, stops = reference.tokenizer, reference.vocabulary, reference.stop_token_ids

@@ -26,18 +26,34 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from agents.algorithms.registry import ALGORITHMS
+from agents.baselines.best_of_n import BestOfNConfig
+from agents.baselines.dpo import DPOConfig
+from agents.baselines.setting import SettingConfig
 from agents.config import TrainConfig, parsed_value
 from agents.control.config import ControlConfig
 from agents.domains import CONTROL, TEXT, domain_of
 from agents.reporting.errors import is_ours
 from agents.text.config import TextConfig
 from textenv.config import TextGenConfig
+from textenv.training.dpo import PreferenceConfig
+from textenv.training.loop import LoopConfig
+from textenv.training.reward_model import RewardConfig
+from textenv.training.supervised import SupervisedConfig
 
 PREFIX = "--env."
 FIELDS = {field.name: field for field in fields(TextGenConfig)}
 SWITCHES = {name for name, field in FIELDS.items() if field.type == "bool"}  # flags without a value
-SETTINGS = (TrainConfig, TextConfig, ControlConfig, *(settings for settings, _ in ALGORITHMS.values()))
-WITH_SETTINGS = ("train", "profile", "dpo", "best-of-n")  # commands that have flags of an environment
+RUN = (TrainConfig, TextConfig, ControlConfig, *(settings for settings, _ in ALGORITHMS.values()))
+# The settings of each command, beside those of an environment.
+SETTINGS: dict[str, tuple[type, ...]] = {
+    "train": RUN,
+    "profile": RUN,
+    "supervised": (SupervisedConfig, LoopConfig),
+    "reward-model": (RewardConfig, LoopConfig),
+    "dpo": (DPOConfig, SettingConfig, PreferenceConfig, LoopConfig),
+    "best-of-n": (BestOfNConfig, SettingConfig),
+}
+WITHOUT_ENVIRONMENT = ("supervised", "reward-model")
 Environment = Annotated[TextGenConfig, tyro.conf.arg(name="env")]  # of a command's parameter, for these flags
 REGISTRY = ConstructorRegistry()
 
@@ -180,11 +196,12 @@ def flags_named(arguments: Sequence[str], sentence: str) -> str:
     arguments: of the command line, which may be wrong. A setting of one word is meant where the sentence begins with
     it, or says NAME=VALUE.
     """
-    if arguments[:1] not in [[name] for name in WITH_SETTINGS]:
-        return ""
-    flags = {field.name: f"--{field.name.replace('_', '-')}" for each in SETTINGS for field in fields(each)}
+    command, sentence = arguments[0] if arguments else "", re.sub(r"'[^']*'", "''", sentence)  # no names in quotes
+    own = [field.name for settings in SETTINGS.get(command, ()) for field in fields(settings)]
+    flags = {name: f"--{name.replace('_', '-')}" for name in own}
     with contextlib.suppress(Exception):  # the environment may be what is wrong
-        if domain_of((values_of(arguments, "env") or [TrainConfig.env])[-1]) is TEXT:
+        named = (values_of(arguments, "env") or [TrainConfig.env])[-1]
+        if command in SETTINGS and command not in WITHOUT_ENVIRONMENT and domain_of(named) is TEXT:
             flags |= {name: _flag_of(name) for name in FIELDS}
     found = [
         flags[name]

@@ -9,7 +9,7 @@ and copies is its own affair. The rest are formulas:
 - activations: what the backward pass of one micro-batch reads, `ACTIVATIONS` numbers a token and layer, and logits a
   part at a time. With gradient checkpointing a layer keeps its input alone, and one layer is at work.
 - a rollout: keys and values of all tokens of the responses that are written at a time, and their logits. Graphs
-  (`compile` on CUDA) keep these keys and values, and those of an evaluation, all the time.
+  (`compile` on CUDA) keep these keys and values all the time, and those of an evaluation's last, smaller batch.
 
 The peak is that of an update or of a rollout, whichever is larger. What Python and the libraries hold, about 0.5 GB,
 is not counted, nor what a reward function holds. With `shard="full"` every process keeps a part of weights and states,
@@ -214,8 +214,10 @@ def estimate(
     update = [Item("gradients", weights * FLOAT // share), *_activations(models.reference, settings, tokens, size)]
     rollout = _rollout(models.reference, settings, config, ranks, size if half else frozen)
     if cuda and settings.compiles(device):
-        evaluation = replace(settings, rollout_size=settings.evaluation_prompts)
-        held += [rollout.pop(0), _rollout(models.reference, evaluation, config, ranks, size if half else frozen)[0]]
+        held.append(rollout.pop(0))
+        if rest := settings.evaluation_prompts % settings.rollout_size:
+            evaluation = replace(settings, rollout_size=rest)
+            held.append(_rollout(models.reference, evaluation, config, ranks, size if half else frozen)[0])
     if share > 1:
         gathered = policy * (frozen + size) + sum(_count(model) for model in models.rewards) * frozen
         rollout.append(Item("weights gathered for the rollout", gathered))

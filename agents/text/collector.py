@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,7 @@ class TextCollector:
         check_groups(config, task)
         self.task, self.prompts, self.config, self.ranks = task, prompts, config, ranks
         # The KL is reported where β is 0 too: a score is bought with it, and evaluations need the reference anyway.
-        self.measured = replace(task, reference=task.load_reference())
+        self.measured = task.with_reference()
         self.in_step = config.shard == FULL
         self.precision = Precision(config.precision, task.device)
         self.decoding = Decoding(slots=config.decode_slots, compile=config.compiles(task.device))

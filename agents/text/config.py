@@ -25,8 +25,8 @@ class TextConfig:
 
     rollout_size: int = 128  # responses per rollout
     decode_slots: int | None = None  # responses written at a time, the others wait: less memory; default: all of them
-    # compile the step of decoding, on CUDA capture it as a graph, whose cache stays in memory: faster after the first
-    # rollouts; default: True on CUDA, unless shard is full
+    # compile the step of decoding: faster after the first rollouts; on CUDA capture it as a graph: faster at once, and
+    # the cache stays in memory; default: True on CUDA, unless shard is full
     compile: bool | None = None
     # tokens per forward pass, prompts and padding included; affects speed and memory, not gradients; default: 1,024 on
     # a CPU, 16,384 elsewhere

@@ -74,7 +74,7 @@ def evaluate(
     batch: responses generated at a time (which determines their random numbers), and tokens per forward pass.
     decoding: how they are generated. ranks: each takes a part of every batch.
     """
-    task = dataclasses.replace(task.without_normalization(), reference=task.load_reference())
+    task = task.without_normalization().with_reference()
     generator = torch.Generator(task.device).manual_seed(seed)
     parts: list[Evaluation] = []
     for rows in torch.arange(len(prompts)).split(batch[0]):

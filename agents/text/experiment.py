@@ -106,6 +106,8 @@ class TextExperiment:
         self.task = make_task(config) if task is None else task
         check_best(config, self.task)
         ranks.check_device(self.task.config.device)
+        self.weights = self.task.load_reference().model.num_parameters()  # of the language model
+        self.first_kl = 0.0  # of the first rollout
         if settings.shard == FULL:
             self.task = shard_task(self.task, ranks.mesh(self.task.device))
         if held_out is None:
@@ -194,20 +196,23 @@ class TextExperiment:
     def progress_line(self, metrics: dict[str, float]) -> str:
         """Score, gold score, KL and speed."""
         gold = f"  gold {metrics['gold']:+.2f}" if "gold" in metrics else ""
-        kl = f"  KL {metrics['kl_per_response']:.1f}" if "kl_per_response" in metrics else ""
-        return f"score {metrics['score']:+.2f}{gold}{kl}  {metrics['tokens_per_second']:.0f} tokens/s"
+        kl, speed = metrics["kl_per_response"], metrics["tokens_per_second"]
+        return f"score {metrics['score']:+.2f}{gold}  KL {kl:.1f}  {speed:.0f} tokens/s"
 
     def remarks(self, number: int, metrics: dict[str, float]) -> list[str]:
         """A line if the learning rate cannot move a model as small as this, or if the first update has moved it far.
 
-        Measured by the next rollout's KL to the reference.
+        Measured by what the KL to the reference has risen from the first rollout, which masks may keep off 0, to the
+        second.
         """
         if number == 1 and self._too_slow():
             return [
                 f"The model has less than ten million weights, and learning_rate={self.config.learning_rate:g} is for "
                 "one of a hundred million: it will hardly learn. Try --learning-rate 1e-4 --critic-learning-rate 3e-4."
             ]
-        moved = metrics["kl_per_response"] if number == 2 else 0.0
+        if number == 1:
+            self.first_kl = metrics["kl_per_response"]
+        moved = metrics["kl_per_response"] - self.first_kl if number == 2 else 0.0
         if moved <= FAR or is_embedded(self.task.config.reference):
             return []
         config = self.config
@@ -220,7 +225,7 @@ class TextExperiment:
 
     def _too_slow(self) -> bool:
         """Whether a small model has a learning rate of pretrained ones."""
-        return self.config.learning_rate < 1e-5 and self.task.load_reference().model.num_parameters() < SMALL
+        return self.config.learning_rate < 1e-5 and self.weights < SMALL
 
     def write_results(
         self,

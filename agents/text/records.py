@@ -144,8 +144,7 @@ def held_out_records(trainer: Trainer, held_out: Prompts, golds: Sequence[float]
     collector, algorithm = trainer.collector, trainer.algorithm
     assert isinstance(collector, TextCollector)
     # Running statistics must not change.
-    task = collector.task.with_frozen_statistics()
-    task = replace(task, reference=task.load_reference())
+    task = collector.measured.with_frozen_statistics()
     group, batch = task.config.group_size, min(len(held_out), collector.config.rollout_size)
     count = min(batch, rows_to_keep(1, task.config.width), max(1, SAMPLED // group))
     generator = torch.Generator(task.device).manual_seed(evaluation_seed())
@@ -170,7 +169,7 @@ def policy_records(
 
     coef: β of the penalty.
     """
-    task = replace(task.without_normalization(), reference=task.load_reference())
+    task = task.without_normalization().with_reference()
     batch = min(len(held_out), BATCH)
     count = min(batch, rows_to_keep(1, task.config.width))
     chance = random_numbers(task, batch, torch.Generator(task.device).manual_seed(evaluation_seed()))[:count]

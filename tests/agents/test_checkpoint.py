@@ -190,6 +190,9 @@ def test_a_full_disk_in_other_words():
         assert no_room(error).errno == errno.EDQUOT
     alone = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5391168 vs 5391060")
     assert no_room(alone).errno == errno.ENOSPC  # of torch.save where it opens the file itself
+    for known in (KeyboardInterrupt(), OSError(errno.EIO, "broken")):  # what stopped the write
+        alone.__context__ = known
+        assert no_room(alone) is None
     assert no_room(OSError(errno.ENOENT, "no file")) is None and no_room(ValueError("(os error 2)")) is None
 
 

@@ -14,6 +14,7 @@ from agents.config import TrainConfig
 from agents.presets import defaults, describe_defaults
 from agents.text.experiment import TextExperiment
 from tests.support import tiny
+from textenv import TextGenConfig, build_task
 from textenv.env import TextGenEnv
 
 HERE = __name__
@@ -168,6 +169,18 @@ def test_the_rates_of_a_run_are_told(folders, tmp_path, capsys):
     printed = far_run(folders, tmp_path, capsys, 1e-4)
     assert "learning_rate 1e-06, critic_learning_rate 1e-05. This run has learning_rate 0.0001." in printed
     assert "hardly learn" not in printed
+
+
+def test_only_what_was_learned_counts(folders):
+    """A mask keeps the KL off 0 before anything is learned, so the first rollout's is taken off."""
+    task = dict(reference=folders["gpt2"], reward=folders["gpt2_reward"], prompts=tiny.PROMPTS, device="cpu")
+    task |= dict(max_prompt_tokens=16, max_new_tokens=6)
+    config, text = defaults("TextGen-v0", "ppo")[:2]
+    small, sizes = dataclasses.replace(config, minibatch_size=8), dataclasses.replace(text, rollout_size=8)
+    for first, warned in ((2.9, False), (0.0, True)):
+        experiment = TextExperiment(small, sizes, build_task(TextGenConfig(**task)))
+        experiment.remarks(1, {"kl_per_response": first})
+        assert bool(experiment.remarks(2, {"kl_per_response": 3.0})) is warned
 
 
 def test_the_embedded_task_is_not_warned_about():

@@ -208,6 +208,8 @@ def test_forked_from_a_process_with_cuda(settings, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     refuse(settings, "forked from one that uses CUDA.*'spawn'.*or set device='cpu'", device=device)
     gym.make("TextGen-v0", **settings).close()
+    live = shared(LanguageModel(tiny.language_model(), tiny.tokenizer(), (tiny.END,)))
+    gym.make("TextGen-v0", **{**settings, "reference": live, "device": "auto"}).close()  # on the CPU, as the model is
 
 
 @pytest.mark.parametrize("wrong", [True, "GPT2LMHeadModel", [5], {}])

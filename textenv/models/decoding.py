@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from textenv.models.cache import KeyValueCache, Step, read_token
 from textenv.models.comparison import bound, relative_difference, sample_texts
-from textenv.models.compiled import borrow_step, say_not_compiled
+from textenv.models.compiled import borrow_step
 from textenv.models.language_model import output_width, read
 from textenv.state import TextState, left_aligned
 
@@ -132,12 +132,10 @@ class CachedDecoder(Decoder):
 def new_decoder(model: PreTrainedModel, rows: int, columns: int, vocabulary: int, compile: bool = False) -> Decoder:
     """A decoder of B texts of at most L tokens: from the cache where that is right for the model.
 
-    compile: as in `Decoding`; of no use where whole texts are read, which one line on the log says.
+    compile: as in `Decoding`; of no use where whole texts are read.
     """
     if decodes_from_cache(model, columns):
         return CachedDecoder(model, rows, columns, vocabulary, compile)
-    if compile:
-        say_not_compiled(type(model).__name__, "it reads whole texts")
     return Decoder(model, rows, columns, vocabulary)
 
 

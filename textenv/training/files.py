@@ -61,16 +61,17 @@ def write_json(path: Path, value: Any) -> None:
 
 def no_room(error: BaseException | None) -> OSError | None:
     """The error of a full disk behind an error, if there is one."""
-    short = False  # torch.save wrote less than it gave, and no other error says why
+    short, known = False, False  # whether torch.save wrote less than it gave, and whether an error says why
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             return error
         for number in NO_ROOM:
             if f"(os error {number})" in str(error):  # from the Rust code of safetensors and tokenizers
                 return OSError(number, os.strerror(number))
+        known = known or isinstance(error, OSError | KeyboardInterrupt)
         short = short or ("inline_container.cc" in str(error) and "unexpected pos" in str(error))
         error = error.__cause__ or error.__context__
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if short else None
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if short and not known else None
 
 
 @contextmanager
@@ -82,15 +83,25 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         held = FileLock(folder / LOCK).acquire(timeout=1)  # seconds: who only looks holds it for a moment
     except Timeout as error:
-        raise ValueError(
-            f"another process is training in {str(folder)!r}; wait until it ends, or stop it, and then --resume."
-        ) from error
+        raise _taken(folder) from error
     except OSError as error:
         raise ValueError(
             f"the folder {str(folder)!r} cannot be locked ({error}); make it writable, or resume a copy of it."
         ) from error
     with held:
         yield
+
+
+def check_unlocked(folder: Path) -> None:
+    """Raise ValueError while another process holds the folder. Creates nothing."""
+    if is_locked(folder):
+        raise _taken(folder)
+
+
+def _taken(folder: Path) -> ValueError:
+    return ValueError(
+        f"another process is training in {str(folder)!r}; wait until it ends, or stop it, and then --resume."
+    )
 
 
 def is_locked(folder: Path) -> bool:

@@ -32,7 +32,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from textenv.models.loading import quietly, without_report
 from textenv.settings import check_new_folder, check_types
 from textenv.training.checkpoints import last_checkpoint, read_started
-from textenv.training.files import LOCK, UNFINISHED, locked, no_room, write_json
+from textenv.training.files import LOCK, UNFINISHED, check_unlocked, locked, no_room, write_json
 
 WORK = "training"  # subfolder of the output folder for what a training needs to go on
 STARTED = "started_with.json"  # in WORK: data, base and settings
@@ -81,9 +81,7 @@ class Job:
         """
         if find_spec("accelerate") is None:
             raise ValueError("training needs accelerate; install it with: pip install 'textenv[reward-model]'.")
-        if os.path.isdir(self.work):
-            with locked(self.work):  # raises while another process trains there
-                pass
+        check_unlocked(self.work)
         finished = self._sweep()
         if self.loop.resume:
             self._check_started(finished)
@@ -101,24 +99,29 @@ class Job:
         A new training begins with it: only now is the folder created, with what the training was started with. Raises
         ValueError while another process trains there, and for a full disk.
         """
-        if not self.loop.resume:
-            self.check()  # another process may have begun here since this one looked
-        self.work.mkdir(parents=True, exist_ok=True)
-        with locked(self.work):
-            if not self.loop.resume:
-                self._check_not_started()
-                write_json(self.work / STARTED, self.started_with)
-            try:
+        self.check(compare=False)  # another process may have begun or ended here since this one looked
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            with locked(self.work):
+                if self.loop.resume:
+                    self._check_started(finished=False)
+                else:
+                    self._check_not_started()
+                    write_json(self.work / STARTED, self.started_with)
                 yield
-            except (KeyboardInterrupt, Exception) as error:
-                full = no_room(error)
-                if full is None and isinstance(error, ValueError):
-                    raise  # it would come again
-                shown = error if full is None else _no_room(self.output, full)
+        except (KeyboardInterrupt, Exception) as error:
+            full = no_room(error)
+            if full is None and isinstance(error, ValueError):
+                raise  # it would come again
+            shown: BaseException = error
+            if full is not None:
+                place = f"the output folder {str(self.output)!r} cannot be written"
+                shown = ValueError(f"{place}: {full.strerror}. Make room on that disk.")
+            if os.path.isfile(self.work / STARTED):
                 shown.add_note("Give --resume to go on with this training.")
-                if shown is error:
-                    raise
-                raise shown from error
+            if shown is error:
+                raise
+            raise shown from error
 
     def checkpoint(self) -> Path | None:
         """The last whole checkpoint, to resume from: a process may be killed while it writes one."""
@@ -135,9 +138,14 @@ class Job:
         finished = os.path.isdir(self.output / FINISHED)
         if finished:
             shutil.rmtree(self.output / FINISHED, ignore_errors=True)
-        if os.path.isdir(self.work) and set(os.listdir(self.work)) <= {LOCK, f"{STARTED}{UNFINISHED}"}:
-            shutil.rmtree(self.work, ignore_errors=True)
+        if self._has_not_begun():
+            with locked(self.work):
+                if self._has_not_begun():  # still: nobody can begin now
+                    shutil.rmtree(self.work, ignore_errors=True)
         return finished
+
+    def _has_not_begun(self) -> bool:
+        return os.path.isdir(self.work) and set(os.listdir(self.work)) <= {LOCK, f"{STARTED}{UNFINISHED}"}
 
     def _check_not_started(self) -> None:
         if os.path.isfile(self.work / STARTED):
@@ -166,10 +174,6 @@ class Job:
                     f"the training in {str(self.output)!r} was started with {name} = {before.get(name)!r}, and now it "
                     f"is {now.get(name)!r}; resume with what it was started with, or choose another output folder."
                 )
-
-
-def _no_room(folder: Path, full: OSError) -> ValueError:
-    return ValueError(f"the output folder {str(folder)!r} cannot be written: {full.strerror}. Make room on that disk.")
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -298,9 +298,7 @@ class _Work:
         print(f"{name}, of {self.config.models}:", flush=True)
         config = replace(self.config, seed=self.config.seed + index, models=1)
         model, _ = load_base(base, config.seed)
-        job = replace(self.job, output=self.job.work / name)
-        with job.held():
-            trained = self.train(model, config, job)
+        trained = self.train(model, config, replace(self.job, output=self.job.work / name))
         shutil.rmtree(unfinished, ignore_errors=True)
         save(model, tokenizer, unfinished)
         record = {"seed": config.seed, "history": trained.history}

@@ -295,7 +295,10 @@ def test_misuse_of_a_configuration(finished, tmp_path, monkeypatch):
         (["train", "--env", "Nothing-v7"], "minibatch_size must", "--minibatch-size"),
         (["train"], "give --env.kl-coef 0.1 or so, for kl_coef is 0", None),
         (["train"], "the file is damaged", None),
-        (["supervised"], "max_prompt_tokens is none of its settings", None),
+        (["supervised"], "max_prompt_tokens is none of its settings, and max_length is", "--max-length"),
+        (["dpo"], "held_out_pairs must lie in (0, 1), and rollout_size is none", "--held-out-pairs"),
+        (["best-of-n"], "samples must be 1 or more; kl_coef", "--samples, --env.kl-coef"),
+        (["train"], "the run folder 'runs/kl_coef=0.02' already exists", None),
         ([], "kl_coef", None),
     ],
 )

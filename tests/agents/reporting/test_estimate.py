@@ -92,14 +92,15 @@ def test_what_the_settings_save(settings):
 
 
 def test_graphs_keep_their_caches(settings, monkeypatch):
-    """On CUDA keys and values stay, those of rollouts and of evaluations, unless nothing is captured."""
+    """On CUDA keys and values stay, unless nothing is captured; evaluations write as many responses at a time."""
     monkeypatch.setattr(TextGenConfig, "torch_device", lambda _: torch.device("cuda"))
-    sizes = dict(rollout_size=8, evaluation_prompts=4, precision="float32")
-    kept, not_kept = needs_of(settings, **sizes), needs_of(settings, compile=False, **sizes)
-    caches = [each.bytes for each in kept.held if each.name.startswith("keys")]
-    row = item(not_kept.rollout, "keys").bytes // 8
-    assert caches == [8 * row, 4 * row] and [each.name for each in kept.rollout] == ["logits of a step"]
-    assert kept.memory == not_kept.memory + 12 * row  # the peak is that of an update
+    for prompts, caches in ((4, [8, 4]), (8, [8]), (24, [8]), (27, [8, 3])):
+        sizes = dict(rollout_size=8, evaluation_prompts=prompts, precision="float32")
+        kept, not_kept = needs_of(settings, **sizes), needs_of(settings, compile=False, **sizes)
+        row = item(not_kept.rollout, "keys").bytes // 8
+        assert [each.bytes // row for each in kept.held if each.name.startswith("keys")] == caches
+        assert [each.name for each in kept.rollout] == ["logits of a step"]
+        assert kept.memory == not_kept.memory + sum(caches) * row  # the peak is that of an update
 
 
 def test_rewards_of_every_kind(settings):

@@ -240,16 +240,6 @@ def test_what_cannot_be_compiled_is_decoded_all_the_same(monkeypatch, caplog):
         caplog.clear()
 
 
-def test_whole_texts_are_not_compiled(monkeypatch, caplog):
-    """Where a model has no cached decoding, one line says that `compile` has no effect."""
-    compiled.say_not_compiled.cache_clear()
-    monkeypatch.setattr(decoding, "decodes_from_cache", lambda *_: False)
-    task = make_task(tiny.language_model())
-    with caplog.at_level(logging.WARNING):
-        assert_equal(respond(task, [0, 1], compile=True), respond(task, [0, 1]))
-    assert [record for record in caplog.records if "not compiled (it reads whole texts)" in record.message]
-
-
 class Borrower:
     """Stands for a decoder."""
 

@@ -151,6 +151,30 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     with resumed.held():
         resumed.finish()
     assert not any(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="holds no training that was stopped"), resumed.held():
+        raise AssertionError("resumed what another process has ended")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_look_leaves_nothing(tmp_path: Path) -> None:
+    """A folder that holds something else is refused as it was, a subfolder of our name in it too."""
+    (tmp_path / WORK).mkdir()
+    (tmp_path / WORK / "own.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists already and is not empty"):
+        _job(tmp_path).check()
+    assert [path.name for path in (tmp_path / WORK).iterdir()] == ["own.txt"]
+
+
+def test_a_disk_that_is_full_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named, and nothing is promised to go on with."""
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("textenv.training.loop.write_json", fail)
+    with pytest.raises(ValueError, match="cannot be written: No space left") as failed, _job(tmp_path).held():
+        raise AssertionError("begun")
+    assert not getattr(failed.value, "__notes__", [])
 
 
 def test_a_training_of_one_step_learns() -> None:

@@ -231,9 +231,10 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return step(self, model, inputs, *rest, **named)
 
     state, step = {"steps": 0}, reward_model._RewardTrainer.compute_loss
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stop:
         patch.setattr(reward_model._RewardTrainer, "compute_loss", stopped)
         train_reward_model(base, data, tmp_path / "cut", config, EVERY)
+    assert stop.value.__notes__ == ["Give --resume to go on with this training."]  # once
     assert (tmp_path / "cut" / "member-0").is_dir() and not (tmp_path / "cut" / "member-1").exists()
     loaded, load = [], reward_model.load_base
 
@@ -246,7 +247,7 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stop:
         patch.setattr(reward_model, "load_base", stopped_between)
         train_reward_model(base, data, tmp_path / "cut", config, LoopConfig(resume=True, save_every=2))
-    assert "Give --resume to go on" in str(stop.value.__notes__)
+    assert stop.value.__notes__ == ["Give --resume to go on with this training."]
     resumed = train_reward_model(base, data, tmp_path / "cut", config, LoopConfig(resume=True, save_every=2))
     assert resumed == report
     _is_a_reward(tmp_path)
