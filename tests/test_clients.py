@@ -87,7 +87,7 @@ def test_client(name, library, settings, steps_taken, capsys):
 
 
 def test_reward_hacking(tmp_path, monkeypatch, capsys):
-    """The example of reward hacking trains without a penalty, measures the KL all the same, and draws its picture."""
+    """The example of reward hacking trains without a penalty, still measures the KL, and draws its picture."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     measured = importlib.import_module("reward_hacking").main(iterations=4, rollout=32, prompts=8)

@@ -59,7 +59,7 @@ UNREAD: tuple[Unread, ...] = (
     Unread(
         ("reward_ensemble",),
         lambda job: not job[1].with_ensemble,
-        "the reward is no ensemble that is loaded here; leave it out, or pass shared(RewardEnsemble(models, "
+        "the reward is not an ensemble that is loaded here; leave it out, or pass shared(RewardEnsemble(models, "
         "combine=...)).",
     ),
     Unread(

@@ -35,10 +35,10 @@ from textenv.prompts.tokenized import Prompts
 from textenv.settings import check_new_folder, check_types
 from textenv.state import own_settings
 from textenv.task import Task
-from textenv.training.files import UNFINISHED, locked, remove_unfinished, replacing, write_json
+from textenv.training.files import LOCK, UNFINISHED, locked, remove_unfinished, replacing, write_json
 
 RESPONSES, STARTED, RESULTS, PICTURE = "responses.jsonl", "config.json", "best_of_n.json", "best_of_n.png"
-FIRST = {".lock", f"{STARTED}{UNFINISHED}"}  # all that a process leaves which is killed before its job has begun
+FIRST = {LOCK, f"{STARTED}{UNFINISHED}"}  # all that a process leaves which is killed before its job has begun
 
 Row = dict[str, Any]
 

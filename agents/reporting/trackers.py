@@ -24,7 +24,7 @@ FILE = "trackers.json"  # in the run folder: by which names services know the ru
 class Trackers:
     """The trackers of a run. One that fails is left out from then on, and the run goes on without it.
 
-    A full disk is no failure of a tracker: it ends the run, which cannot go on without room for its checkpoints.
+    A full disk does not count as a failed tracker: it ends the run, which needs room for its checkpoints.
     """
 
     def __init__(self, tell: Callable[[str], Any]) -> None:

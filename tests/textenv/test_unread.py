@@ -154,7 +154,7 @@ REFUSED = [
     ("models", dict(reward_label="LABEL_0"), "reward_label='LABEL_0' would do nothing.*several labels"),
     ("function", dict(reward_label="x"), "reward_label='x' would do nothing"),
     ("live", dict(reward_label="x"), "reward_label='x' would do nothing"),
-    ("models", dict(reward_ensemble=1.0), "reward_ensemble=1.0 would do nothing.*no ensemble that is loaded here"),
+    ("models", dict(reward_ensemble=1.0), "reward_ensemble=1.0 would do nothing.*not an ensemble that is loaded here"),
     ("ensemble", dict(reward_label="LABEL_0"), "reward_label='LABEL_0' would do nothing"),
     ("models", dict(reward_timeout=1.0), "reward_timeout=1.0 would do nothing.*functions"),
     ("tokens", dict(score_clip=1.0), "score_clip=1.0 would do nothing.*at its tokens alone"),

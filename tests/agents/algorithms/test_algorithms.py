@@ -31,9 +31,8 @@ PRESETS = AGENTS / "presets.py"
 # What a learner needs to be done here in seconds; its own settings stand under `algorithm`.
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": dict(algorithm=dict(epochs=2)),
-    "grpo": dict(
-        iterations=32
-    ),  # its pace depends on rounding: on one machine 1.4 after 20 iterations, on others 3.2 to 3.9
+    # Its pace depends on rounding: after 20 iterations 1.4 on one machine, 3.2 to 3.9 on others.
+    "grpo": dict(iterations=32),
     "dqn": dict(algorithm=dict(learning_starts=8)),
     "sac": dict(algorithm=dict(learning_starts=8)),
 }

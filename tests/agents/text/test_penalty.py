@@ -143,7 +143,7 @@ def test_credit_shows_what_was_paid(settings, estimator):
 
 @pytest.mark.parametrize("kind", ["gpt2"], indirect=True)
 def test_without_a_penalty_the_kl_is_measured(settings):
-    """With kl_coef=0 the learner's reward is the score, and the KL to the reference is reported all the same."""
+    """With kl_coef=0 the learner's reward is the score, and the KL to the reference is still reported."""
     trainer = make_trainer(settings | dict(kl_coef=0), learning_rate=1e-2)
     iteration = list(trainer.iterate())[-1]
     data, task = iteration.rollout.data, trainer.collector.task

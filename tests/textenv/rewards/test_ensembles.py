@@ -136,7 +136,7 @@ def test_one_head_by_its_label(settings, ensembles):
     model = task.reward.model
     wanted = [last_token_scores(model, text[None], torch.ones(1, len(text)))[0, 1].item() for text in ids]
     assert score_responses(task, state, texts).score.tolist() == pytest.approx(wanted, abs=1e-4)
-    with pytest.raises(ValueError, match=r"reward_ensemble='min' would do nothing.*no ensemble"):
+    with pytest.raises(ValueError, match=r"reward_ensemble='min' would do nothing.*not an ensemble"):
         build_task(TextGenConfig(**given, reward_label="member-1", reward_ensemble="min"))
 
 
